@@ -1,0 +1,41 @@
+# `make demo` trains a small model by RL on this machine; `make test` runs every check. Both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types wheel bench slow clean
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[rl,dev]'
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/prefixloss train --out runs/demo --overwrite
+
+test: lint types wheel
+	$(BIN)/pytest -m "not slow"
+
+slow: .venv/ready
+	$(BIN)/pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready
+	$(BIN)/mypy
+
+# the package as a user gets it: built, installed into an empty environment, imported from elsewhere
+wheel: .venv/ready
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build && empty/bin/python -c "import prefixloss, prefixloss._kernels as k; print('wheel:', prefixloss.__version__, k.__name__)"
+
+bench: .venv/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m bench.cpu
+
+clean:
+	rm -rf .venv build dist runs

@@ -1,0 +1,19 @@
+"""First-error-masked policy losses for RL on language models, exact and paid for only by the tokens that learn."""
+
+from prefixloss import advantages
+from prefixloss._version import __version__
+from prefixloss.advantages import TokenAdvantages
+from prefixloss.config import LossConfig
+from prefixloss.loss import LogpOutput, LossOutput, linear_logps, linear_prefix_loss, prefix_loss
+
+__all__ = [
+    "LogpOutput",
+    "LossConfig",
+    "LossOutput",
+    "TokenAdvantages",
+    "__version__",
+    "advantages",
+    "linear_logps",
+    "linear_prefix_loss",
+    "prefix_loss",
+]

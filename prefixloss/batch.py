@@ -1,0 +1,144 @@
+"""A call's per-token inputs, checked and flat: what every back-end works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefixloss import check
+from prefixloss.advantages import TokenAdvantages
+from prefixloss.config import LossConfig
+from prefixloss.layout import Layout
+from prefixloss.objective import Given, Terms
+from prefixloss.reduction import token_weights
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N tokens, flat. Values at tokens outside the mask are never read.
+
+    tokens: int64 [N]. given: advantages and recorded log-probs, [N] each. weights [N] and denominator (0-d): the
+    reduction. learning, computed, in_prefix: bool [N]: tokens that may have a gradient, tokens whose statistics are
+    reported, tokens of a good prefix.
+    """
+
+    layout: Layout
+    tokens: Tensor
+    given: Given
+    weights: Tensor
+    denominator: Tensor
+    group_ids: Tensor | None
+    learning: Tensor
+    computed: Tensor
+    in_prefix: Tensor
+
+
+@dataclass
+class TokenValues:
+    """Per-token results, [N], 0 where not computed; detached."""
+
+    loss: Tensor
+    logp: Tensor
+    entropy: Tensor
+    kl: Tensor
+    ratio: Tensor
+
+    @classmethod
+    def zeros(cls, tokens: int, like: Tensor) -> TokenValues:
+        return cls(*(like.new_zeros(tokens) for _ in range(5)))
+
+    def put(self, rows: Tensor, logp: Tensor, entropy: Tensor, terms: Terms) -> None:
+        for target, values in (
+            (self.loss, terms.loss),
+            (self.logp, logp),
+            (self.entropy, entropy),
+            (self.kl, terms.kl),
+            (self.ratio, terms.ratio),
+        ):
+            target.index_copy_(0, rows, values)
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """The arguments of a loss that say something about tokens or responses, as the caller gave them."""
+
+    tokens: Tensor
+    advantages: Tensor | TokenAdvantages
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    old_logps: Tensor | None
+    sampler_logps: Tensor | None
+    ref_logps: Tensor | None
+    group_ids: Tensor | None
+    normalizer: float | Tensor | None
+
+    def checked(
+        self,
+        config: LossConfig,
+        dtype: torch.dtype,
+        vocabulary: int,
+        exact_reference: dict[str, Tensor | None],
+    ) -> Batch:
+        """The batch, or the first error found.
+
+        dtype: the accumulation dtype, which floats are turned into. exact_reference: what kl="full" needs, by name.
+        """
+        check.needed_data(config, {**vars(self), **exact_reference}, tuple(exact_reference))
+        shape, device = self.tokens.shape, self.tokens.device
+        layout = Layout.of(shape, device, self.mask, self.cu_seqlens)
+        check.token_ids(self.tokens.reshape(-1), layout.scored, vocabulary)
+        for name in ("old_logps", "sampler_logps", "ref_logps"):
+            value = getattr(self, name)
+            if value is not None:
+                check.tensor(name, value, "float")
+                check.shape(name, value, shape, "the shape of tokens")
+                check.device(name, value, device)
+        if self.normalizer is not None:
+            check.normalizer(self.normalizer)
+        if self.group_ids is not None:
+            check.tensor("group_ids", self.group_ids, "integer")
+            check.shape("group_ids", self.group_ids, (len(layout.starts("group_ids")) - 1,), "[B]")
+        if config.ratio_level == "sequence":
+            layout.starts('ratio_level="sequence"')
+        advantages, in_prefix = self._advantages(layout)
+        weights, denominator = token_weights(config, layout, self.group_ids, self.normalizer, dtype)
+
+        def flat(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.detach().reshape(-1).to(dtype)
+
+        penalised = config.penalises_kl or config.entropy_coef != 0
+        learning = layout.scored if penalised else layout.scored & (advantages != 0)
+        given = Given(
+            advantages.detach().to(dtype),
+            flat(self.old_logps),
+            flat(self.sampler_logps),
+            flat(self.ref_logps),
+        )
+        return Batch(
+            layout=layout,
+            tokens=self.tokens.reshape(-1).long(),
+            given=given,
+            weights=weights,
+            denominator=denominator,
+            group_ids=self.group_ids,
+            learning=learning,
+            computed=layout.scored if config.stats == "scored" else learning,
+            in_prefix=in_prefix,
+        )
+
+    def _advantages(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """The advantage of every token, [N], and which tokens lie in a good prefix."""
+        a, shape = self.advantages, self.tokens.shape
+        if isinstance(a, TokenAdvantages):
+            return a.spread(layout), a.in_prefix(layout)
+        check.tensor("advantages", a, "float")
+        check.device("advantages", a, self.tokens.device)
+        nowhere = torch.zeros_like(layout.scored)
+        if a.shape == shape:
+            return a.reshape(-1), nowhere
+        if a.dim() != 1:
+            check.fail("advantages", f"shape {list(a.shape)}", f"[B] or the shape of tokens, {list(shape)}")
+        check.shape("advantages", a, (len(layout.starts("advantages")) - 1,), "[B]")
+        return a[layout.response_of_token("advantages")], nowhere

@@ -1,0 +1,236 @@
+"""Input checks. Each error names the argument, what it got and what it wants, and comes before any work."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from prefixloss.advantages import TokenAdvantages
+    from prefixloss.config import LossConfig
+    from prefixloss.layout import Layout
+
+_INTEGERS = (torch.int64, torch.int32)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(value: Any) -> str:
+    """A value as an error message shows it: short for tensors."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return repr(value)
+
+
+def fail(argument: str, got: Any, expected: str, error: type[Exception] = ValueError) -> None:
+    got = got if isinstance(got, str) else describe(got)
+    raise error(f"{argument}: got {got}, expected {expected}")
+
+
+def tensor(argument: str, value: Any, kind: str) -> None:
+    """kind: "float", "integer" or "mask" (bool, integer or float)."""
+    dtypes = {
+        "float": _FLOATS,
+        "integer": _INTEGERS,
+        "bool": (torch.bool,),
+        "mask": (torch.bool, torch.uint8, torch.int8, *_INTEGERS, *_FLOATS),
+    }[kind]
+    wants = {
+        "float": "a float32, bfloat16, float16 or float64 tensor",
+        "integer": "an int64 tensor",
+        "bool": "a bool tensor",
+        "mask": "a tensor of bool or of 0 and 1",
+    }[kind]
+    if not isinstance(value, Tensor):
+        fail(argument, type(value).__name__, wants, TypeError)
+    if value.dtype not in dtypes:
+        fail(argument, value, wants, TypeError)
+
+
+def shape(argument: str, value: Tensor, expected: tuple[int, ...] | torch.Size, letters: str) -> None:
+    if tuple(value.shape) != tuple(expected):
+        fail(argument, f"shape {list(value.shape)}", f"{letters} = {list(expected)}")
+
+
+def device(argument: str, value: Tensor, expected: torch.device) -> None:
+    if value.device != expected:
+        fail(argument, f"a tensor on {value.device}", f"one on {expected}, like the others")
+
+
+def number(argument: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    limits = f" between {low:g} and {high:g}" if math.isfinite(low) else ""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        fail(argument, repr(value), f"a finite number{limits}")
+
+
+def layout(shape_of_tokens: torch.Size, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    if len(shape_of_tokens) not in (1, 2):
+        fail("tokens", f"shape {list(shape_of_tokens)}", "[B, T] or [N]")
+    if mask is not None:
+        tensor("mask", mask, "mask")
+        shape("mask", mask, shape_of_tokens, "the shape of tokens")
+        if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+            fail("mask", "values other than 0 and 1", "bool, or 0 and 1")
+    if cu_seqlens is None:
+        return
+    tensor("cu_seqlens", cu_seqlens, "integer")
+    if len(shape_of_tokens) == 2:
+        fail(
+            "cu_seqlens",
+            f"{describe(cu_seqlens)} with padded tokens {list(shape_of_tokens)}",
+            "packed tokens [N]",
+        )
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
+        fail("cu_seqlens", f"shape {list(cu_seqlens.shape)}", "[B + 1]")
+    tokens = shape_of_tokens[0]
+    if int(cu_seqlens[0]) != 0:
+        fail("cu_seqlens", f"a first value of {int(cu_seqlens[0])}", "0")
+    if bool((cu_seqlens.diff() < 0).any()):
+        fail("cu_seqlens", f"decreasing values {cu_seqlens.tolist()[:8]}", "increasing offsets [B + 1]")
+    if int(cu_seqlens[-1]) != tokens:
+        fail("cu_seqlens", f"a last value of {int(cu_seqlens[-1])}", f"N = {tokens}, the number of tokens")
+
+
+def token_advantages(advantages: TokenAdvantages, where: Layout) -> None:
+    responses = len(where.starts("advantages")) - 1
+    for name, kind in (("prefix", "float"), ("suffix", "float"), ("prefix_lengths", "integer")):
+        value = getattr(advantages, name)
+        tensor(f"advantages.{name}", value, kind)
+        shape(f"advantages.{name}", value, (responses,), "[B]")
+    if bool((advantages.prefix_lengths < 0).any()):
+        fail("advantages.prefix_lengths", f"{int(advantages.prefix_lengths.min())}", "0 or more scored tokens")
+
+
+def responses(**arguments: Tensor) -> None:
+    """Per-response arguments of an advantage function: dtypes, one shared shape [B], and ranges."""
+    kinds = {"correct": "bool", "lengths": "integer", "first_error": "integer", "group_ids": "integer"}
+    kinds |= {"right_steps": "integer", "total_steps": "integer"}
+    count = None
+    for name, value in arguments.items():
+        tensor(name, value, kinds.get(name, "float"))
+        if value.dim() != 1:
+            fail(name, f"shape {list(value.shape)}", "[B]")
+        count = len(value) if count is None else count
+        shape(name, value, (count,), "[B]")
+    for name, low in (("lengths", 0), ("first_error", -1), ("right_steps", 0), ("total_steps", 0)):
+        if name in arguments and bool((arguments[name] < low).any()):
+            fail(name, f"{int(arguments[name].min())}", f"{low} or more")
+    if "first_error" in arguments and "lengths" in arguments:
+        _within("first_error", arguments["first_error"], arguments["lengths"], "below the response's length")
+    if "right_steps" in arguments:
+        _within("right_steps", arguments["right_steps"], arguments["total_steps"] + 1, "at most total_steps")
+
+
+def _within(argument: str, values: Tensor, limits: Tensor, wants: str) -> None:
+    beyond = (values >= limits) & (values > 0 if argument == "right_steps" else values >= 0)
+    if bool(beyond.any()):
+        at = int(beyond.nonzero()[0])
+        fail(argument, f"{int(values[at])} for response {at}", f"{wants} ({int(limits[at])})")
+
+
+def shorten(value: Any, lengths: Tensor, prompt_lengths: Tensor | None) -> None:
+    wants = '"prompt", a whole number of tokens >= 0, or a float share of the length between 0 and 1'
+    if value == "prompt":
+        if prompt_lengths is None:
+            fail("prompt_lengths", "None", 'int64 [B], since shorten="prompt"')
+        assert prompt_lengths is not None
+        tensor("prompt_lengths", prompt_lengths, "integer")
+        shape("prompt_lengths", prompt_lengths, lengths.shape, "[B]")
+        if bool((prompt_lengths < 0).any()):
+            fail("prompt_lengths", f"{int(prompt_lengths.min())}", "0 or more tokens")
+        return
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    share = isinstance(value, float) and 0 <= value <= 1
+    if not (whole or share):
+        fail("shorten", repr(value), wants)
+
+
+def token_ids(tokens: Tensor, scored: Tensor, vocabulary: int) -> None:
+    """Ids of scored tokens in [0, V). On a GPU, where this would stall the stream, only with PREFIXLOSS_CHECK=1."""
+    if tokens.device.type != "cpu" and os.environ.get("PREFIXLOSS_CHECK") != "1":
+        return
+    wrong = scored & ((tokens < 0) | (tokens >= vocabulary))
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        fail("tokens", f"id {int(tokens[at])} at flat position {at}", f"ids in [0, V) with V = {vocabulary}")
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str], rows: torch.Size) -> None:
+    """Hidden states [*rows, D] with a head [V, D] and an optional bias [V]; `names` are the three arguments' names."""
+    tensor(names[0], hidden, "float")
+    tensor(names[1], weight, "float")
+    if hidden.dim() != len(rows) + 1 or hidden.shape[:-1] != rows:
+        fail(names[0], f"shape {list(hidden.shape)}", f"[*tokens.shape, D] with tokens of shape {list(rows)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        fail(names[1], f"shape {list(weight.shape)}", f"[V, D] with D = {hidden.shape[-1]}, as in {names[0]}")
+    if weight.shape[0] == 0:
+        fail(names[1], "an empty vocabulary", "V >= 1")
+    if bias is not None:
+        tensor(names[2], bias, "float")
+        shape(names[2], bias, (weight.shape[0],), "[V]")
+        device(names[2], bias, hidden.device)
+    device(names[1], weight, hidden.device)
+
+
+def logits(argument: str, value: Tensor, tokens: Tensor) -> None:
+    """Logits [*tokens.shape, V]."""
+    tensor(argument, value, "float")
+    if value.dim() != tokens.dim() + 1 or value.shape[:-1] != tokens.shape or value.shape[-1] == 0:
+        wants = f"[*tokens.shape, V] with tokens of shape {list(tokens.shape)}"
+        fail(argument, f"shape {list(value.shape)}", wants)
+    device("tokens", tokens, value.device)
+
+
+def same_vocabulary(argument: str, got: int, expected: int) -> None:
+    if got != expected:
+        fail(argument, f"a vocabulary of {got}", f"V = {expected}, the policy's")
+
+
+def needed_data(config: LossConfig, given: dict[str, Any], exact_reference: tuple[str, ...]) -> None:
+    """The arguments that the options call for. `given` maps names to values; `exact_reference` are for kl="full"."""
+    needs: list[tuple[str, str]] = []
+    if config.kl in ("k1", "k2", "k3"):
+        needs.append(("ref_logps", f'kl="{config.kl}"'))
+    if config.kl == "full":
+        needs += [(name, 'kl="full"') for name in exact_reference]
+    if config.sampler_correction is not None:
+        needs.append(("sampler_logps", f'sampler_correction="{config.sampler_correction}"'))
+    if config.reduction == "group-token-mean":
+        needs.append(("group_ids", 'reduction="group-token-mean"'))
+    for name, why in needs:
+        if given[name] is None:
+            fail(name, "None", f"a value, since {why}")
+    if config.reduction == "constant" and given["normalizer"] is None and config.max_length is None:
+        fail("max_length", "None", 'a value, since reduction="constant" without a normalizer')
+
+
+def normalizer(value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            fail("normalizer", f"shape {list(value.shape)}", "a number or a 0-d tensor")
+        if value.device.type != "cpu":
+            return
+        value = value.item()
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        fail("normalizer", value, "a number or a 0-d tensor", TypeError)
+    if not math.isfinite(value) or value <= 0:
+        fail("normalizer", repr(value), "a finite number > 0")
+
+
+def backend(name: Any, tp_group: Any) -> None:
+    if name not in ("auto", "triton", "torch", "reference"):
+        fail("backend", repr(name), '"auto", "triton", "torch" or "reference"')
+    if tp_group is not None:
+        raise RuntimeError(
+            "tp_group: got a process group, expected None: a head split by vocabulary is not supported yet; "
+            "gather the head first (for a DTensor, pass it as it is)"
+        )
+    if name == "triton":
+        raise RuntimeError(
+            'backend: got "triton", expected "auto", "torch" or "reference": the kernels are not in this release; '
+            'use backend="auto"'
+        )

@@ -1,0 +1,147 @@
+"""The options of the loss, checked where they are set."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+Objective = Literal["clip", "cispo", "sapo", "reinforce", "topr"]
+KL = Literal["k1", "k2", "k3", "full"]
+Reduction = Literal["token-mean", "group-token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "none"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _one_of(*names: str | None) -> tuple[Callable[[Any], bool], str]:
+    return lambda v: (v is None or isinstance(v, str)) and v in names, " | ".join(map(repr, names))
+
+
+def _number(low: float, *, above: bool = False) -> tuple[Callable[[Any], bool], str]:
+    """A finite number >= low (> low with `above`)."""
+    return (
+        lambda v: _is_number(v) and math.isfinite(v) and (v > low if above else v >= low),
+        f"a finite number {'>' if above else '>='} {low:g}",
+    )
+
+
+def _or_none(rule: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], bool], str]:
+    accepts, wants = rule
+    return lambda v: v is None or accepts(v), f"None or {wants}"
+
+
+def _pair(low: float, *, above: bool, ordered: bool) -> tuple[Callable[[Any], bool], str]:
+    """Two numbers >= low (> low with `above`); the second may be infinite when they are bounds (`ordered`)."""
+
+    def accepts(v: Any) -> bool:
+        if not isinstance(v, (tuple, list)) or len(v) != 2 or not all(map(_is_number, v)):
+            return False
+        in_range = all(x > low if above else x >= low for x in v) and math.isfinite(v[0])
+        return in_range and (v[0] <= v[1] if ordered else math.isfinite(v[1]))
+
+    wants = f"two numbers {'>' if above else '>='} {low:g}"
+    return accepts, wants + (", the first not above the second" if ordered else "")
+
+
+def _positive_int() -> tuple[Callable[[Any], bool], str]:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "a whole number > 0"
+
+
+_any_number = (lambda v: _is_number(v) and math.isfinite(v), "a finite number")
+_flag = (lambda v: isinstance(v, bool), "True or False")
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "objective": _one_of("clip", "cispo", "sapo", "reinforce", "topr"),
+    "clip_low": _number(0),
+    "clip_high": _number(0),
+    "ratio_cap": _or_none(_number(0, above=True)),
+    "dual_clip": _or_none(_number(1, above=True)),
+    "sapo_tau": _pair(0, above=True, ordered=False),
+    "ratio_level": _one_of("token", "sequence"),
+    "sampler_correction": _one_of(None, "tis", "icepop"),
+    "sampler_bounds": _pair(0, above=False, ordered=True),
+    "kl": _one_of(None, "k1", "k2", "k3", "full"),
+    "kl_coef": _any_number,
+    "kl_importance": _flag,
+    "entropy_coef": _any_number,
+    "reduction": _one_of(
+        "token-mean", "group-token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "none"
+    ),
+    "max_length": _or_none(_positive_int()),
+    "temperature": _number(0, above=True),
+    "softcap": _or_none(_number(0, above=True)),
+    "logit_scale": _number(0, above=True),
+    "stats": _one_of("learning", "scored"),
+    "row_tolerance": _number(0),
+    "chunk_tokens": _or_none(_positive_int()),
+}
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What the loss computes. Every value is checked on construction (ValueError naming the field).
+
+    Per-token objective, with rho = exp(logp - old_logp) and advantage A (`prefixloss.reference` has the formulas):
+        objective: "clip" (PPO, GRPO, DAPO), "cispo", "sapo", "reinforce" or "topr".
+        clip_low, clip_high: "clip" keeps rho inside [1 - clip_low, 1 + clip_high]. For "cispo", `clip_high` is the cap
+            on rho itself, as in TRL: 5.0 is usual there.
+        ratio_cap: two-sided clip ("clip" only): rho is capped at this first.
+        dual_clip: "clip" only: for A < 0 the loss is at most -dual_clip * A.
+        sapo_tau: the temperatures of "sapo" for A > 0 and for A <= 0.
+        ratio_level: "token", or "sequence" for GSPO in its token form.
+        sampler_correction: weights the policy term by q = exp(old_logp - sampler_logp): "tis" caps q at
+            sampler_bounds[1], "icepop" drops tokens whose q lies outside sampler_bounds.
+    Penalties:
+        kl, kl_coef: the estimator of KL(policy || reference) and its weight. "k1" has zero expected gradient on policy,
+            so as a loss term it only adds noise; "full" is the exact sum over the vocabulary.
+        kl_importance: multiply the KL term by rho (before any cap); the gradient flows through both.
+        entropy_coef: weight of the entropy bonus, - entropy_coef * H.
+    Reduction:
+        reduction: how the tokens' losses become one number; max_length is for "constant": sum / (B * max_length).
+    The policy's distribution is softmax(softcap * tanh(logit_scale * z / softcap) / temperature).
+    Cost:
+        stats: "learning" computes log-probs, KL and metrics only for tokens that may have a gradient, "scored" for
+            every token in the mask.
+        row_tolerance: 0 is exact. Above 0, tokens whose logit gradient (its L1 norm, by an upper bound) is at most this
+            times the largest one leave the backward.
+        chunk_tokens: tokens per chunk; None sizes it from a memory budget (see `prefixloss.memory`).
+    """
+
+    objective: Objective = "clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    ratio_cap: float | None = None
+    dual_clip: float | None = None
+    sapo_tau: tuple[float, float] = (1.0, 1.05)
+    ratio_level: Literal["token", "sequence"] = "token"
+    sampler_correction: Literal["tis", "icepop"] | None = None
+    sampler_bounds: tuple[float, float] = (0.0, 2.0)
+    kl: KL | None = None
+    kl_coef: float = 0.0
+    kl_importance: bool = False
+    entropy_coef: float = 0.0
+    reduction: Reduction = "token-mean"
+    max_length: int | None = None
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    stats: Literal["learning", "scored"] = "learning"
+    row_tolerance: float = 0.0
+    chunk_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            accepts, wants = _RULES[field.name]
+            value = getattr(self, field.name)
+            if not accepts(value):
+                raise ValueError(f"{field.name}: got {value!r}, expected {wants}")
+        if self.kl is None and self.kl_coef != 0:
+            warnings.warn(f"kl_coef={self.kl_coef!r} has no effect: kl is None", stacklevel=3)
+
+    @property
+    def penalises_kl(self) -> bool:
+        return self.kl is not None and self.kl_coef != 0

@@ -1,0 +1,169 @@
+"""Where rows of logits come from, and where their gradients go: an LM head over hidden states, or logits themselves.
+
+Both give `scores(rows)`, the chunk of logits of those tokens in the accumulation dtype, and take `add_gradient(rows,
+gradient)`. The buffer of the scores is reused from chunk to chunk; the gradient arrives in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from prefixloss import memory
+from prefixloss.softmax import Transform
+
+# elements of a half-precision head turned into float32 at a time: 16 MiB
+_UPCAST = 2**22
+# logits taken from the caller's tensor a chunk: 4 MiB of float32, still in the cache when the gradient is made
+_COPIED = 2**20
+
+
+class Rows(Protocol):
+    """N rows of V logits. `vocabulary` is V, `chunk` the rows a chunk may have."""
+
+    vocabulary: int
+
+    def chunks(self, rows: Tensor, chosen: int | None) -> Iterator[Tensor]: ...
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """[n, V], transformed; valid until the next call."""
+
+    def add_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
+        """gradient: [n, V], with respect to `transform.before` times the logits; `scale` comes after the products."""
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """One for each tensor the rows were made of."""
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 where an input has it."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _storage_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float16 gradients wait for the incoming scale in float32, or a small one would underflow before a loss scale."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def as_slice(rows: Tensor) -> Tensor | slice:
+    """Increasing indices as a slice where they have no gap: no gather, no scatter."""
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
+
+
+class LinearRows:
+    """Logits of hidden [N, D] under a head weight [V, D] and bias [V] (or None)."""
+
+    def __init__(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        transform: Transform,
+        needs: tuple[bool, ...] = (False, False, False),
+        buffers: int = 1,
+    ) -> None:
+        self.hidden, self.weight, self.bias = tensors
+        self.transform = transform
+        self.buffers = buffers
+        self.dtype = accumulation_dtype(self.hidden, self.weight)
+        self.vocabulary = len(self.weight)
+        self.scaled_bias = None if self.bias is None else self.bias.to(self.dtype) * transform.before
+        self.buffer = self.hidden.new_empty(0, self.vocabulary, dtype=self.dtype)
+        self.d_hidden = self.d_weight = self.d_bias = None
+        if needs[0]:
+            self.d_hidden = memory.zeros(self.hidden.shape, _storage_dtype(self.hidden.dtype), self.hidden.device)
+        if needs[1]:
+            self.d_weight = memory.zeros(self.weight.shape, self.dtype, self.weight.device)
+        if needs[2]:
+            self.d_bias = self.weight.new_zeros(self.vocabulary, dtype=self.dtype)
+
+    def chunks(self, rows: Tensor, chosen: int | None) -> Iterator[Tensor]:
+        per_row = self.vocabulary * self.dtype.itemsize * self.buffers
+        size = memory.chunk_rows(len(rows), per_row, self.hidden.device, chosen)
+        return iter(rows.split(size))
+
+    def _hidden(self, rows: Tensor) -> Tensor:
+        return self.hidden.index_select(0, rows).to(self.dtype).mul_(self.transform.before)
+
+    def _weight_slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """The head in the accumulation dtype, whole if it has that dtype, else a slice of the vocabulary at a time."""
+        width = max(1, self.weight.shape[1])
+        step = self.vocabulary if self.weight.dtype == self.dtype else max(1, _UPCAST // width)
+        for start in range(0, self.vocabulary, step):
+            columns = slice(start, min(start + step, self.vocabulary))
+            yield columns, self.weight[columns].to(self.dtype)
+
+    def scores(self, rows: Tensor) -> Tensor:
+        if len(self.buffer) < len(rows):
+            self.buffer = memory.zeros((len(rows), self.vocabulary), self.dtype, self.buffer.device)
+        scores, hidden = self.buffer[: len(rows)], self._hidden(rows)
+        for columns, weight in self._weight_slices():
+            torch.mm(hidden, weight.t(), out=scores[:, columns])
+        if self.scaled_bias is not None:
+            scores.add_(self.scaled_bias)
+        return self.transform.cap_(scores)
+
+    def hidden_gradient(self, gradient: Tensor, scale: float) -> Tensor:
+        """scale * gradient @ weight: [n, D]."""
+        product = gradient.new_zeros(len(gradient), self.weight.shape[1])
+        for columns, weight in self._weight_slices():
+            product.addmm_(gradient[:, columns], weight)
+        return product.mul_(self.transform.before * scale)
+
+    def add_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
+        if self.d_hidden is not None:
+            self.d_hidden.index_copy_(0, rows, self.hidden_gradient(gradient, scale).to(self.d_hidden.dtype))
+        if self.d_weight is not None:
+            self.d_weight.addmm_(gradient.t(), self._hidden(rows), alpha=scale)
+        if self.d_bias is not None:
+            self.d_bias.add_(gradient.sum(0), alpha=self.transform.before * scale)
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        d_weight, d_bias = self.d_weight, self.d_bias
+        if d_weight is not None:
+            d_weight = d_weight.to(_storage_dtype(self.weight.dtype))
+        if d_bias is not None and self.bias is not None:
+            d_bias = d_bias.to(_storage_dtype(self.bias.dtype))
+        return self.d_hidden, d_weight, d_bias
+
+
+class LogitRows:
+    """Logits [N, V] as they are. `into`: where the gradient goes; `logits` itself overwrites them."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        transform: Transform,
+        needs: tuple[bool, ...] = (False,),
+        into: Tensor | None = None,
+    ) -> None:
+        self.logits = logits
+        self.transform = transform
+        self.dtype = accumulation_dtype(logits)
+        self.vocabulary = logits.shape[1]
+        self.buffer = logits.new_empty(0, self.vocabulary, dtype=self.dtype)
+        self.d_logits = None
+        if needs[0]:
+            self.d_logits = memory.zeros(logits.shape, logits.dtype, logits.device) if into is None else into
+
+    def chunks(self, rows: Tensor, chosen: int | None) -> Iterator[Tensor]:
+        return iter(rows.split(chosen or max(1, _COPIED // self.vocabulary)))
+
+    def scores(self, rows: Tensor) -> Tensor:
+        if len(self.buffer) < len(rows):
+            self.buffer = self.buffer.new_empty(len(rows), self.vocabulary)
+        scores = self.buffer[: len(rows)].copy_(self.logits[as_slice(rows)])
+        if self.transform.before != 1:
+            scores.mul_(self.transform.before)
+        return self.transform.cap_(scores)
+
+    def add_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
+        if self.d_logits is not None:
+            gradient.mul_(self.transform.before * scale)
+            self.d_logits[as_slice(rows)] = gradient.to(self.d_logits.dtype)
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        return (self.d_logits,)

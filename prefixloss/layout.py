@@ -1,0 +1,71 @@
+"""Where the tokens of a call lie: padded [B, T] or packed [N] with cu_seqlens, seen as one flat list of N tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefixloss import check
+
+
+@dataclass(frozen=True)
+class Layout:
+    """scored: bool [N], the tokens in `mask`. offsets: int64 [B + 1], None for packed input without cu_seqlens."""
+
+    scored: Tensor
+    offsets: Tensor | None
+
+    @classmethod
+    def of(cls, shape: torch.Size, device: torch.device, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layout:
+        """Checks `mask` and `cu_seqlens` against tokens of that shape ([B, T] or [N])."""
+        check.layout(shape, mask, cu_seqlens)
+        tokens = shape.numel()
+        if mask is None:
+            scored = torch.ones(tokens, dtype=torch.bool, device=device)
+        else:
+            scored = mask.reshape(-1).to(device=device, dtype=torch.bool)
+        if len(shape) == 2:
+            offsets: Tensor | None = torch.arange(shape[0] + 1, device=device) * shape[1]
+        else:
+            offsets = None if cu_seqlens is None else cu_seqlens.to(device=device, dtype=torch.int64)
+        return cls(scored, offsets)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.scored)
+
+    @property
+    def responses(self) -> int | None:
+        return None if self.offsets is None else len(self.offsets) - 1
+
+    def starts(self, argument: str) -> Tensor:
+        """`offsets`, or the error that `argument` needs them."""
+        if self.offsets is None:
+            raise ValueError(
+                f"{argument}: is per response, got packed input without cu_seqlens, expected cu_seqlens [B + 1]"
+            )
+        return self.offsets
+
+    def response_of_token(self, argument: str) -> Tensor:
+        """int64 [N]: the response each token belongs to."""
+        starts = self.starts(argument)
+        ids = torch.arange(len(starts) - 1, device=starts.device)
+        return torch.repeat_interleave(ids, starts.diff(), output_size=self.tokens)
+
+    def rank(self) -> Tensor:
+        """int64 [N]: how many scored tokens of the same response stand before each token."""
+        starts = self.starts("advantages")
+        before = torch.nn.functional.pad(self.scored.long().cumsum(0), (1, 0))
+        return before[:-1] - before[starts[:-1]][self.response_of_token("advantages")]
+
+    def lengths(self, argument: str) -> Tensor:
+        """int64 [B]: scored tokens of each response."""
+        before = torch.nn.functional.pad(self.scored.long().cumsum(0), (1, 0))
+        return before[self.starts(argument)].diff()
+
+    def sum_by_response(self, values: Tensor, argument: str) -> Tensor:
+        """[N] -> [B], summed in a fixed order on every device."""
+        lengths = self.starts(argument).diff()
+        return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True, initial=0)

@@ -1,0 +1,48 @@
+"""How the tokens' losses become one number: a weight for each token and one denominator for all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prefixloss.config import LossConfig
+from prefixloss.layout import Layout
+
+
+def token_weights(
+    config: LossConfig,
+    layout: Layout,
+    group_ids: Tensor | None,
+    normalizer: float | Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Weights [N] and the 0-d denominator: loss = sum(weights * token losses) / denominator.
+
+    The denominator counts what the batch has of the reduction's units: scored tokens ("token-mean"), groups
+    ("group-token-mean"), responses ("seq-mean-*"), B * max_length ("constant"), or 1 ("none"). `normalizer` replaces
+    it, so that micro-batches and ranks, each passing the count of the whole batch, add up to the whole batch's loss.
+    """
+    reduction = config.reduction
+    argument = f'reduction="{reduction}"'
+    weights = layout.scored.to(dtype)
+    denominator: Tensor | float = 1.0
+    if reduction == "token-mean":
+        denominator = layout.scored.sum().clamp(min=1)
+    elif reduction == "group-token-mean":
+        assert group_ids is not None
+        labels, group = torch.unique(group_ids, return_inverse=True)
+        # counts are whole numbers, so their sum does not depend on its order
+        tokens = torch.zeros(len(labels), dtype=torch.int64, device=group.device)
+        tokens.index_add_(0, group, layout.lengths(argument))
+        weights = weights / tokens.clamp(min=1)[group][layout.response_of_token(argument)]
+        denominator = max(1, len(labels))
+    elif reduction == "seq-mean-token-mean":
+        weights = weights / layout.lengths(argument).clamp(min=1)[layout.response_of_token(argument)]
+    if normalizer is not None:
+        denominator = normalizer
+    elif reduction.startswith("seq-mean"):
+        denominator = max(1, len(layout.starts(argument)) - 1)
+    elif reduction == "constant":
+        assert config.max_length is not None
+        denominator = max(1, len(layout.starts(argument)) - 1) * config.max_length
+    return weights, torch.as_tensor(denominator, dtype=dtype, device=weights.device)

@@ -1,0 +1,201 @@
+"""Logits to statistics, and coefficients to logit gradients, row by row, in plain torch.
+
+Scores are the logits of the policy's distribution: softcap(logit_scale * z) / temperature. For a row of scores s with
+target t and probabilities p, H the entropy and K the exact KL to the reference q:
+    d logp / d s_j = 1[j = t] - p_j
+    d H    / d s_j = -p_j (log p_j + H)
+    d K    / d s_j =  p_j (log p_j - log q_j - K)
+Work goes in blocks of rows that stay in the cache, so that a block's passes cost one read of memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# scores a block: 1 MiB of float32, so that a block and its temporaries fit a core's cache
+_BLOCK = 2**18
+# stands for log 0: its exp is 0 in every dtype, and 0 times it is 0 where 0 * -inf is NaN
+_LOG_ZERO = -1e4
+
+
+@dataclass(frozen=True)
+class Transform:
+    """softcap(logit_scale * z) / temperature as one factor before the cap and one after it.
+
+    A logit of -inf is a banned token and stays -inf under the cap.
+    """
+
+    before: float
+    softcap: float | None
+    after: float
+
+    @classmethod
+    def of(cls, temperature: float, softcap: float | None, logit_scale: float) -> Transform:
+        if softcap is None:
+            return cls(logit_scale / temperature, None, 1.0)
+        return cls(logit_scale, softcap, 1.0 / temperature)
+
+    def cap_(self, scores: Tensor) -> Tensor:
+        """The cap and the factor after it, in place, on scores already multiplied by `before`."""
+        if self.softcap is not None:
+            for rows in blocks(*scores.shape):
+                s = scores[rows]
+                banned = s == -math.inf
+                s.div_(self.softcap).tanh_().mul_(self.softcap * self.after).masked_fill_(banned, -math.inf)
+        return scores
+
+    def slope(self, scores: Tensor) -> Tensor:
+        """d score / d (before * z) from the scores, with a cap: after * (1 - tanh^2), 0 for banned tokens."""
+        assert self.softcap is not None
+        tanh = scores / (self.softcap * self.after)
+        return tanh.square_().neg_().add_(1).clamp_(min=0).mul_(self.after)
+
+
+class RowStats(NamedTuple):
+    """Per row, [n]. log sum_j exp(s_j) = top + log_norm, top the largest score. Without a reference, kl and ref_lse
+    are None."""
+
+    logp: Tensor
+    top: Tensor
+    log_norm: Tensor
+    entropy: Tensor
+    kl: Tensor | None
+    ref_lse: Tensor | None
+
+    def at(self, index: Tensor) -> RowStats:
+        kl, ref_lse = (None if x is None else x[index] for x in self[4:])
+        return RowStats(*(x[index] for x in self[:4]), kl, ref_lse)  # type: ignore[misc]
+
+    @classmethod
+    def cat(cls, parts: list[RowStats]) -> RowStats:
+        joined = [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
+        return cls(*joined)  # type: ignore[arg-type]
+
+
+class Coefficients(NamedTuple):
+    """Per row, [n]: the loss's derivatives with respect to logp, entropy and exact KL; None where always 0."""
+
+    logp: Tensor
+    entropy: Tensor | None
+    kl: Tensor | None
+
+    def at(self, index: Tensor) -> Coefficients:
+        return Coefficients(self.logp[index], *(None if x is None else x[index] for x in self[1:]))
+
+    def live(self) -> Tensor:
+        """Rows with any gradient: bool [n]."""
+        live = self.logp != 0
+        for other in (self.entropy, self.kl):
+            live = live if other is None else live | (other != 0)
+        return live
+
+
+def blocks(rows: int, columns: int) -> Iterator[slice]:
+    size = max(1, _BLOCK // columns)
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def row_stats_(scores: Tensor, tokens: Tensor, ref_scores: Tensor | None = None) -> RowStats:
+    """Statistics of scores [n, V] for targets tokens [n]. Overwrites the scores with their probabilities."""
+    n, vocabulary = scores.shape
+    logp, top, log_norm, entropy, kl, ref_lse = (scores.new_empty(n) for _ in RowStats._fields)
+    scratch = _scratch(scores)
+    for rows in blocks(n, vocabulary):
+        s, target = scores[rows], tokens[rows, None]
+        top[rows] = s.amax(1)
+        target_shifted = s.gather(1, target).squeeze(1) - top[rows]
+        shifted = torch.sub(s, top[rows, None], out=scratch[: len(s)])
+        # not torch.softmax: its running sum loses up to 5 digits over a large vocabulary, where sum() is pairwise
+        p = torch.exp(shifted, out=s)
+        # the target apart from the others: log p_t = -log(1 + others / target) keeps its digits near 0
+        at_target = p.gather(1, target)
+        others = p.scatter_(1, target, 0).sum(1)
+        p.scatter_(1, target, at_target).div_(others[:, None] + at_target)
+        log_others = others.log()
+        logp[rows] = -torch.logaddexp(torch.zeros_like(others), log_others - target_shifted)
+        log_norm[rows] = torch.logaddexp(log_others, target_shifted)
+        log_p = shifted.sub_(log_norm[rows, None]).clamp_(min=_LOG_ZERO)
+        entropy[rows] = -torch.linalg.vecdot(p, log_p)
+        if ref_scores is not None:
+            ref_lse[rows] = ref_scores[rows].logsumexp(1)
+            log_ratio = log_p.sub_(ref_scores[rows]).add_(ref_lse[rows, None]).masked_fill_(p == 0, 0)
+            kl[rows] = torch.linalg.vecdot(p, log_ratio)
+    exact = (None, None) if ref_scores is None else (kl, ref_lse)
+    return RowStats(logp, top, log_norm, entropy, *exact)
+
+
+def probabilities_(scores: Tensor, stats: RowStats) -> Tensor:
+    """Overwrites scores [n, V] with their probabilities, the statistics known."""
+    for rows in blocks(*scores.shape):
+        scores[rows].sub_(stats.top[rows, None]).sub_(stats.log_norm[rows, None]).exp_()
+    return scores
+
+
+def logit_gradient_(
+    probs: Tensor,
+    tokens: Tensor,
+    stats: RowStats,
+    coefficients: Coefficients,
+    transform: Transform,
+    ref_scores: Tensor | None = None,
+) -> Tensor:
+    """Overwrites probabilities [n, V] with the gradient of (before * z): coefficients times the derivatives above."""
+    target = tokens[:, None]
+    # 1 - p_t = -expm1(logp) keeps its digits where p_t is near 1
+    at_target = coefficients.logp * -torch.expm1(stats.logp)
+    penalised = coefficients.entropy is not None or coefficients.kl is not None
+    if not penalised and transform.softcap is None:
+        return probs.mul_(-coefficients.logp[:, None]).scatter_(1, target, at_target[:, None])
+    scratch = _scratch(probs)
+    for rows in blocks(*probs.shape):
+        p, t = probs[rows], target[rows]
+        log_p = torch.log(p, out=scratch[: len(p)]).clamp_(min=_LOG_ZERO)
+        lse = stats.top[rows] + stats.log_norm[rows]
+        slope = None if transform.softcap is None else transform.slope(log_p + lse[:, None])
+        if penalised:
+            rest = _penalty_slope_(log_p, stats, rows, coefficients, ref_scores).masked_fill_(p == 0, 0)
+            at_target[rows] += (p.gather(1, t) * rest.gather(1, t)).squeeze(1)
+            p.mul_(rest.sub_(coefficients.logp[rows, None]))
+        else:
+            p.mul_(-coefficients.logp[rows, None])
+        if slope is not None:
+            # the target's own score, which its probability may be too small to give back
+            p.mul_(slope)
+            at_target[rows] *= transform.slope(stats.logp[rows] + lse)
+        p.scatter_(1, t, at_target[rows, None])
+    return probs
+
+
+def _penalty_slope_(
+    log_p: Tensor, stats: RowStats, rows: slice, coefficients: Coefficients, ref_scores: Tensor | None
+) -> Tensor:
+    """(e dH/ds + k dK/ds) / p = (k - e) log p - k log q - e H - k K, over log_p."""
+    e, k = (torch.zeros_like(stats.logp[rows]) if c is None else c[rows] for c in coefficients[1:])
+    constant = e * stats.entropy[rows]
+    log_p.mul_((k - e)[:, None])
+    if coefficients.kl is not None:
+        assert ref_scores is not None
+        assert stats.kl is not None
+        assert stats.ref_lse is not None
+        log_p.addcmul_(ref_scores[rows], -k[:, None])
+        constant += k * (stats.kl[rows] - stats.ref_lse[rows])
+    return log_p.sub_(constant[:, None])
+
+
+def _scratch(scores: Tensor) -> Tensor:
+    """Room for one block's temporaries."""
+    return torch.empty_like(scores[: max(1, _BLOCK // scores.shape[1])])
+
+
+def keep_rows_(scores: Tensor, keep: Tensor) -> Tensor:
+    """Moves the rows `keep` [m] (increasing) to the front of scores [n, V], in place, and returns them."""
+    for rows in blocks(len(keep), scores.shape[1]):
+        # row keep[i] >= i, so no row is overwritten before it is read
+        scores[rows] = scores[keep[rows]]
+    return scores[: len(keep)]

@@ -1,0 +1,332 @@
+"""backend="torch": the loss and its gradient in plain torch on any device, paying only for the tokens that learn.
+
+Two ways through:
+- Fused. A token's coefficients follow from its own logits, so a chunk goes from logits to gradients in one pass: three
+  matrix products, nothing recomputed, and one buffer of [chunk, V].
+- Two stages, where coefficients are known only later: a ratio over the whole response, a tolerance relative to the
+  largest gradient, per-token losses that the caller weights, log-probs for somebody else's loss. The forward makes the
+  statistics (one product); the backward makes logits again for the rows whose coefficients are not 0 (three more). With
+  a frozen head the forward keeps d logp / d hidden instead, and the backward only scales it (two products in all).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from prefixloss.batch import Batch, TokenValues
+from prefixloss.config import LossConfig
+from prefixloss.heads import LinearRows, LogitRows, Rows
+from prefixloss.objective import Given, Terms, token_log_ratio, token_terms
+from prefixloss.softmax import (
+    Coefficients,
+    RowStats,
+    Transform,
+    keep_rows_,
+    logit_gradient_,
+    probabilities_,
+    row_stats_,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What makes the rows of logits: `open(tensors, needs)` for the policy, `reference` for the exact KL."""
+
+    open: Callable[[tuple[Any, ...], tuple[bool, ...]], Rows]
+    transform: Transform
+    reference: Rows | None
+    tokens: Tensor
+    chunk_tokens: int | None
+
+
+def linear_source(
+    reference: tuple[Tensor, Tensor, Tensor | None] | None,
+    transform: Transform,
+    tokens: Tensor,
+    chunk_tokens: int | None,
+) -> Source:
+    """Rows from hidden states [N, D], a head [V, D] and a bias; `reference` likewise, for the exact KL."""
+    buffers = 1 if reference is None else 2
+    return Source(
+        lambda tensors, needs: LinearRows(tensors, transform, needs, buffers),
+        transform,
+        None if reference is None else LinearRows(reference, transform),
+        tokens,
+        chunk_tokens,
+    )
+
+
+def logit_source(
+    ref_logits: Tensor | None, inplace: bool, transform: Transform, tokens: Tensor, chunk_tokens: int | None
+) -> Source:
+    """Rows that are logits [N, V] already; with `inplace` their gradient overwrites them."""
+
+    def open_rows(tensors: tuple[Tensor], needs: tuple[bool, ...]) -> Rows:
+        return LogitRows(tensors[0], transform, needs, into=tensors[0] if inplace else None)
+
+    reference = None if ref_logits is None else LogitRows(ref_logits, transform)
+    return Source(open_rows, transform, reference, tokens, chunk_tokens)
+
+
+def loss(
+    source: Source, batch: Batch, config: LossConfig, tensors: tuple[Any, ...], gradient_later: bool = False
+) -> tuple[Tensor, TokenValues]:
+    """The reduced loss (per token [N] for "none") and the per-token results.
+
+    gradient_later: the caller wants the gradient made in the backward (logits overwritten in place, for one).
+    """
+    coefficients_later = config.ratio_level == "sequence" or config.row_tolerance > 0 or config.reduction == "none"
+    if coefficients_later or gradient_later:
+        return _loss_in_two_stages(source, batch, config, tensors)
+    grads = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
+    total, *values = _FusedLoss.apply(source, batch, config, grads, *tensors)
+    return total, TokenValues(*values)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """The loss, with the gradients made in the forward and scaled in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, source: Source, batch: Batch, config: LossConfig, grads: tuple[bool, ...], *tensors: Any
+    ) -> Any:
+        policy = source.open(tensors, grads)
+        values = TokenValues.zeros(len(batch.tokens), batch.weights)
+        scale = 1.0 / batch.denominator.item() if any(grads) else 0.0
+        for learning, wanted in ((True, batch.learning), (False, batch.computed & ~batch.learning)):
+            for rows in policy.chunks(wanted.nonzero().squeeze(1), source.chunk_tokens):
+                scores, ref_scores = _scores(source, policy, rows)
+                stats = row_stats_(scores, batch.tokens[rows], ref_scores)
+                given = batch.given.at(rows)
+                terms = token_terms(config, given, stats.logp, stats.entropy, stats.kl)
+                values.put(rows, stats.logp, stats.entropy, terms)
+                if learning and any(grads):
+                    coefficients = _coefficients(terms, batch.weights[rows])
+                    live = coefficients.live()
+                    # the buffer of the scores holds their probabilities now
+                    _add_gradient(source, policy, rows, scores, ref_scores, stats, coefficients, live, scale)
+        total = (values.loss * batch.weights).sum() / batch.denominator
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        ctx.save_for_backward(*policy.gradients())
+        results = (values.loss, values.logp, values.entropy, values.kl, values.ratio)
+        ctx.mark_non_differentiable(*results)
+        return (total, *results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        # the usual backward() comes with 1: nothing to scale, nothing to copy
+        unit = grad.item() == 1
+        out: list[Tensor | None] = []
+        for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            if saved is None:
+                out.append(None)
+            else:
+                out.append((saved if unit else saved.to(grad.dtype) * grad).to(dtype))
+        return (None, None, None, None, *out)
+
+
+def _loss_in_two_stages(
+    source: Source, batch: Batch, config: LossConfig, tensors: tuple[Any, ...]
+) -> tuple[Tensor, TokenValues]:
+    needed = batch.computed
+    if config.ratio_level == "sequence":
+        # a response's ratio is the mean over all its scored tokens, the ones that do not learn included
+        response = batch.layout.response_of_token("ratio_level")
+        of_response = batch.layout.sum_by_response(needed.float(), "ratio_level") > 0
+        needed = batch.layout.scored & of_response[response]
+    rows = needed.nonzero().squeeze(1)
+    entropy_grad = config.entropy_coef != 0
+    logp, entropy, exact_kl = row_statistics(
+        source, rows, tensors, entropy_grad=entropy_grad, row_tolerance=config.row_tolerance
+    )
+    given, log_ratio = batch.given.at(rows), None
+    if config.ratio_level == "sequence":
+        log_ratio = _mean_log_ratio(batch, given, logp.detach(), rows)
+    token_loss, ratio, kl = _TokenLoss.apply(config, given, log_ratio, logp, entropy, exact_kl)
+    weighted = token_loss * batch.weights[rows] / batch.denominator
+    if config.reduction == "none":
+        total = weighted.new_zeros(len(batch.tokens)).index_copy(0, rows, weighted)
+    else:
+        total = weighted.sum()
+
+    values = TokenValues.zeros(len(batch.tokens), batch.weights)
+    shown = batch.computed[rows]
+    terms = Terms(token_loss.detach()[shown], logp, entropy, 0.0, ratio[shown], kl[shown])
+    values.put(rows[shown], logp.detach()[shown], entropy.detach()[shown], terms)
+    return total, values
+
+
+def _mean_log_ratio(batch: Batch, given: Given, logp: Tensor, rows: Tensor) -> Tensor:
+    """log s of GSPO for each of the rows: the mean of logp - old_logp over the response's scored tokens."""
+    argument = 'ratio_level="sequence"'
+    by_token = logp.new_zeros(len(batch.tokens)).index_copy(0, rows, token_log_ratio(given, logp))
+    mean = batch.layout.sum_by_response(by_token, argument) / batch.layout.lengths(argument).clamp(min=1)
+    return mean[batch.layout.response_of_token(argument)[rows]]
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Statistics [n] to token losses [n], through the derivatives that `objective` gives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        config: LossConfig,
+        given: Given,
+        log_ratio: Tensor | None,
+        logp: Tensor,
+        entropy: Tensor,
+        exact_kl: Tensor | None,
+    ) -> Any:
+        terms = token_terms(config, given, logp, entropy, exact_kl, log_ratio)
+        ctx.save_for_backward(terms.d_logp, terms.d_kl if isinstance(terms.d_kl, Tensor) else None)
+        ctx.d_entropy = terms.d_entropy
+        kl = terms.kl.clone()  # an output must not be an input
+        ctx.mark_non_differentiable(terms.ratio, kl)
+        return terms.loss, terms.ratio, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        d_logp, d_kl = ctx.saved_tensors
+        d_entropy = grad * ctx.d_entropy if ctx.d_entropy != 0 else None
+        return None, None, None, grad * d_logp, d_entropy, None if d_kl is None else grad * d_kl
+
+
+def row_statistics(
+    source: Source, rows: Tensor, tensors: tuple[Any, ...], *, entropy_grad: bool, row_tolerance: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-prob, entropy and exact KL (None without a reference) of the tokens `rows` [n], each [n] and differentiable.
+
+    entropy_grad: whether the entropy carries a gradient. row_tolerance: as in LossConfig.
+    """
+    grads = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
+    return _RowStatistics.apply(source, rows, grads, entropy_grad, row_tolerance, *tensors)
+
+
+class _RowStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source: Source,
+        rows: Tensor,
+        grads: tuple[bool, ...],
+        entropy_grad: bool,
+        row_tolerance: float,
+        *tensors: Any,
+    ) -> Any:
+        policy = source.open(tensors, (False,) * len(tensors))
+        # with only the hidden states to learn and only logp to follow, one product now saves two later
+        follow_hidden = grads == (True, False, False) and not entropy_grad and source.reference is None
+        parts, slopes = [], []
+        for chunk in policy.chunks(rows, source.chunk_tokens):
+            scores, ref_scores = _scores(source, policy, chunk)
+            tokens = source.tokens[chunk]
+            stats = row_stats_(scores, tokens, ref_scores)
+            parts.append(stats)
+            if follow_hidden and isinstance(policy, LinearRows):
+                ones = Coefficients(torch.ones_like(stats.logp), None, None)
+                gradient = logit_gradient_(scores, tokens, stats, ones, source.transform)
+                slopes.append(policy.hidden_gradient(gradient, 1.0))
+        stats = RowStats.cat(parts)
+        slope = torch.cat(slopes) if slopes else None
+        ctx.source, ctx.rows, ctx.grads, ctx.row_tolerance = source, rows, grads, row_tolerance
+        ctx.save_for_backward(*tensors, slope, *stats)
+        ctx.set_materialize_grads(False)
+        if not entropy_grad:
+            ctx.mark_non_differentiable(stats.entropy)
+        return stats.logp, stats.entropy, stats.kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *incoming: Tensor | None) -> Any:
+        source, rows, grads = ctx.source, ctx.rows, ctx.grads
+        saved = ctx.saved_tensors
+        tensors, slope, stats = saved[: len(grads)], saved[len(grads)], RowStats(*saved[len(grads) + 1 :])
+        d_logp, d_entropy, d_kl = incoming
+        coefficients = Coefficients(torch.zeros_like(stats.logp) if d_logp is None else d_logp, d_entropy, d_kl)
+        none: tuple[None, ...] = (None,) * 5
+        if slope is not None:
+            hidden = tensors[0]
+            d_hidden = torch.zeros_like(hidden)
+            d_hidden.index_copy_(0, rows, (slope * coefficients.logp[:, None]).to(hidden.dtype))
+            return (*none, d_hidden, None, None)
+
+        policy = source.open(tensors, grads)
+        live = _live(coefficients, stats, ctx.row_tolerance).nonzero().squeeze(1)
+        dead = torch.ones(len(source.tokens), dtype=torch.bool, device=rows.device)
+        dead[rows[live]] = False
+        start = 0
+        for chunk in policy.chunks(rows[live], source.chunk_tokens):
+            index = live[start : start + len(chunk)]
+            start += len(chunk)
+            scores, ref_scores = _scores(source, policy, chunk)
+            chunk_stats = stats.at(index)
+            probs = probabilities_(scores, chunk_stats)
+            every = torch.ones_like(index, dtype=torch.bool)
+            _add_gradient(source, policy, chunk, probs, ref_scores, chunk_stats, coefficients.at(index), every, 1.0)
+        if isinstance(policy, LogitRows) and policy.d_logits is policy.logits:
+            policy.logits[dead] = 0  # overwritten in place: what did not learn still holds logits
+        gradients = (None if g is None else g.to(t.dtype) for g, t in zip(policy.gradients(), tensors, strict=True))
+        return (*none, *gradients)
+
+
+def _live(coefficients: Coefficients, stats: RowStats, tolerance: float) -> Tensor:
+    """Rows that the backward takes; with a tolerance, those whose gradient's L1 norm may exceed it times the largest.
+
+    sum_j |d logp / d s_j| = 2 (1 - p_t);  sum_j |dH / d s_j| <= 2 H;  sum_j |dK / d s_j| <= 2 K + min(2, sqrt(2 K)),
+    the last by Pinsker's inequality.
+    """
+    live = coefficients.live()
+    if tolerance == 0:
+        return live
+    bound = 2 * coefficients.logp.abs() * -torch.expm1(stats.logp)
+    if coefficients.entropy is not None:
+        bound = bound + 2 * coefficients.entropy.abs() * stats.entropy
+    if coefficients.kl is not None and stats.kl is not None:
+        kl = stats.kl.clamp(min=0)
+        bound = bound + coefficients.kl.abs() * (2 * kl + (2 * kl).sqrt().clamp(max=2))
+    largest = bound.max() if len(bound) else bound.sum()
+    return live & ~(bound <= tolerance * largest)
+
+
+def _scores(source: Source, policy: Rows, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    reference = source.reference
+    return policy.scores(rows), None if reference is None else reference.scores(rows)
+
+
+def _coefficients(terms: Terms, weights: Tensor) -> Coefficients:
+    def weighted(value: Tensor | float) -> Tensor | None:
+        return None if isinstance(value, float) and value == 0 else value * weights
+
+    return Coefficients(terms.d_logp * weights, weighted(terms.d_entropy), weighted(terms.d_kl))
+
+
+def _add_gradient(
+    source: Source,
+    policy: Rows,
+    rows: Tensor,
+    probs: Tensor,
+    ref_scores: Tensor | None,
+    stats: RowStats,
+    coefficients: Coefficients,
+    live: Tensor,
+    scale: float,
+) -> None:
+    """Turns a chunk's probabilities into the gradient and hands it on; rows that are not live leave the products."""
+    keep = live.nonzero().squeeze(1)
+    if len(keep) == 0:
+        return
+    if len(keep) < len(rows):
+        rows, stats, coefficients = rows[keep], stats.at(keep), coefficients.at(keep)
+        probs = keep_rows_(probs, keep)
+        ref_scores = None if ref_scores is None else keep_rows_(ref_scores, keep)
+    tokens = source.tokens[rows]
+    logit_gradient_(probs, tokens, stats, coefficients, source.transform, ref_scores)
+    policy.add_gradient(rows, probs, scale)
