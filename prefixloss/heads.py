@@ -1,7 +1,7 @@
 """Where rows of logits come from, and where their gradients go: an LM head over hidden states, or logits themselves.
 
-Both give `scores(rows)`, the chunk of logits of those tokens in the accumulation dtype, and take `add_gradient(rows,
-gradient)`. The buffer of the scores is reused from chunk to chunk; the gradient arrives in it.
+Both give `scores(rows)`, the chunk of logits of those tokens in the accumulation dtype, and `room(rows)`, where their
+probabilities and then their gradient are made, and take the gradient with `add_gradient(rows, gradient)`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,24 @@ from prefixloss.softmax import Transform
 
 # elements of a half-precision head turned into float32 at a time: 16 MiB
 _UPCAST = 2**22
-# logits taken from the caller's tensor a chunk: 4 MiB of float32, still in the cache when the gradient is made
-_COPIED = 2**20
+# logits of the caller's tensor a chunk: 8 MiB of float32, still in the cache when their gradient is made
+_IN_CACHE = 2**21
 
 
 class Rows(Protocol):
-    """N rows of V logits. `vocabulary` is V, `chunk` the rows a chunk may have."""
+    """N rows of V logits. `compacts`: whether rows without gradient are better taken out of a chunk."""
 
-    vocabulary: int
+    compacts: bool
 
-    def chunks(self, rows: Tensor, chosen: int | None) -> Iterator[Tensor]: ...
+    def chunks(self, rows: Tensor, chosen: int | None) -> Iterator[Tensor]:
+        """The rows [n] in pieces: of `chosen` rows, or as many as memory and cache advise."""
 
     def scores(self, rows: Tensor) -> Tensor:
-        """[n, V], transformed; valid until the next call."""
+        """[n, V], transformed; read only, valid until the next call."""
+
+    def room(self, rows: Tensor, learning: bool) -> Tensor:
+        """[n, V] to write into, once the scores are made; it may be the scores, or where the gradient of rows that
+        are `learning` will stay."""
 
     def add_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
         """gradient: [n, V], with respect to `transform.before` times the logits; `scale` comes after the products."""
@@ -57,6 +62,8 @@ def as_slice(rows: Tensor) -> Tensor | slice:
 
 class LinearRows:
     """Logits of hidden [N, D] under a head weight [V, D] and bias [V] (or None)."""
+
+    compacts = True  # the products are what costs
 
     def __init__(
         self,
@@ -106,6 +113,9 @@ class LinearRows:
             scores.add_(self.scaled_bias)
         return self.transform.cap_(scores)
 
+    def room(self, rows: Tensor, learning: bool) -> Tensor:
+        return self.buffer[: len(rows)]
+
     def hidden_gradient(self, gradient: Tensor, scale: float) -> Tensor:
         """scale * gradient @ weight: [n, D]."""
         product = gradient.new_zeros(len(gradient), self.weight.shape[1])
@@ -133,12 +143,10 @@ class LinearRows:
 class LogitRows:
     """Logits [N, V] as they are. `into`: where the gradient goes; `logits` itself overwrites them."""
 
+    compacts = False
+
     def __init__(
-        self,
-        logits: Tensor,
-        transform: Transform,
-        needs: tuple[bool, ...] = (False,),
-        into: Tensor | None = None,
+        self, logits: Tensor, transform: Transform, needs: tuple[bool, ...] = (False,), into: Tensor | None = None
     ) -> None:
         self.logits = logits
         self.transform = transform
@@ -150,20 +158,35 @@ class LogitRows:
             self.d_logits = memory.zeros(logits.shape, logits.dtype, logits.device) if into is None else into
 
     def chunks(self, rows: Tensor, chosen: int | None) -> Iterator[Tensor]:
-        return iter(rows.split(chosen or max(1, _COPIED // self.vocabulary)))
+        return iter(rows.split(chosen or max(1, _IN_CACHE // self.vocabulary)))
 
     def scores(self, rows: Tensor) -> Tensor:
+        logits = self.logits[as_slice(rows)]
+        transform = self.transform
+        if logits.dtype == self.dtype and transform.before == 1 and transform.softcap is None:
+            return logits
+        return transform.cap_(self._chunk(rows).copy_(logits).mul_(transform.before))
+
+    def room(self, rows: Tensor, learning: bool) -> Tensor:
+        where = as_slice(rows)
+        if learning and self.d_logits is not None and self.d_logits.dtype == self.dtype and isinstance(where, slice):
+            return self.d_logits[where]
+        return self._chunk(rows)
+
+    def _chunk(self, rows: Tensor) -> Tensor:
         if len(self.buffer) < len(rows):
             self.buffer = self.buffer.new_empty(len(rows), self.vocabulary)
-        scores = self.buffer[: len(rows)].copy_(self.logits[as_slice(rows)])
-        if self.transform.before != 1:
-            scores.mul_(self.transform.before)
-        return self.transform.cap_(scores)
+        return self.buffer[: len(rows)]
 
     def add_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
-        if self.d_logits is not None:
+        if self.d_logits is None:
+            return
+        if self.transform.before * scale != 1:
             gradient.mul_(self.transform.before * scale)
-            self.d_logits[as_slice(rows)] = gradient.to(self.d_logits.dtype)
+        where = as_slice(rows)
+        made_in_place = isinstance(where, slice) and gradient.data_ptr() == self.d_logits[where].data_ptr()
+        if not made_in_place:
+            self.d_logits[where] = gradient.to(self.d_logits.dtype)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         return (self.d_logits,)

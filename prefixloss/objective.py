@@ -113,7 +113,7 @@ def _policy(config: LossConfig, advantages: Tensor, logp: Tensor, ratio: Tensor)
         return -weight * a * logp, -weight * a
     if config.objective == "sapo":
         positive, other = config.sapo_tau
-        tau = torch.where(a > 0, positive, other).to(a.dtype)
+        tau = torch.where(a > 0, a.new_tensor(positive), other)
         gate = tau * (ratio - 1)
         # d (4 / tau) sigmoid(tau (rho - 1)) / d logp = 4 sigmoid' rho, which tends to 0 as rho overflows
         slope = 4 * torch.sigmoid(gate) * torch.sigmoid(-gate) * ratio.clamp(max=torch.finfo(a.dtype).max)

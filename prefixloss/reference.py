@@ -71,7 +71,7 @@ def policy_loss(config: LossConfig, a: Tensor, logp: Tensor, log_ratio: Tensor) 
     if config.objective == "cispo":
         return -torch.exp(log_ratio.detach()).clamp(max=config.clip_high) * a * logp
     if config.objective == "sapo":
-        tau = torch.where(a > 0, config.sapo_tau[0], config.sapo_tau[1]).to(a.dtype)
+        tau = torch.where(a > 0, a.new_tensor(config.sapo_tau[0]), config.sapo_tau[1])
         rho = torch.exp(log_ratio.clamp(max=50))  # the sigmoid is 1 long before
         return -(4 / tau) * torch.sigmoid(tau * (rho - 1)) * a
     if config.objective == "topr":
@@ -102,7 +102,7 @@ def token_losses(
         if config.sampler_correction == "tis":
             loss = q.clamp(max=high) * loss
         else:
-            loss = torch.where((q >= low) & (q <= high), q * loss, 0.0)
+            loss = torch.where((q >= low) & (q <= high), q, 0.0) * loss
 
     kl = torch.zeros_like(logp)
     if config.kl == "full":

@@ -69,8 +69,8 @@ class RowStats(NamedTuple):
     ref_lse: Tensor | None
 
     def at(self, index: Tensor) -> RowStats:
-        kl, ref_lse = (None if x is None else x[index] for x in self[4:])
-        return RowStats(*(x[index] for x in self[:4]), kl, ref_lse)  # type: ignore[misc]
+        picked = [None if x is None else x[index] for x in self]
+        return RowStats(*picked)  # type: ignore[arg-type]
 
     @classmethod
     def cat(cls, parts: list[RowStats]) -> RowStats:
@@ -101,8 +101,8 @@ def blocks(rows: int, columns: int) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def row_stats_(scores: Tensor, tokens: Tensor, ref_scores: Tensor | None = None) -> RowStats:
-    """Statistics of scores [n, V] for targets tokens [n]. Overwrites the scores with their probabilities."""
+def row_stats(scores: Tensor, tokens: Tensor, probs: Tensor, ref_scores: Tensor | None = None) -> RowStats:
+    """Statistics of scores [n, V] for targets tokens [n]; the probabilities go to probs [n, V], which may be scores."""
     n, vocabulary = scores.shape
     logp, top, log_norm, entropy, kl, ref_lse = (scores.new_empty(n) for _ in RowStats._fields)
     scratch = _scratch(scores)
@@ -112,7 +112,7 @@ def row_stats_(scores: Tensor, tokens: Tensor, ref_scores: Tensor | None = None)
         target_shifted = s.gather(1, target).squeeze(1) - top[rows]
         shifted = torch.sub(s, top[rows, None], out=scratch[: len(s)])
         # not torch.softmax: its running sum loses up to 5 digits over a large vocabulary, where sum() is pairwise
-        p = torch.exp(shifted, out=s)
+        p = torch.exp(shifted, out=probs[rows])
         # the target apart from the others: log p_t = -log(1 + others / target) keeps its digits near 0
         at_target = p.gather(1, target)
         others = p.scatter_(1, target, 0).sum(1)
@@ -120,21 +120,27 @@ def row_stats_(scores: Tensor, tokens: Tensor, ref_scores: Tensor | None = None)
         log_others = others.log()
         logp[rows] = -torch.logaddexp(torch.zeros_like(others), log_others - target_shifted)
         log_norm[rows] = torch.logaddexp(log_others, target_shifted)
-        log_p = shifted.sub_(log_norm[rows, None]).clamp_(min=_LOG_ZERO)
-        entropy[rows] = -torch.linalg.vecdot(p, log_p)
+        mean_shifted = torch.linalg.vecdot(p, shifted)
+        if bool(mean_shifted.isnan().any()):  # a banned token's 0 * -inf
+            mean_shifted = torch.linalg.vecdot(p, shifted.clamp_(min=_LOG_ZERO))
+        entropy[rows] = log_norm[rows] - mean_shifted
         if ref_scores is not None:
             ref_lse[rows] = ref_scores[rows].logsumexp(1)
-            log_ratio = log_p.sub_(ref_scores[rows]).add_(ref_lse[rows, None]).masked_fill_(p == 0, 0)
+            log_ratio = (
+                shifted.sub_(log_norm[rows, None])
+                .sub_(ref_scores[rows])
+                .add_(ref_lse[rows, None])
+                .masked_fill_(p == 0, 0)
+            )
             kl[rows] = torch.linalg.vecdot(p, log_ratio)
     exact = (None, None) if ref_scores is None else (kl, ref_lse)
     return RowStats(logp, top, log_norm, entropy, *exact)
 
 
-def probabilities_(scores: Tensor, stats: RowStats) -> Tensor:
-    """Overwrites scores [n, V] with their probabilities, the statistics known."""
+def probabilities(scores: Tensor, stats: RowStats, probs: Tensor) -> None:
+    """The probabilities of scores [n, V], their statistics known, into probs [n, V], which may be scores."""
     for rows in blocks(*scores.shape):
-        scores[rows].sub_(stats.top[rows, None]).sub_(stats.log_norm[rows, None]).exp_()
-    return scores
+        torch.sub(scores[rows], stats.top[rows, None], out=probs[rows]).sub_(stats.log_norm[rows, None]).exp_()
 
 
 def logit_gradient_(

@@ -29,8 +29,8 @@ from prefixloss.softmax import (
     Transform,
     keep_rows_,
     logit_gradient_,
-    probabilities_,
-    row_stats_,
+    probabilities,
+    row_stats,
 )
 
 
@@ -102,15 +102,14 @@ class _FusedLoss(torch.autograd.Function):
         for learning, wanted in ((True, batch.learning), (False, batch.computed & ~batch.learning)):
             for rows in policy.chunks(wanted.nonzero().squeeze(1), source.chunk_tokens):
                 scores, ref_scores = _scores(source, policy, rows)
-                stats = row_stats_(scores, batch.tokens[rows], ref_scores)
+                probs = policy.room(rows, learning)
+                stats = row_stats(scores, batch.tokens[rows], probs, ref_scores)
                 given = batch.given.at(rows)
                 terms = token_terms(config, given, stats.logp, stats.entropy, stats.kl)
                 values.put(rows, stats.logp, stats.entropy, terms)
                 if learning and any(grads):
                     coefficients = _coefficients(terms, batch.weights[rows])
-                    live = coefficients.live()
-                    # the buffer of the scores holds their probabilities now
-                    _add_gradient(source, policy, rows, scores, ref_scores, stats, coefficients, live, scale)
+                    _add_gradient(source, policy, rows, probs, ref_scores, stats, coefficients, scale)
         total = (values.loss * batch.weights).sum() / batch.denominator
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         ctx.save_for_backward(*policy.gradients())
@@ -228,11 +227,12 @@ class _RowStatistics(torch.autograd.Function):
         for chunk in policy.chunks(rows, source.chunk_tokens):
             scores, ref_scores = _scores(source, policy, chunk)
             tokens = source.tokens[chunk]
-            stats = row_stats_(scores, tokens, ref_scores)
+            probs = policy.room(chunk, learning=False)
+            stats = row_stats(scores, tokens, probs, ref_scores)
             parts.append(stats)
             if follow_hidden and isinstance(policy, LinearRows):
                 ones = Coefficients(torch.ones_like(stats.logp), None, None)
-                gradient = logit_gradient_(scores, tokens, stats, ones, source.transform)
+                gradient = logit_gradient_(probs, tokens, stats, ones, source.transform)
                 slopes.append(policy.hidden_gradient(gradient, 1.0))
         stats = RowStats.cat(parts)
         slope = torch.cat(slopes) if slopes else None
@@ -267,10 +267,9 @@ class _RowStatistics(torch.autograd.Function):
             index = live[start : start + len(chunk)]
             start += len(chunk)
             scores, ref_scores = _scores(source, policy, chunk)
-            chunk_stats = stats.at(index)
-            probs = probabilities_(scores, chunk_stats)
-            every = torch.ones_like(index, dtype=torch.bool)
-            _add_gradient(source, policy, chunk, probs, ref_scores, chunk_stats, coefficients.at(index), every, 1.0)
+            chunk_stats, probs = stats.at(index), policy.room(chunk, learning=True)
+            probabilities(scores, chunk_stats, probs)
+            _add_gradient(source, policy, chunk, probs, ref_scores, chunk_stats, coefficients.at(index), 1.0)
         if isinstance(policy, LogitRows) and policy.d_logits is policy.logits:
             policy.logits[dead] = 0  # overwritten in place: what did not learn still holds logits
         gradients = (None if g is None else g.to(t.dtype) for g, t in zip(policy.gradients(), tensors, strict=True))
@@ -316,17 +315,17 @@ def _add_gradient(
     ref_scores: Tensor | None,
     stats: RowStats,
     coefficients: Coefficients,
-    live: Tensor,
     scale: float,
 ) -> None:
-    """Turns a chunk's probabilities into the gradient and hands it on; rows that are not live leave the products."""
-    keep = live.nonzero().squeeze(1)
-    if len(keep) == 0:
-        return
-    if len(keep) < len(rows):
-        rows, stats, coefficients = rows[keep], stats.at(keep), coefficients.at(keep)
-        probs = keep_rows_(probs, keep)
-        ref_scores = None if ref_scores is None else keep_rows_(ref_scores, keep)
+    """Turns a chunk's probabilities into the gradient and hands it on; rows without gradient leave the products."""
+    if policy.compacts:
+        keep = coefficients.live().nonzero().squeeze(1)
+        if len(keep) == 0:
+            return
+        if len(keep) < len(rows):
+            rows, stats, coefficients = rows[keep], stats.at(keep), coefficients.at(keep)
+            probs = keep_rows_(probs, keep)
+            ref_scores = None if ref_scores is None else keep_rows_(ref_scores, keep)
     tokens = source.tokens[rows]
     logit_gradient_(probs, tokens, stats, coefficients, source.transform, ref_scores)
     policy.add_gradient(rows, probs, scale)

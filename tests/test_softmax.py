@@ -14,8 +14,8 @@ from prefixloss.softmax import (
     Transform,
     keep_rows_,
     logit_gradient_,
-    probabilities_,
-    row_stats_,
+    probabilities,
+    row_stats,
 )
 
 IDENTITY = Transform.of(1.0, None, 1.0)
@@ -36,7 +36,7 @@ def test_statistics_match_float64(vocabulary: int, dtype: torch.dtype) -> None:
     ref_scores = scores.flip(0) * 0.5
     exact, ref_exact = scores.double(), ref_scores.double()
     probs = scores.clone()
-    stats = row_stats_(probs, tokens, ref_scores)
+    stats = row_stats(probs, tokens, probs, ref_scores)
     # pairwise sums: a few ulps of scores up to about 20; a term's exp adds the ulps of its argument
     tolerance = {"rtol": 3e-6, "atol": 3e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
     for got, want in (
@@ -48,7 +48,9 @@ def test_statistics_match_float64(vocabulary: int, dtype: torch.dtype) -> None:
         (probs, exact.softmax(1)),
     ):
         torch.testing.assert_close(got.double(), want, **tolerance)
-    torch.testing.assert_close(probabilities_(scores.clone(), stats), probs, rtol=tolerance["rtol"], atol=0)
+    again = torch.empty_like(scores)
+    probabilities(scores, stats, again)
+    torch.testing.assert_close(again, probs, rtol=tolerance["rtol"], atol=0)
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES[:3])
@@ -73,7 +75,7 @@ def test_gradient_is_that_of_autograd(vocabulary: int, softcap: float | None, pe
     (want,) = torch.autograd.grad(loss, leaf)
 
     probs = scores_of(logits)
-    stats = row_stats_(probs, tokens, ref_scores if penalties[1] else None)
+    stats = row_stats(probs, tokens, probs, ref_scores if penalties[1] else None)
     coefficients = Coefficients(g, e if penalties[0] else None, k if penalties[1] else None)
     got = logit_gradient_(probs, tokens, stats, coefficients, transform, ref_scores) * transform.before
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
@@ -84,11 +86,11 @@ def test_log_prob_near_zero_keeps_relative_accuracy_in_float32(gap: float) -> No
     # one token `gap` above 6 equal others: logp = -log(1 + 6 exp(-gap)), down to -1e-34
     scores = torch.zeros(1, 7)
     scores[0, 3] = gap
-    stats = row_stats_(scores.clone(), torch.tensor([3]))
+    stats = row_stats(scores, torch.tensor([3]), torch.empty_like(scores))
     # exp of a float32 gap: its argument's rounding alone is gap * 2^-24
     assert stats.logp.item() == pytest.approx(-math.log1p(6 * math.exp(-gap)), rel=1e-5)
     probs = scores.clone()
-    stats = row_stats_(probs, torch.tensor([3]))
+    stats = row_stats(probs, torch.tensor([3]), probs)
     ones = Coefficients(torch.ones(1), None, None)
     gradient = logit_gradient_(probs, torch.tensor([3]), stats, ones, IDENTITY)
     assert gradient[0, 3].item() == pytest.approx(6 * math.exp(-gap) / (1 + 6 * math.exp(-gap)), rel=1e-5)
@@ -97,13 +99,13 @@ def test_log_prob_near_zero_keeps_relative_accuracy_in_float32(gap: float) -> No
 def test_unlikely_token_keeps_its_log_prob_where_its_probability_underflows() -> None:
     scores = torch.zeros(1, 5)
     scores[0, 2] = 500.0
-    assert row_stats_(scores, torch.tensor([0])).logp.item() == -500.0
+    assert row_stats(scores, torch.tensor([0]), scores).logp.item() == -500.0
 
 
 @pytest.mark.parametrize("value", [-1e30, -3e4, 0.0, 3e4, 1e30])
 def test_equal_logits_of_any_size_are_uniform(value: float) -> None:
     scores = torch.full((2, 9), value)
-    stats = row_stats_(scores, torch.tensor([0, 8]))
+    stats = row_stats(scores, torch.tensor([0, 8]), scores)
     torch.testing.assert_close(stats.logp, torch.full((2,), -math.log(9)))
     torch.testing.assert_close(stats.entropy, torch.full((2,), math.log(9)))
 
@@ -116,7 +118,7 @@ def test_banned_tokens_have_probability_zero_everywhere(softcap: float | None) -
     tokens = torch.tensor([2, 0])
     probs, ref_scores = transform.cap_(logits.clone()), transform.cap_(ref_logits.clone())
     banned = logits == -math.inf
-    stats = row_stats_(probs, tokens, ref_scores)
+    stats = row_stats(probs, tokens, probs, ref_scores)
     assert torch.equal(probs == 0, banned)
     coefficients = Coefficients(torch.ones(2), torch.ones(2), torch.ones(2))
     gradient = logit_gradient_(probs, tokens, stats, coefficients, transform, ref_scores)
@@ -128,13 +130,15 @@ def test_banned_tokens_have_probability_zero_everywhere(softcap: float | None) -
 
 
 def test_reference_that_bans_what_the_policy_may_say_has_infinite_kl() -> None:
-    stats = row_stats_(torch.zeros(1, 3), torch.tensor([0]), torch.tensor([[0.0, 0.0, -math.inf]]))
+    scores = torch.zeros(1, 3)
+    stats = row_stats(scores, torch.tensor([0]), scores, torch.tensor([[0.0, 0.0, -math.inf]]))
     assert stats.kl is not None
     assert stats.kl.item() == math.inf
 
 
 def test_token_alone_in_the_vocabulary_is_certain() -> None:
-    stats = row_stats_(torch.tensor([[2.0]]), torch.tensor([0]))
+    scores = torch.tensor([[2.0]])
+    stats = row_stats(scores, torch.tensor([0]), scores)
     assert (stats.logp.item(), stats.entropy.item()) == (0.0, 0.0)
 
 

@@ -1,0 +1,456 @@
+"""The contract once more, written to be read and not to be fast: dense float64 tensors, plain autograd, Python loops.
+
+Shares no code with the package. Everything is flattened to N tokens first; `response[n]` says which response token n is
+of. Losses come back with their graph, so that the gradients are autograd's own.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+INF = float("inf")
+
+
+class Pair(NamedTuple):
+    """Two advantages a response, as in the package's TokenAdvantages."""
+
+    prefix: Tensor
+    suffix: Tensor
+    prefix_lengths: Tensor
+
+
+@dataclass
+class Case:
+    """One call: `logits`, or `hidden` with a head. Token tensors are [B, T], or [N] with `cu_seqlens`."""
+
+    tokens: Tensor
+    advantages: Tensor | Pair
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    logits: Tensor | None = None
+    mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    old_logps: Tensor | None = None
+    sampler_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    ref_hidden: Tensor | None = None
+    ref_weight: Tensor | None = None
+    ref_bias: Tensor | None = None
+    ref_logits: Tensor | None = None
+    group_ids: Tensor | None = None
+    normalizer: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def but(self, **changes: Any) -> "Case":
+        return replace(self, **changes)
+
+
+class Result(NamedTuple):
+    """All of it flat ([N]) but the loss, which has the shape that the package must give."""
+
+    loss: Tensor
+    logps: Tensor
+    entropy: Tensor
+    kl: Tensor | None
+    ratio: Tensor
+    scored: Tensor
+    learning: Tensor
+    in_prefix: Tensor
+    metrics: dict[str, float]
+
+
+DEFAULTS: dict[str, Any] = {
+    "objective": "clip",
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "ratio_cap": None,
+    "dual_clip": None,
+    "sapo_tau": (1.0, 1.05),
+    "ratio_level": "token",
+    "sampler_correction": None,
+    "sampler_bounds": (0.0, 2.0),
+    "kl": None,
+    "kl_coef": 0.0,
+    "kl_importance": False,
+    "entropy_coef": 0.0,
+    "reduction": "token-mean",
+    "max_length": None,
+    "temperature": 1.0,
+    "softcap": None,
+    "logit_scale": 1.0,
+    "stats": "learning",
+}
+
+
+def log_probs(raw: Tensor, temperature: float = 1.0, softcap: float | None = None, logit_scale: float = 1.0) -> Tensor:
+    """log softmax(softcap(logit_scale * z) / temperature) in float64; a logit of -inf stays -inf whatever the cap."""
+    raw = raw.double()
+    banned = raw == -INF
+    z = raw.masked_fill(banned, 0.0) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return torch.log_softmax((z / temperature).masked_fill(banned, -INF), dim=-1)
+
+
+def entropy_of(logp: Tensor) -> Tensor:
+    return -(logp.exp() * logp.masked_fill(logp == -INF, 0.0)).sum(-1)
+
+
+def full_kl(logp: Tensor, ref: Tensor) -> Tensor:
+    """sum over the vocabulary of p (log p - log p_ref); a token that the policy never emits adds nothing."""
+    impossible = logp == -INF
+    return (logp.exp() * (logp.masked_fill(impossible, 0.0) - ref.masked_fill(impossible, 0.0))).sum(-1)
+
+
+def responses_of(case: Case) -> tuple[list[int], int]:
+    """The response of each flat token, and how many responses there are (0: unknown, packed without cu_seqlens)."""
+    if case.tokens.dim() == 2:
+        batch, length = case.tokens.shape
+        return [b for b in range(batch) for _ in range(length)], batch
+    if case.cu_seqlens is None:
+        return [0] * case.tokens.numel(), 0
+    bounds = case.cu_seqlens.tolist()
+    return [b for b in range(len(bounds) - 1) for _ in range(bounds[b], bounds[b + 1])], len(bounds) - 1
+
+
+def advantages_of(case: Case, scored: list[bool], response: list[int]) -> tuple[list[float], list[bool]]:
+    """Per flat token: its advantage, and whether it lies in its response's prefix."""
+    values, inside = [], []
+    seen: dict[int, int] = {}
+    for n, b in enumerate(response):
+        if isinstance(case.advantages, tuple):
+            prefix, suffix, lengths = case.advantages
+            good = scored[n] and seen.get(b, 0) < int(lengths[b])
+            values.append(float(prefix[b] if good else suffix[b]))
+            seen[b] = seen.get(b, 0) + int(scored[n])
+        else:
+            given, good = case.advantages, False
+            values.append(float(given.reshape(-1)[n] if given.shape == case.tokens.shape else given[b]))
+        inside.append(good)
+    return values, inside
+
+
+def objective_term(opt: dict[str, Any], adv: float, ratio: Tensor, logp: Tensor) -> Tensor:
+    """The loss of one token, before the sampler's weight, the KL and the entropy."""
+    if adv == 0.0:
+        return logp * 0.0
+    name = opt["objective"]
+    if name == "clip":
+        capped = ratio if opt["ratio_cap"] is None else ratio.clamp(max=opt["ratio_cap"])
+        clipped = capped.clamp(1 - opt["clip_low"], 1 + opt["clip_high"])
+        term = -torch.minimum(capped * adv, clipped * adv)
+        if opt["dual_clip"] is not None and adv < 0:
+            term = torch.minimum(term, torch.full_like(term, -opt["dual_clip"] * adv))
+        return term
+    if name == "cispo":
+        return -ratio.detach().clamp(max=opt["clip_high"]) * adv * logp
+    if name == "sapo":
+        tau = opt["sapo_tau"][0] if adv > 0 else opt["sapo_tau"][1]
+        return -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * adv
+    if name == "reinforce":
+        return -adv * logp
+    if name == "topr":
+        weight = 1.0 if adv > 0 else ratio.detach().clamp(0, 1)
+        return -weight * adv * logp
+    raise AssertionError(name)
+
+
+def kl_term(name: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
+    d = ref_logp - logp
+    return {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}[name]
+
+
+def solve(case: Case) -> Result:  # noqa: PLR0912, PLR0915  (METHOD's order, top to bottom)
+    opt = {**DEFAULTS, **case.options}
+    tokens = case.tokens.reshape(-1)
+    count = tokens.numel()
+    scored = [True] * count if case.mask is None else [bool(m) for m in case.mask.reshape(-1)]
+    response, batch = responses_of(case)
+    adv, inside = advantages_of(case, scored, response)
+    transform = {key: opt[key] for key in ("temperature", "softcap", "logit_scale")}
+
+    raw = case.logits
+    if raw is None:
+        raw = case.hidden.double() @ case.weight.double().t()
+        raw = raw if case.bias is None else raw + case.bias.double()
+    logp_all = log_probs(raw.reshape(count, raw.shape[-1]), **transform)
+    logp = logp_all.gather(1, tokens.clamp(0, raw.shape[-1] - 1)[:, None])[:, 0]
+    entropy = entropy_of(logp_all)
+
+    def flat(given: Tensor) -> Tensor:
+        return given.reshape(-1).double()
+
+    # the ratio, at token level or as the sequence's value with a token's gradient
+    old = logp.detach() if case.old_logps is None else flat(case.old_logps)
+    if opt["ratio_level"] == "token":
+        ratio = (logp - old).exp()
+    else:
+        log_s = torch.zeros_like(old)
+        for b in range(batch):
+            of_b = [n for n in range(count) if response[n] == b and scored[n]]
+            if of_b:
+                log_s[of_b] = (logp.detach() - old)[of_b].mean()
+        ratio = log_s.exp() * (logp - logp.detach()).exp()
+
+    kl = None
+    if opt["kl"] == "full":
+        ref_raw = case.ref_logits
+        if ref_raw is None:
+            ref_raw = case.ref_hidden.double() @ case.ref_weight.double().t()
+            ref_raw = ref_raw if case.ref_bias is None else ref_raw + case.ref_bias.double()
+        kl = full_kl(logp_all, log_probs(ref_raw.reshape(count, ref_raw.shape[-1]), **transform).detach())
+    elif opt["kl"] is not None:
+        kl = kl_term(opt["kl"], logp, flat(case.ref_logps))
+
+    has_kl = kl is not None and opt["kl_coef"] != 0
+    learning = [scored[n] and (adv[n] != 0 or has_kl or opt["entropy_coef"] != 0) for n in range(count)]
+    terms: list[Tensor] = []
+    for n in range(count):
+        if not scored[n]:
+            terms.append(torch.zeros((), dtype=torch.float64))
+            continue
+        term = objective_term(opt, adv[n], ratio[n], logp[n])
+        if opt["sampler_correction"] is not None:
+            q = math.exp(float(old[n]) - float(flat(case.sampler_logps)[n]))
+            low, high = opt["sampler_bounds"]
+            if opt["sampler_correction"] == "tis":
+                term = term * min(q, high)
+            else:
+                term = term * (q if low <= q <= high else 0.0)
+        if has_kl:
+            term = term + opt["kl_coef"] * kl[n] * (ratio[n] if opt["kl_importance"] else 1.0)
+        terms.append(term - opt["entropy_coef"] * entropy[n])
+
+    loss = reduce(opt, terms, scored, response, batch, case)
+    scored_t = torch.tensor(scored, dtype=torch.bool)
+    learning_t = torch.tensor(learning, dtype=torch.bool)
+    inside_t = torch.tensor(inside, dtype=torch.bool)
+    return Result(
+        loss,
+        logp,
+        entropy,
+        kl,
+        ratio,
+        scored_t,
+        learning_t,
+        inside_t,
+        metrics_of(opt, loss, logp, entropy, kl, ratio, adv, scored, learning, inside),
+    )
+
+
+def reduce(
+    opt: dict[str, Any], terms: list[Tensor], scored: list[bool], response: list[int], batch: int, case: Case
+) -> Tensor:
+    """Terms of unscored tokens are 0. `normalizer` stands in for the outermost denominator."""
+    zero = torch.zeros((), dtype=torch.float64)
+    how, given = opt["reduction"], case.normalizer
+    given = None if given is None else float(given)
+    if how == "none":
+        stacked = torch.stack(terms) if terms else torch.zeros(0, dtype=torch.float64)
+        return stacked.reshape(case.tokens.shape) / (1.0 if given is None else given)
+    if how == "token-mean":
+        return sum(terms, zero) / (max(1, sum(scored)) if given is None else given)
+    if how == "group-token-mean":
+        groups = case.group_ids.tolist()
+        total = zero
+        for label in set(groups):
+            of_group = [n for n in range(len(terms)) if groups[response[n]] == label and scored[n]]
+            if of_group:
+                total = total + sum((terms[n] for n in of_group), zero) / len(of_group)
+        return total / (len(set(groups)) if given is None else given)
+    if how == "seq-mean-token-mean":
+        total = zero
+        for b in range(batch):
+            of_b = [n for n in range(len(terms)) if response[n] == b and scored[n]]
+            if of_b:
+                total = total + sum((terms[n] for n in of_b), zero) / len(of_b)
+        return total / (batch if given is None else given)
+    if how == "seq-mean-token-sum":
+        return sum(terms, zero) / (batch if given is None else given)
+    if how == "constant":
+        return sum(terms, zero) / (batch * opt["max_length"] if given is None else given)
+    raise AssertionError(how)
+
+
+def metrics_of(
+    opt: dict[str, Any],
+    loss: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    kl: Tensor | None,
+    ratio: Tensor,
+    adv: list[float],
+    scored: list[bool],
+    learning: list[bool],
+    inside: list[bool],
+) -> dict[str, float]:
+    loss, logp, entropy, ratio = loss.detach(), logp.detach(), entropy.detach(), ratio.detach()
+    kl = None if kl is None else kl.detach()
+    seen = learning if opt["stats"] == "learning" else scored
+
+    def mean(values: Tensor | None, keep: Sequence[bool]) -> float:
+        picked = [] if values is None else [float(v) for v, k in zip(values, keep, strict=True) if k]
+        return sum(picked) / len(picked) if picked else 0.0
+
+    learners = [(adv[n], float(ratio[n])) for n in range(len(adv)) if learning[n]]
+    share = max(1, len(learners))
+    return {
+        "scored_tokens": float(sum(scored)),
+        "learning_tokens": float(sum(learning)),
+        "prefix_tokens": float(sum(inside)),
+        "loss": float(loss) if loss.dim() == 0 else math.nan,
+        "ratio_mean": mean(ratio, seen),
+        "ratio_max": max((float(r) for r, k in zip(ratio, seen, strict=True) if k), default=0.0),
+        "clip_low": sum(a < 0 and r < 1 - opt["clip_low"] for a, r in learners) / share,
+        "clip_high": sum(a > 0 and r > 1 + opt["clip_high"] for a, r in learners) / share,
+        "kl": mean(kl, seen),
+        "entropy": mean(entropy, seen),
+        "logp_prefix": mean(logp, [s and i for s, i in zip(seen, inside, strict=True)]),
+        "logp_suffix": mean(logp, [s and not i for s, i in zip(seen, inside, strict=True)]),
+    }
+
+
+# Advantages: one list entry a response, one inner entry a token.
+
+
+def _groups(group_ids: Sequence[int]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for i, label in enumerate(group_ids):
+        found.setdefault(label, []).append(i)
+    return found
+
+
+def _sample_std(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    mean = sum(values) / len(values)
+    std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return std if std > 1e-12 else 0.0  # 1e-12: summation error of equal values is not a spread
+
+
+def cut_length(shorten: str | int | float, length: int, prompt_length: int | None) -> int:
+    if shorten == "prompt":
+        return int(prompt_length)
+    return math.floor(shorten * length) if isinstance(shorten, float) else int(shorten)
+
+
+def vppo(
+    correct: Sequence[bool],
+    lengths: Sequence[int],
+    first_error: Sequence[int],
+    group_ids: Sequence[int],
+    *,
+    prompt_lengths: Sequence[int] | None = None,
+    alpha: float = 0.5,
+    shorten: str | int | float = "prompt",
+    relu: bool = False,
+    std: bool = False,
+) -> list[list[float]]:
+    kept = []
+    for i in range(len(correct)):
+        cut = cut_length(shorten, lengths[i], None if prompt_lengths is None else prompt_lengths[i])
+        found = not correct[i] and first_error[i] >= 0
+        kept.append(max(0, first_error[i] - cut) if found else 0)
+    average = [
+        1.0 if correct[i] else (alpha * kept[i] / lengths[i] if lengths[i] else 0.0) for i in range(len(correct))
+    ]
+    result: list[list[float]] = [[] for _ in correct]
+    for members in _groups(group_ids).values():
+        values = [average[i] for i in members]
+        mean = sum(values) / len(values)
+        scale = 1.0
+        if std:
+            spread = _sample_std(values)
+            scale = 1 / spread if spread > 0 else 0.0
+        for i in members:
+            for t in range(lengths[i]):
+                good = not correct[i] and t < kept[i]
+                raw = 1.0 if correct[i] else (alpha if good else 0.0)
+                value = (raw - mean) * scale
+                result[i].append(max(value, 0.0) if relu and good else value)
+    return result
+
+
+def cliff(
+    correct: Sequence[bool],
+    lengths: Sequence[int],
+    first_error: Sequence[int],
+    group_ids: Sequence[int],
+    *,
+    keep: float = 0.0,
+) -> list[list[float]]:
+    result: list[list[float]] = [[] for _ in correct]
+    for members in _groups(group_ids).values():
+        mu = sum(correct[i] for i in members) / len(members)
+        sigma = math.sqrt(mu * (1 - mu))
+        for i in members:
+            for t in range(lengths[i]):
+                if sigma == 0:
+                    result[i].append(0.0)
+                elif correct[i]:
+                    result[i].append((1 - mu) / sigma)
+                else:
+                    result[i].append(keep * (1 - mu) / sigma if t < first_error[i] else -mu / sigma)
+        every = [v for i in members for v in result[i]]
+        base = sum(every) / len(every) if every else 0.0
+        for i in members:
+            result[i] = [v - base for v in result[i]] if sigma > 0 else result[i]
+    return result
+
+
+def grpo(rewards: Sequence[float], group_ids: Sequence[int], *, std: bool = True) -> list[float]:
+    result = [0.0] * len(rewards)
+    for members in _groups(group_ids).values():
+        values = [rewards[i] for i in members]
+        mean, spread = sum(values) / len(values), _sample_std(values)
+        for i in members:
+            result[i] = rewards[i] - mean
+            if std:
+                result[i] = result[i] / spread if spread > 0 else 0.0
+    return result
+
+
+def neutral_prefix(
+    response_advantages: Sequence[float],
+    correct: Sequence[bool],
+    first_error: Sequence[int],
+    lengths: Sequence[int],
+) -> list[list[float]]:
+    return [
+        [0.0 if not correct[i] and t < first_error[i] else response_advantages[i] for t in range(lengths[i])]
+        for i in range(len(correct))
+    ]
+
+
+def rts(
+    correct: Sequence[bool],
+    right_steps: Sequence[int],
+    total_steps: Sequence[int],
+    group_ids: Sequence[int],
+    *,
+    beta: float = -10.0,
+    gamma: float = 20.0,
+    std: bool = True,
+) -> list[float]:
+    outcome = []
+    for i in range(len(correct)):
+        share = right_steps[i] / total_steps[i] if total_steps[i] else 0.0
+        outcome.append(1.0 if correct[i] else 1 / (1 + math.exp(beta * share + gamma)))
+    return grpo(outcome, group_ids, std=std)
+
+
+def mixed(
+    rewards: Sequence[float],
+    mean_step_scores: Sequence[float],
+    group_ids: Sequence[int],
+    *,
+    weight: float = 0.8,
+    std: bool = True,
+) -> list[float]:
+    blend = [weight * s + (1 - weight) * r for r, s in zip(rewards, mean_step_scores, strict=True)]
+    return grpo(blend, group_ids, std=std)
