@@ -17,8 +17,8 @@ from prefixloss.softmax import Transform
 
 # elements of a half-precision head turned into float32 at a time: 16 MiB
 _UPCAST = 2**22
-# logits of the caller's tensor a chunk: 8 MiB of float32, still in the cache when their gradient is made
-_IN_CACHE = 2**21
+# logits of the caller's tensor a chunk: 16 MiB of float32, still in the cache when their gradient is made
+_IN_CACHE = 2**22
 
 
 class Rows(Protocol):
@@ -89,8 +89,7 @@ class LinearRows:
 
     def chunks(self, rows: Tensor, chosen: int | None) -> Iterator[Tensor]:
         per_row = self.vocabulary * self.dtype.itemsize * self.buffers
-        size = memory.chunk_rows(len(rows), per_row, self.hidden.device, chosen)
-        return iter(rows.split(size))
+        return iter(rows.split(memory.chunk_sizes(len(rows), len(self.hidden), per_row, self.hidden.device, chosen)))
 
     def _hidden(self, rows: Tensor) -> Tensor:
         return self.hidden.index_select(0, rows).to(self.dtype).mul_(self.transform.before)

@@ -1,7 +1,7 @@
 """How much memory the loss may use beyond its inputs and gradients.
 
-`PREFIXLOSS_MEMORY` (bytes) sets the budget for the logits of one chunk of tokens; unset, it is 64 MiB on a CPU, where
-larger chunks gain nothing, and 1 GiB elsewhere.
+`PREFIXLOSS_MEMORY` (bytes) sets the budget for the logits of one chunk of tokens and all the tokens' own statistics;
+unset, it is 128 MiB on a CPU, where larger chunks gain little, and 1 GiB elsewhere.
 """
 
 from __future__ import annotations
@@ -12,22 +12,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# statistics, coefficients and indices of a token, in bytes, rounded up
+_PER_TOKEN = 64
+
 
 def budget(device: torch.device) -> int:
     """The budget in bytes."""
     text = os.environ.get("PREFIXLOSS_MEMORY")
     if text is None:
-        return 2**26 if device.type == "cpu" else 2**30
+        return 2**27 if device.type == "cpu" else 2**30
     if not text.isdigit() or int(text) == 0:
         raise ValueError(f"PREFIXLOSS_MEMORY: got {text!r}, expected a whole number of bytes > 0")
     return int(text)
 
 
-def chunk_rows(rows: int, bytes_per_row: int, device: torch.device, chosen: int | None = None) -> int:
-    """Rows a chunk: `chosen`, or as many as the budget allows, evened out so that no chunk is a small remainder."""
-    most = chosen or max(1, budget(device) // bytes_per_row)
-    chunks = max(1, -(-rows // most))
-    return max(1, -(-rows // chunks))
+def chunk_sizes(rows: int, tokens: int, bytes_per_row: int, device: torch.device, chosen: int | None) -> list[int]:
+    """How to split `rows` of a batch of `tokens`: chunks of `chosen` rows, or of as many as the budget allows.
+
+    The last two chunks share what is left, so that none is a small remainder.
+    """
+    most = chosen or max(1, (budget(device) - _PER_TOKEN * tokens) // bytes_per_row)
+    whole = max(0, rows // most - 1)
+    rest = rows - whole * most
+    tail = [rest] if rest <= most else [rest - rest // 2, rest // 2]
+    return [most] * whole + tail
 
 
 def zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

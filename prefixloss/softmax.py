@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# scores a block: 1 MiB of float32, so that a block and its temporaries fit a core's cache
-_BLOCK = 2**18
+# scores a block: 2 MiB of float32, so that a block and its temporaries stay in the cache
+_BLOCK = 2**19
 # stands for log 0: its exp is 0 in every dtype, and 0 times it is 0 where 0 * -inf is NaN
 _LOG_ZERO = -1e4
 
@@ -58,12 +58,12 @@ class Transform:
 
 
 class RowStats(NamedTuple):
-    """Per row, [n]. log sum_j exp(s_j) = top + log_norm, top the largest score. Without a reference, kl and ref_lse
-    are None."""
+    """Per row, [n]: log-prob of the target, log sum_j exp(s_j), what the probabilities sum to (1 but for rounding),
+    entropy, and with a reference (else None) the exact KL and the reference's log sum."""
 
     logp: Tensor
-    top: Tensor
-    log_norm: Tensor
+    lse: Tensor
+    total: Tensor
     entropy: Tensor
     kl: Tensor | None
     ref_lse: Tensor | None
@@ -102,45 +102,47 @@ def blocks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def row_stats(scores: Tensor, tokens: Tensor, probs: Tensor, ref_scores: Tensor | None = None) -> RowStats:
-    """Statistics of scores [n, V] for targets tokens [n]; the probabilities go to probs [n, V], which may be scores."""
+    """Statistics of scores [n, V] for targets tokens [n].
+
+    The probabilities, whose rows sum to `total` rather than exactly 1, go to probs [n, V], which may be scores.
+    """
     n, vocabulary = scores.shape
-    logp, top, log_norm, entropy, kl, ref_lse = (scores.new_empty(n) for _ in RowStats._fields)
+    logp, lse, total, entropy, kl, ref_lse = (scores.new_empty(n) for _ in RowStats._fields)
     scratch = _scratch(scores)
     for rows in blocks(n, vocabulary):
         s, target = scores[rows], tokens[rows, None]
-        top[rows] = s.amax(1)
-        target_shifted = s.gather(1, target).squeeze(1) - top[rows]
-        shifted = torch.sub(s, top[rows, None], out=scratch[: len(s)])
-        # not torch.softmax: its running sum loses up to 5 digits over a large vocabulary, where sum() is pairwise
-        p = torch.exp(shifted, out=probs[rows])
-        # the target apart from the others: log p_t = -log(1 + others / target) keeps its digits near 0
+        top = s.amax(1, keepdim=True)
+        target_shifted = (s.gather(1, target) - top).squeeze(1)
+        shifted = torch.sub(s, top, out=scratch[: len(s)])
+        # torch.softmax is fast, but its running sum loses up to 5 digits over a large vocabulary: sum() is pairwise
+        p = torch.softmax(shifted, 1, out=probs[rows])
         at_target = p.gather(1, target)
         others = p.scatter_(1, target, 0).sum(1)
-        p.scatter_(1, target, at_target).div_(others[:, None] + at_target)
-        log_others = others.log()
-        logp[rows] = -torch.logaddexp(torch.zeros_like(others), log_others - target_shifted)
-        log_norm[rows] = torch.logaddexp(log_others, target_shifted)
-        mean_shifted = torch.linalg.vecdot(p, shifted)
-        if bool(mean_shifted.isnan().any()):  # a banned token's 0 * -inf
-            mean_shifted = torch.linalg.vecdot(p, shifted.clamp_(min=_LOG_ZERO))
-        entropy[rows] = log_norm[rows] - mean_shifted
+        p.scatter_(1, target, at_target)
+        total[rows] = others + at_target.squeeze(1)
+        log_norm = torch.log(total[rows] / p.amax(1))  # log sum_j exp(s_j - top)
+        # log p_t = -log(1 + others / p_t) keeps its digits near 0; far from it, p_t may underflow
+        near_zero = others < at_target.squeeze(1)
+        logp[rows] = torch.where(near_zero, -torch.log1p(others / at_target.squeeze(1)), target_shifted - log_norm)
+        lse[rows] = log_norm + top.squeeze(1)
         if ref_scores is not None:
             ref_lse[rows] = ref_scores[rows].logsumexp(1)
-            log_ratio = (
-                shifted.sub_(log_norm[rows, None])
-                .sub_(ref_scores[rows])
-                .add_(ref_lse[rows, None])
-                .masked_fill_(p == 0, 0)
-            )
-            kl[rows] = torch.linalg.vecdot(p, log_ratio)
+            log_ratio = (shifted - ref_scores[rows]).add_((ref_lse[rows] - log_norm)[:, None])
+            kl[rows] = log_ratio.masked_fill_(p == 0, 0).mul_(p).sum(1) / total[rows]
+        mean_shifted = shifted.mul_(p).sum(1)
+        if bool(mean_shifted.isnan().any()):  # a banned token's -inf * 0
+            mean_shifted = shifted.masked_fill_(p == 0, 0).sum(1)
+        entropy[rows] = log_norm - mean_shifted / total[rows]
     exact = (None, None) if ref_scores is None else (kl, ref_lse)
-    return RowStats(logp, top, log_norm, entropy, *exact)
+    return RowStats(logp, lse, total, entropy, *exact)
 
 
-def probabilities(scores: Tensor, stats: RowStats, probs: Tensor) -> None:
-    """The probabilities of scores [n, V], their statistics known, into probs [n, V], which may be scores."""
+def probabilities(scores: Tensor, probs: Tensor) -> None:
+    """The probabilities of scores [n, V] once more, as `row_stats` makes them, into probs, which may be scores."""
+    scratch = _scratch(scores)
     for rows in blocks(*scores.shape):
-        torch.sub(scores[rows], stats.top[rows, None], out=probs[rows]).sub_(stats.log_norm[rows, None]).exp_()
+        s = scores[rows]
+        torch.softmax(torch.sub(s, s.amax(1, keepdim=True), out=scratch[: len(s)]), 1, out=probs[rows])
 
 
 def logit_gradient_(
@@ -151,19 +153,19 @@ def logit_gradient_(
     transform: Transform,
     ref_scores: Tensor | None = None,
 ) -> Tensor:
-    """Overwrites probabilities [n, V] with the gradient of (before * z): coefficients times the derivatives above."""
+    """Overwrites the probabilities of `row_stats` with the gradient of (before * z), coefficients times derivatives."""
     target = tokens[:, None]
     # 1 - p_t = -expm1(logp) keeps its digits where p_t is near 1
     at_target = coefficients.logp * -torch.expm1(stats.logp)
     penalised = coefficients.entropy is not None or coefficients.kl is not None
     if not penalised and transform.softcap is None:
-        return probs.mul_(-coefficients.logp[:, None]).scatter_(1, target, at_target[:, None])
+        probs.mul_(-(coefficients.logp / stats.total)[:, None])
+        return probs.scatter_(1, target, at_target[:, None])
     scratch = _scratch(probs)
     for rows in blocks(*probs.shape):
-        p, t = probs[rows], target[rows]
+        p, t = probs[rows].div_(stats.total[rows, None]), target[rows]
         log_p = torch.log(p, out=scratch[: len(p)]).clamp_(min=_LOG_ZERO)
-        lse = stats.top[rows] + stats.log_norm[rows]
-        slope = None if transform.softcap is None else transform.slope(log_p + lse[:, None])
+        slope = None if transform.softcap is None else transform.slope(log_p + stats.lse[rows, None])
         if penalised:
             rest = _penalty_slope_(log_p, stats, rows, coefficients, ref_scores).masked_fill_(p == 0, 0)
             at_target[rows] += (p.gather(1, t) * rest.gather(1, t)).squeeze(1)
@@ -173,7 +175,7 @@ def logit_gradient_(
         if slope is not None:
             # the target's own score, which its probability may be too small to give back
             p.mul_(slope)
-            at_target[rows] *= transform.slope(stats.logp[rows] + lse)
+            at_target[rows] *= transform.slope(stats.logp[rows] + stats.lse[rows])
         p.scatter_(1, t, at_target[rows, None])
     return probs
 

@@ -268,7 +268,7 @@ class _RowStatistics(torch.autograd.Function):
             start += len(chunk)
             scores, ref_scores = _scores(source, policy, chunk)
             chunk_stats, probs = stats.at(index), policy.room(chunk, learning=True)
-            probabilities(scores, chunk_stats, probs)
+            probabilities(scores, probs)
             _add_gradient(source, policy, chunk, probs, ref_scores, chunk_stats, coefficients.at(index), 1.0)
         if isinstance(policy, LogitRows) and policy.d_logits is policy.logits:
             policy.logits[dead] = 0  # overwritten in place: what did not learn still holds logits

@@ -129,13 +129,14 @@ def test_no_tensor_of_all_the_logits_is_ever_made() -> None:
     assert counter.largest == max(N * V, V * D, 4 * N * D)
 
 
-@pytest.mark.parametrize("budget", [1, 3 * V * 8, 10**9])
+# 64 bytes a token go to its statistics, the rest of the budget to rows of logits
+@pytest.mark.parametrize("budget", [1, 64 * N + 3 * V * 8, 10**9])
 def test_memory_budget_bounds_a_chunk(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFIXLOSS_MEMORY", str(budget))
     hidden, weight, tokens, advantages = inputs()
     with Counter() as counter:
         loss = linear_prefix_loss(hidden, weight, tokens, advantages).loss
-    rows = min(N, max(1, budget // (8 * V)))
+    rows = min(N, max(1, (budget - 64 * N) // (8 * V)))
     assert counter.largest == max(rows * V, V * D)
     monkeypatch.delenv("PREFIXLOSS_MEMORY")
     torch.testing.assert_close(linear_prefix_loss(hidden, weight, tokens, advantages).loss, loss)
