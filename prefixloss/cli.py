@@ -1,0 +1,171 @@
+"""The `prefixloss` command. It needs the "rl" extra; importing `prefixloss` does not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefixloss.rl import UsageError
+from prefixloss.rl.config import GENERAL, Config
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    package = (error.name or "").partition(".")[0]
+    return f'prefixloss: this command needs the "rl" extra: pip install "prefixloss[rl]" (not installed: {package})'
+
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    print(missing(error), file=sys.stderr)
+    raise SystemExit(2) from None
+
+app = typer.Typer(
+    help="First-error-masked policy losses for RL on language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def commands() -> None:
+    """Keeps `train` a subcommand while it is the only one."""
+
+
+def fail(message: str) -> typer.Exit:
+    """One line on standard error; the exit code of a wrong argument."""
+    typer.echo(f"prefixloss: {message}", err=True)
+    return typer.Exit(2)
+
+
+def option(name: str, text: str) -> Any:
+    """An option of `Config`, its help with the default."""
+    default = getattr(Config, name)
+    general = GENERAL.get(name, default)
+    if default is None:
+        return typer.Option(help=text)
+    return typer.Option(help=f"{text} [{default}{'' if general == default else f', with --model {general}'}]")
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    out: Annotated[Path | None, typer.Option(help="New or empty directory for the run. [runs/DATE-TIME]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --out replace an earlier run.")] = False,
+    resume: Annotated[Path | None, typer.Option(help="Run to go on with, with its own settings.")] = None,
+    advantage: Annotated[str | None, option("advantage", "vppo, grpo, cliff, neutral or rts.")] = None,
+    model: Annotated[
+        str | None, option("model", "Directory or hub name of a causal LM, instead of a tiny one.")
+    ] = None,
+    data: Annotated[str | None, option("data", "JSON lines with question and answer, instead of arithmetic.")] = None,
+    device: Annotated[str | None, option("device", "cpu, cuda or cuda:N.")] = None,
+    threads: Annotated[int | None, option("threads", "CPU threads, 0: as many as PyTorch likes.")] = None,
+    seed: Annotated[int | None, option("seed", "Of everything random.")] = None,
+    updates: Annotated[int | None, option("updates", "Batches of rollouts to learn from.")] = None,
+    prompts: Annotated[int | None, option("prompts", "Prompts an update.")] = None,
+    group: Annotated[int | None, option("group", "Responses a prompt.")] = None,
+    max_tokens: Annotated[int | None, option("max_tokens", "Longest response.")] = None,
+    epochs: Annotated[int | None, option("epochs", "Passes over the responses of an update.")] = None,
+    minibatches: Annotated[int | None, option("minibatches", "Optimiser steps a pass.")] = None,
+    micro_prompts: Annotated[
+        int | None, option("micro_prompts", "Prompts at once in a training pass: bounds memory.")
+    ] = None,
+    lr: Annotated[float | None, option("lr", "Learning rate of AdamW.")] = None,
+    lr_warmup: Annotated[int | None, option("lr_warmup", "Optimiser steps over which it rises to that.")] = None,
+    clip: Annotated[float | None, option("clip", "The ratio's clip range, below and above 1.")] = None,
+    kl_coef: Annotated[float | None, option("kl_coef", "Weight of the KL to the starting policy.")] = None,
+    max_grad_norm: Annotated[float | None, option("max_grad_norm", "Gradients are clipped to this norm.")] = None,
+    alpha: Annotated[float | None, option("alpha", "vppo: value of a good-prefix token.")] = None,
+    shorten: Annotated[
+        str | None, option("shorten", 'vppo: tokens cut off the good prefix: "prompt", a number, or a share like 0.1.')
+    ] = None,
+    eval_every: Annotated[int | None, option("eval_every", "Updates between evaluations.")] = None,
+    eval_problems: Annotated[int | None, option("eval_problems", "Held-out problems.")] = None,
+    eval_samples: Annotated[int | None, option("eval_samples", "Responses a held-out problem.")] = None,
+    k: Annotated[int | None, option("k", "Of pass@k.")] = None,
+    save_every: Annotated[int | None, option("save_every", "Updates between checkpoints.")] = None,
+    warm_steps: Annotated[int | None, option("warm_steps", "Most supervised steps before RL, tiny model only.")] = None,
+    hidden_size: Annotated[int | None, option("hidden_size", "Of the tiny model.")] = None,
+    layers: Annotated[int | None, option("layers", "Of the tiny model.")] = None,
+) -> None:
+    """Train a policy with credit up to its first error; without options a tiny one on generated arithmetic."""
+    given = {
+        name: value
+        for name, value in ctx.params.items()
+        if value is not None and name not in ("out", "resume", "overwrite")
+    }
+    try:
+        from prefixloss.rl.report import Report  # noqa: PLC0415
+        from prefixloss.rl.train import NotFiniteError  # noqa: PLC0415
+        from prefixloss.rl.train import train as train_run  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("prefixloss"):
+            raise
+        print(missing(error), file=sys.stderr)
+        raise typer.Exit(2) from None
+    try:
+        if resume is not None:
+            run = resume
+            config = Config.of(_read_config(resume, given, out))
+        else:
+            if "shorten" in given:
+                given["shorten"] = _number(given["shorten"])
+            config = Config(**{**(GENERAL if model else {}), **given})
+            run = out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+            _check_room(run, overwrite)
+        train_run(config, run, Report(), overwrite=overwrite)
+    except UsageError as error:
+        raise fail(str(error)) from None
+    except NotFiniteError as error:
+        typer.echo(f"prefixloss: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        began = (run / "config.json").exists()
+        typer.echo(f"\nstopped; to go on: prefixloss train --resume {run}" if began else "\nstopped", err=True)
+        raise typer.Exit(130) from None
+
+
+def _check_room(run: Path, overwrite: bool) -> None:
+    """No run may land among other files; only what is a run by its config.json may be replaced."""
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if not (run / "config.json").is_file():
+            raise UsageError(f"--out: {run} is not an empty directory and not a run")
+        if not overwrite:
+            raise UsageError(f"--out: {run} holds a run; --resume {run} goes on with it, --overwrite replaces it")
+
+
+def _read_config(run: Path, given: dict[str, Any], out: Path | None) -> dict[str, Any]:
+    extra = [*(["out"] if out else []), *given]
+    if extra:
+        name = extra[0].replace("_", "-")
+        raise UsageError(f"--{name}: cannot be given with --resume, which keeps the settings of the run")
+    try:
+        values = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UsageError(f"--resume: {run} is not a run, it has no readable config.json") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"--resume: {run}/config.json holds no settings")
+    return values
+
+
+def _number(text: str) -> str | int | float:
+    """'prompt' -> 'prompt', '3' -> 3, '0.1' -> 0.1; what is none of them is left for the check of its option."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

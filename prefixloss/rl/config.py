@@ -1,0 +1,112 @@
+"""The settings of a run, checked before any work."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from prefixloss.rl import UsageError
+
+ADVANTAGES = ("vppo", "grpo", "cliff", "neutral", "rts")
+_COUNTS = (
+    *("updates", "prompts", "group", "max_tokens", "epochs", "minibatches", "micro_prompts", "save_every"),
+    *("eval_every", "eval_problems", "eval_samples", "k"),
+    *("hidden_size", "layers", "warm_batch", "min_steps", "max_steps"),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run does. The defaults are the built-in demo, `GENERAL` suits other models. UsageError if invalid."""
+
+    # the policy and its problems
+    model: str | None = None  # a directory or a hub name; None trains the built-in tiny model
+    data: str | None = None  # JSON lines with question and answer; None generates chained arithmetic
+    device: str = "cpu"
+    threads: int = 1  # 0: one a core. One is as fast for the tiny model, and its results do not depend on the machine's
+    seed: int = 0
+    # credit
+    advantage: str = "vppo"
+    alpha: float = 0.5
+    # tokens cut from the end of a good prefix: here a step counts only if it is the right one, so there is no reward
+    # for more steps to guard against, and prompts are longer than steps: "prompt" would leave nothing
+    shorten: str | int | float = 0
+    # rollouts and optimisation
+    updates: int = 180
+    prompts: int = 32  # per update
+    group: int = 8  # responses a prompt
+    max_tokens: int = 64
+    epochs: int = 1  # passes over the responses of an update
+    minibatches: int = 2  # optimiser steps a pass
+    micro_prompts: int = 32  # prompts whose responses are in one training pass
+    lr: float = 8e-4
+    lr_warmup: int = 20  # optimiser steps over which it rises; it then falls to a tenth by the end
+    clip: float = 0.2
+    kl_coef: float = 0.002
+    max_grad_norm: float = 1.0
+    # evaluation on held-out problems, checkpoints (both every so many updates)
+    eval_every: int = 20
+    eval_problems: int = 256
+    eval_samples: int = 8
+    k: int = 4
+    save_every: int = 10
+    # the built-in model and its supervised start
+    hidden_size: int = 64
+    layers: int = 2
+    warm_steps: int = 1000  # at most
+    warm_loss: float = 0.1  # the running mean of the loss at which it ends
+    warm_batch: int = 32
+    warm_lr: float = 5e-3
+    min_steps: int = 5
+    max_steps: int = 6
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            self._expect(name, getattr(self, name) >= 1, "a whole number of at least 1")
+        for name in ("seed", "threads", "warm_steps", "lr_warmup"):
+            self._expect(name, getattr(self, name) >= 0, "a whole number of at least 0")
+        for name in ("lr", "warm_lr", "warm_loss", "max_grad_norm"):
+            self._expect(name, 0 < getattr(self, name) < math.inf, "a number above 0")
+        for name in ("clip", "kl_coef"):
+            self._expect(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
+        self._expect("advantage", self.advantage in ADVANTAGES, f"one of {', '.join(ADVANTAGES)}")
+        self._expect("alpha", 0 <= self.alpha <= 1, "a number from 0 to 1")
+        cut = self.shorten
+        cut_is_valid = cut == "prompt" if isinstance(cut, str) else cut >= 0 if isinstance(cut, int) else 0 <= cut < 1
+        self._expect("shorten", cut_is_valid, '"prompt", a number of tokens, or a share below 1 such as 0.1')
+        self._expect("group", self.group >= 2, "at least 2: responses are compared within their group")
+        self._expect("minibatches", self.minibatches <= self.prompts, f"at most --prompts, {self.prompts}")
+        self._expect("k", self.k <= self.eval_samples, f"at most --eval-samples, {self.eval_samples}")
+        self._expect("min_steps", self.min_steps <= self.max_steps <= 9, "at most max_steps, which is at most 9")
+        self._expect("hidden_size", self.hidden_size % 8 == 0, "a multiple of 8")
+        self._expect("data", not self.data or self.model, "--model with it: the tiny model knows only its own problems")
+        self._expect("device", re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", self.device), "cpu, cuda or cuda:N")
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        usable = self.device == "cpu" or int(self.device[5:] or 0) < gpus
+        self._expect("device", usable, f"cpu: PyTorch sees {gpus or 'no'} GPU{'s' * (gpus > 1)} here")
+
+    def _expect(self, name: str, holds: object, expected: str) -> None:
+        if not holds:
+            raise UsageError(f"--{name.replace('_', '-')}: got {getattr(self, name)!r}, expected {expected}")
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Config:
+        """From RUN/config.json, whatever version wrote it."""
+        try:
+            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        except TypeError as error:
+            raise UsageError(f"--resume: config.json has a value of the wrong type: {error}") from None
+
+
+GENERAL: dict[str, Any] = {
+    "threads": 0,
+    "lr": 1e-6,
+    "kl_coef": 0.0,
+    "shorten": "prompt",
+    "max_tokens": 512,
+    "micro_prompts": 1,
+}

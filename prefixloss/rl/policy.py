@@ -1,0 +1,251 @@
+"""The policy: a tiny model made here or any `transformers` causal LM, and what the loss needs from it."""
+
+from __future__ import annotations
+
+import inspect
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+from prefixloss.rl import UsageError
+
+INSTRUCTION = """Solve the problem in numbered steps. Start each step with "Step 1:", "Step 2:" and so on, and leave a \
+blank line between steps. Write every calculation as an equality such as 3*4=12. End with the answer in \\boxed{{}}.
+
+Problem: {question}
+"""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """B sampled responses: prompts padded on the left to width P, responses on the right to T.
+
+    ids, attention: int64 [B, P + T]. mask: bool [B, T], the response with its end token. finished: bool [B], False for
+    responses cut off by the length limit. texts: the responses without special tokens.
+    """
+
+    ids: Tensor
+    attention: Tensor
+    mask: Tensor
+    finished: Tensor
+    texts: list[str]
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [B, T]."""
+        return self.ids[:, -self.mask.shape[1] :]
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """int64 [B]."""
+        return self.attention.sum(1) - self.mask.sum(1)
+
+    def rows(self, rows: Tensor) -> Sampled:
+        texts = [self.texts[i] for i in rows.tolist()]
+        return Sampled(self.ids[rows], self.attention[rows], self.mask[rows], self.finished[rows], texts)
+
+
+class Policy:
+    """A causal LM seen as hidden states and a head: log-probs are log_softmax(softcap(logit_scale * (h W^T + bias))).
+
+    The model stays in evaluation mode (dropout would make old and new log-probs differ for no reason).
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, instruction: str = "{question}\n") -> None:
+        self.model, self.tokenizer, self.instruction = model.eval(), tokenizer, instruction
+        self.decoder = model.get_decoder()
+        self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        head = model.get_output_embeddings()
+        self.weight: Tensor = head.weight
+        self.bias: Tensor | None = getattr(head, "bias", None)
+        config = model.config.get_text_config()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+        self.logit_scale = float(scale or 1.0) / float(divisor or 1.0)
+        # a model's own sampling defaults (top-p, penalties) would make samples come from another distribution
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        ends = tokenizer.eos_token_id if ends is None else ends
+        self.end_ids: list[int] = ends if isinstance(ends, list) else [ends]
+        model.generation_config = GenerationConfig(eos_token_id=self.end_ids, pad_token_id=tokenizer.pad_token_id)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What `linear_logps` takes beside the hidden states."""
+        return {
+            "lm_head_weight": self.weight,
+            "lm_head_bias": self.bias,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+        }
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[.., D] -> [.., V], the plain form of what the loss computes."""
+        logits = self.logit_scale * torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def all_hidden(self, ids: Tensor, attention: Tensor) -> Tensor:
+        """The last layer's output after its norm: [B, L] -> [B, L, D]."""
+        positions = {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)} if self.takes_positions else {}
+        out = self.decoder(input_ids=ids, attention_mask=attention, use_cache=False, **positions)
+        return out.last_hidden_state
+
+    def hidden(self, sampled: Sampled) -> Tensor:
+        """[B, T, D]; hidden[b, t] predicts sampled.tokens[b, t]."""
+        return self.all_hidden(sampled.ids, sampled.attention)[:, -sampled.mask.shape[1] - 1 : -1]
+
+    def save(self, directory: Path) -> None:
+        """A directory that `load_policy` and `transformers` can load."""
+        logging.disable_progress_bar()
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    def prompt(self, question: str) -> str:
+        text = self.instruction.format(question=question)
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            return text
+        chat = [{"role": "user", "content": text}]
+        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+    def encode(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Prompts padded on the left: ids and attention mask, int64 [B, P]."""
+        # a chat template has written the special tokens already
+        special = getattr(self.tokenizer, "chat_template", None) is None
+        batch = self.tokenizer(
+            [self.prompt(q) for q in questions], padding=True, return_tensors="pt", add_special_tokens=special
+        )
+        return batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+
+    @torch.no_grad()
+    def sample(self, questions: Sequence[str], max_tokens: int) -> Sampled:
+        """One response a question at temperature 1 from the whole distribution, from the global torch generator."""
+        prompt, attention = self.encode(questions)
+        ids = self.model.generate(
+            input_ids=prompt,
+            attention_mask=attention,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max_tokens,
+        )
+        tokens = ids[:, prompt.shape[1] :]
+        ended = torch.isin(tokens, torch.tensor(self.end_ids, device=tokens.device))
+        mask = ended.cumsum(1) - ended.long() == 0
+        return self._sampled(prompt, attention, tokens, mask, ended.any(1))
+
+    def written(self, questions: Sequence[str], responses: Sequence[str]) -> Sampled:
+        """Given responses in the place of sampled ones, each with its end token."""
+        prompt, attention = self.encode(questions)
+        rows = [self.tokenizer.encode(r, add_special_tokens=False) + self.end_ids[:1] for r in responses]
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        pad = self.tokenizer.pad_token_id
+        width = max(map(len, rows))
+        tokens = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.device)
+        mask = torch.arange(width, device=self.device) < lengths[:, None]
+        return self._sampled(prompt, attention, tokens, mask, torch.ones_like(lengths, dtype=torch.bool))
+
+    def _sampled(self, prompt: Tensor, attention: Tensor, tokens: Tensor, mask: Tensor, finished: Tensor) -> Sampled:
+        rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
+        texts = [decode(self.tokenizer, row) for row in rows]
+        both = torch.cat([attention, mask.to(attention.dtype)], 1)
+        return Sampled(torch.cat([prompt, tokens], 1), both, mask, finished, texts)
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def token_at(tokenizer: Any, ids: Sequence[int], offset: int) -> int:
+    """Index of the token that holds character `offset` of the decoded response; the last token if it lies at the end.
+
+    A token that straddles the offset belongs to what starts there. Prefixes of `ids` are decoded rather than the text
+    encoded again, which need not give the same tokens.
+    """
+    found = bisect_right(range(len(ids)), offset, key=lambda i: len(decode(tokenizer, ids[: i + 1])))
+    return min(found, len(ids) - 1)
+
+
+# ---- the tiny model ----------------------------------------------------------------------------------------
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, but "Step k: " and "Answer: " whole: short responses whose steps start at a token."""
+    words = [*(f"Step {k}: " for k in range(1, 10)), "Answer: ", "\n", *"0123456789+-*=()?"]
+    vocab = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"Step [1-9]: |Answer: |[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def tiny_policy(hidden_size: int, layers: int) -> Policy:
+    """A Llama with random weights from the global torch generator."""
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return Policy(LlamaForCausalLM(config), tokenizer)
+
+
+# ---- any causal LM -----------------------------------------------------------------------------------------
+
+
+def load_policy(name: str) -> Policy:
+    """A causal LM and its tokenizer from a directory, or from the hub under that name; UsageError if unusable."""
+    try:
+        local = Path(name).exists()
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(name, local_files_only=local, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"--model: cannot load {name!r} as a causal language model: {reason}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.eos_token_id is None or getattr(model, "get_decoder", None) is None:
+        raise UsageError(f"--model: {name!r} has no end token or no decoder, so it cannot be trained here")
+    policy = Policy(model, tokenizer, INSTRUCTION)
+    check_head(policy, name)
+    return policy
+
+
+@torch.no_grad()
+def check_head(policy: Policy, name: str) -> None:
+    """Some models change their logits in ways of their own; the loss would then optimise another policy, silently."""
+    ids = torch.arange(4, device=policy.device)[None] % len(policy.weight)
+    ours, theirs = policy.logits(policy.all_hidden(ids, torch.ones_like(ids))), policy.model(input_ids=ids).logits
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
+        raise UsageError(f"--model: the logits of {name!r} are not its head applied to its last hidden states")

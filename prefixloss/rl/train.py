@@ -1,0 +1,347 @@
+"""A reference RL loop, top to bottom: sample, check, find the first wrong step, weigh the tokens, update."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixloss import LossConfig, TokenAdvantages, advantages, linear_logps, linear_prefix_loss
+from prefixloss.rl import UsageError, checkpoint, task
+from prefixloss.rl.config import Config
+from prefixloss.rl.policy import Policy, Sampled, load_policy, tiny_policy, token_at
+from prefixloss.rl.report import Report
+
+BAD_STEPS_IN_A_ROW = 3
+
+# ---- problems ----------------------------------------------------------------------------------------------
+
+Problems = Callable[[int, int], list[task.Problem]]
+
+
+def open_problems(config: Config) -> tuple[Problems, list[task.Problem]]:
+    """The endless training sequence, as a function of (start, count), and the held-out problems."""
+    if config.data:
+        try:
+            problems = task.load_problems(Path(config.data))
+        except ValueError as error:
+            raise UsageError(f"--data: {error}") from None
+        if len(problems) < 2:
+            raise UsageError(f"--data: {config.data} has {len(problems)} different questions, expected at least 2")
+        held_out, training = task.split(problems, config.eval_problems)
+        return partial(task.shuffled, training, config.seed), held_out
+    chains = partial(
+        task.chains, min_steps=config.min_steps, max_steps=config.max_steps, free_form=config.model is not None
+    )
+    return partial(chains, config.seed), chains(0, 0, config.eval_problems, held_out=True)
+
+
+# ---- supervised start of the built-in model ----------------------------------------------------------------
+
+
+def warm_start(policy: Policy, config: Config, problems: Problems, report: Report, stop: checkpoint.Stop) -> None:
+    """A short time on written solutions, so that some answers are right and there is something to reinforce.
+
+    It ends at a given loss: the loss falls so steeply that a fixed number of steps would start each seed elsewhere.
+    """
+    smooth = math.inf
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.warm_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    with report.phase("warm start", config.warm_steps):
+        for step in range(config.warm_steps):
+            if stop.asked:
+                raise KeyboardInterrupt
+            optimizer.param_groups[0]["lr"] = config.warm_lr * min(1.0, (step + 1) / 50)
+            batch = problems(step * config.warm_batch, config.warm_batch)
+            traces = policy.written([p.question for p in batch], [p.solution for p in batch])
+            logps = linear_logps(policy.hidden(traces), tokens=traces.tokens, mask=traces.mask, **policy.head).logps
+            loss = -logps.sum() / traces.mask.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+            optimizer.step()
+            smooth = loss.item() if step == 0 else 0.9 * smooth + 0.1 * loss.item()
+            report.advance(loss=smooth)
+            if smooth <= config.warm_loss:
+                break
+
+
+# ---- credit ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checker says of B responses: bool [B], and int64 [B] otherwise; first_error is -1 where not found."""
+
+    correct: Tensor
+    first_error: Tensor
+    right_steps: Tensor
+    total_steps: Tensor
+
+
+def check_responses(policy: Policy, problems: list[task.Problem], sampled: Sampled) -> Checked:
+    """Only wrong answers are searched for their first wrong step; a response that was cut off has no good prefix."""
+    rows: list[tuple[bool, int, int, int]] = []
+    for i, (problem, text) in enumerate(zip(problems, sampled.texts, strict=True)):
+        finished = bool(sampled.finished[i])
+        if finished and task.check_answer(problem, text):
+            rows.append((True, -1, 1, 1))
+            continue
+        steps = task.check_steps(problem, text)
+        if not finished or steps.wrong < 0:
+            rows.append((False, -1, 0, steps.total))
+            continue
+        ids = sampled.tokens[i][sampled.mask[i]].tolist()
+        rows.append((False, token_at(policy.tokenizer, ids, steps.offset), steps.right, steps.total))
+    correct, *counts = zip(*rows, strict=True)
+    return Checked(
+        torch.tensor(correct, device=policy.device), *(torch.tensor(c, device=policy.device) for c in counts)
+    )
+
+
+def assign_credit(config: Config, checked: Checked, sampled: Sampled, group_ids: Tensor) -> Tensor | TokenAdvantages:
+    """An advantage a response, or two of them split at the first wrong step."""
+    correct, first_error = checked.correct, checked.first_error
+    lengths = sampled.mask.sum(1)
+    if config.advantage == "vppo":
+        cut: Any = config.shorten
+        options = {"prompt_lengths": sampled.prompt_lengths, "alpha": config.alpha, "shorten": cut}
+        return advantages.vppo(correct, lengths, first_error, group_ids, **options)
+    if config.advantage == "cliff":
+        return advantages.cliff(correct, lengths, first_error, group_ids)
+    if config.advantage == "rts":
+        return advantages.rts(correct, checked.right_steps, checked.total_steps, group_ids)
+    outcome = advantages.grpo(correct.float(), group_ids)
+    return outcome if config.advantage == "grpo" else advantages.neutral_prefix(outcome, correct, first_error)
+
+
+# ---- one update --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """How far a run has come."""
+
+    update: int = 0
+    step: int = 0  # optimiser steps
+    skipped: int = 0  # optimiser steps without effect, for a loss or gradient that was not finite
+    skipped_in_a_row: int = 0
+
+
+class NotFiniteError(RuntimeError):
+    """The loss or its gradient stayed infinite or NaN."""
+
+
+def update(
+    config: Config, policy: Policy, reference: Policy, optimizer: Any, state: State, problems: list[task.Problem]
+) -> dict[str, float]:
+    """Sample a group for every problem and learn from it; the metrics are means over the update."""
+    # sample and check
+    repeated = [p for p in problems for _ in range(config.group)]
+    sampled = policy.sample([p.question for p in repeated], config.max_tokens)
+    checked = check_responses(policy, repeated, sampled)
+
+    # weigh every token
+    group_ids = torch.arange(len(problems), device=policy.device).repeat_interleave(config.group)
+    credit = assign_credit(config, checked, sampled, group_ids)
+
+    # log-probs of the policy that sampled and, for the KL, of the one it started from
+    groups = torch.arange(len(repeated), device=policy.device).view(len(problems), config.group)
+    old_logps = logps_of(policy, sampled, groups.split(config.micro_prompts))
+    ref_logps = logps_of(reference, sampled, groups.split(config.micro_prompts)) if config.kl_coef else None
+
+    # several steps on the same responses: the ratio leaves 1 and the clip begins to act
+    loss_config = LossConfig(
+        clip_low=config.clip,
+        clip_high=config.clip,
+        kl="k3" if config.kl_coef else None,
+        kl_coef=config.kl_coef,
+        reduction="group-token-mean",
+        softcap=policy.softcap,
+        logit_scale=policy.logit_scale,
+    )
+    sums = {"tokens": 0.0, "kl": 0.0, "clip_share": 0.0}  # weighted by learning tokens
+    for _ in range(config.epochs):
+        # groups stay whole, so each minibatch's loss is the mean over its groups
+        for minibatch in groups[torch.randperm(len(groups))].tensor_split(config.minibatches):
+            optimizer.zero_grad()
+            total = 0.0
+            for micro in minibatch.split(config.micro_prompts):
+                rows = micro.flatten()
+                part = sampled.rows(rows)
+                split = isinstance(credit, TokenAdvantages)
+                out = linear_prefix_loss(
+                    policy.hidden(part),
+                    policy.weight,
+                    part.tokens,
+                    TokenAdvantages(*(x[rows] for x in credit)) if split else credit[rows],
+                    mask=part.mask,
+                    old_logps=old_logps[rows],
+                    ref_logps=None if ref_logps is None else ref_logps[rows],
+                    lm_head_bias=policy.bias,
+                    group_ids=group_ids[rows],
+                    normalizer=float(len(minibatch)),  # the micro-batches' losses add up to the minibatch's
+                    config=loss_config,
+                )
+                out.loss.backward()
+                total += out.loss.item()
+                weight = float(out.metrics["learning_tokens"])
+                clipped = float(out.metrics["clip_low"] + out.metrics["clip_high"])
+                if math.isfinite(total):
+                    for name, value in (("tokens", 1.0), ("kl", float(out.metrics["kl"])), ("clip_share", clipped)):
+                        sums[name] += weight * value
+            norm = float(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm))
+            take_step(config, optimizer, state, math.isfinite(total) and math.isfinite(norm))
+
+    found = checked.first_error >= 0
+    per_token = max(sums["tokens"], 1.0)
+    return {
+        "reward": checked.correct.double().mean().item(),
+        "good_prefix": mean(checked.first_error[found]),
+        "good_steps": mean(checked.right_steps[found]),
+        "length": mean(sampled.mask.sum(1)),
+        "kl": sums["kl"] / per_token,
+        "clip_share": sums["clip_share"] / per_token,
+        "learning_tokens": sums["tokens"] / (int(sampled.mask.sum()) * config.epochs),
+        "skipped": state.skipped,
+    }
+
+
+@torch.no_grad()
+def logps_of(policy: Policy, sampled: Sampled, micro_batches: Sequence[Tensor]) -> Tensor:
+    """Log-probs of the sampled tokens, float [B, T], 0 after the responses' ends."""
+    logps = torch.zeros(sampled.mask.shape, device=policy.device)
+    for rows in map(Tensor.flatten, micro_batches):
+        part = sampled.rows(rows)
+        logps[rows] = linear_logps(policy.hidden(part), tokens=part.tokens, mask=part.mask, **policy.head).logps
+    return logps
+
+
+def take_step(config: Config, optimizer: Any, state: State, finite: bool) -> None:
+    """One optimiser step; none where the loss or gradient is not finite."""
+    if finite:
+        state.step, state.skipped_in_a_row = state.step + 1, 0
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, state.step)
+        optimizer.step()
+        return
+    state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
+    if state.skipped_in_a_row >= BAD_STEPS_IN_A_ROW:
+        raise NotFiniteError(
+            f"the loss or its gradient was not finite {BAD_STEPS_IN_A_ROW} steps in a row, the last in update "
+            f"{state.update + 1}; the steps were skipped and the run stopped: try a smaller --lr"
+        )
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """It rises for `lr_warmup` steps, then falls in a line to a tenth at the run's end; steps count from 1."""
+    progress = step / (config.updates * config.epochs * config.minibatches)
+    return config.lr * min(1.0, step / max(config.lr_warmup, 1)) * (1.0 - 0.9 * progress)
+
+
+def mean(values: Tensor) -> float:
+    return values.double().mean().item() if len(values) else 0.0
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that k of n samples, c of them correct, hold a correct one: 1 - C(n - c, k) / C(n, k)."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def evaluate(config: Config, policy: Policy, problems: list[task.Problem]) -> dict[str, float]:
+    """pass@1 and pass@k on held-out problems, with random numbers of its own, the same at each evaluation."""
+    repeated = [p for p in problems for _ in range(config.eval_samples)]
+    size = config.prompts * config.group
+    correct: list[bool] = []
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(config.seed)
+        for start in range(0, len(repeated), size):
+            chunk = repeated[start : start + size]
+            texts = policy.sample([p.question for p in chunk], config.max_tokens).texts
+            correct += [task.check_answer(p, text) for p, text in zip(chunk, texts, strict=True)]
+    counts = torch.tensor(correct).view(len(problems), config.eval_samples).sum(1).tolist()
+    return {
+        f"pass@{k}": sum(pass_at_k(config.eval_samples, c, k) for c in counts) / len(counts)
+        for k in dict.fromkeys((1, config.k))
+    }
+
+
+# ---- the run -----------------------------------------------------------------------------------------------
+
+
+def train(config: Config, run: Path, report: Report, *, overwrite: bool = False) -> list[dict[str, Any]]:
+    """Train in the directory `run`, from its checkpoint if it has one. Returns a dict of metrics an update.
+
+    overwrite: remove what is in `run` first.
+
+    UsageError: an argument cannot work. NotFiniteError: see there. KeyboardInterrupt: stopped, and saved if there was
+    an update to save.
+    """
+    stop = checkpoint.Stop()
+    with stop.listening():
+        # the policy, a frozen copy of it, and the problems
+        torch.set_num_threads(config.threads or torch.get_num_threads())
+        torch.manual_seed(config.seed)
+        problems, held_out = open_problems(config)
+        policy = load_policy(config.model) if config.model else tiny_policy(config.hidden_size, config.layers)
+        policy.model.to(config.device)
+        checkpoint.open_run(run, asdict(config), overwrite)
+        saved = checkpoint.load(run / "checkpoint.pt", config.device)
+        state, history = State(), list[dict[str, Any]]()
+        if saved is None and config.model is None:
+            warm_start(policy, config, problems, report, stop)
+        reference = copy.deepcopy(policy)
+        reference.model.requires_grad_(False)
+        optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+        def save() -> None:
+            models = {"model": policy.model.state_dict(), "reference": reference.model.state_dict()}
+            progress = {"state": asdict(state), "history": history}
+            checkpoint.save(run / "checkpoint.pt", {**models, "optimizer": optimizer.state_dict(), **progress})
+
+        # resume, or evaluate the policy it starts from
+        if saved is not None:
+            policy.model.load_state_dict(saved["model"])
+            reference.model.load_state_dict(saved["reference"])
+            optimizer.load_state_dict(saved["optimizer"])
+            state, history = State(**saved["state"]), saved["history"]
+            checkpoint.restore_random(saved["random"])
+        else:
+            history = [{"update": 0, **evaluate(config, policy, held_out)}]
+            save()
+        checkpoint.rewrite_metrics(run / "metrics.jsonl", history)
+        report.evaluated(next(m for m in reversed(history) if "pass@1" in m))
+
+        # the loop: problems follow on from the warm start's
+        with report.phase("training", config.updates, done=state.update):
+            while state.update < config.updates:
+                first = config.warm_steps * config.warm_batch * (config.model is None) + state.update * config.prompts
+                metrics = update(config, policy, reference, optimizer, state, problems(first, config.prompts))
+                state.update += 1
+                history.append({"update": state.update, **metrics})
+                last = state.update == config.updates
+                if last or state.update % config.eval_every == 0:
+                    history[-1] |= evaluate(config, policy, held_out)
+                    report.evaluated(history[-1])
+                checkpoint.append_metrics(run / "metrics.jsonl", history[-1])
+                if last or stop.asked or state.update % config.save_every == 0:
+                    save()
+                report.advance(**history[-1])
+                if stop.asked and not last:
+                    raise KeyboardInterrupt
+
+    # the trained model, the picture and the table
+    if not (run / "policy").exists():
+        checkpoint.write_whole_directory(run / "policy", policy.save)
+    report.finish(run, history, config.k)
+    return history
