@@ -57,21 +57,24 @@ class _Groups:
 
     def __init__(self, group_ids: Tensor) -> None:
         labels, self.index = torch.unique(group_ids, return_inverse=True)
-        self.count = len(labels)
-        self.sizes = self.sum(torch.ones(len(group_ids), dtype=torch.float64, device=group_ids.device))
+        self.order = torch.argsort(self.index, stable=True)
+        self.counts = torch.bincount(self.index, minlength=len(labels))
+        self.sizes = self.counts[self.index].double()
 
     def sum(self, values: Tensor) -> Tensor:
-        totals = torch.zeros(self.count, dtype=torch.float64, device=values.device)
-        return totals.index_add_(0, self.index, values.double())[self.index]
+        """In a fixed order on every device, in float64."""
+        return torch.segment_reduce(values.double()[self.order], "sum", lengths=self.counts, unsafe=True)[self.index]
 
     def mean(self, values: Tensor) -> Tensor:
         return self.sum(values) / self.sizes
 
+    def deviations(self, values: Tensor) -> Tensor:
+        """values - mean, exactly 0 where a group's values are equal: rounding in the mean is no signal."""
+        deviations = values.double() - self.mean(values)
+        return torch.where(deviations.abs() <= 1e-12 * values.abs(), 0.0, deviations)
+
     def std(self, values: Tensor) -> Tensor:
-        deviations = values - self.mean(values)
-        # equal values may leave rounding in the mean: it must not become the unit of measure
-        deviations = torch.where(deviations.abs() <= 1e-12 * values.abs(), 0.0, deviations)
-        return (self.sum(deviations**2) / (self.sizes - 1).clamp(min=1)).sqrt()
+        return (self.sum(self.deviations(values) ** 2) / (self.sizes - 1).clamp(min=1)).sqrt()
 
 
 def _over_std(values: Tensor, std: Tensor) -> Tensor:
@@ -87,11 +90,12 @@ def _cut(shorten: Literal["prompt"] | int | float, lengths: Tensor, prompt_lengt
     check.shorten(shorten, lengths, prompt_lengths)
     if shorten == "prompt":
         assert prompt_lengths is not None
-        return prompt_lengths
+        return prompt_lengths.long()
     if isinstance(shorten, int):
-        return torch.full_like(lengths, shorten)
-    share = Fraction(str(shorten))  # 0.29 of 100 tokens is 29; the binary 0.29 would round down to 28
-    return lengths * share.numerator // share.denominator
+        return torch.full_like(lengths, shorten, dtype=torch.int64)
+    # 0.29 of 100 tokens is 29; the binary 0.29 would round down to 28
+    share = Fraction(str(shorten)).limit_denominator(10**6)
+    return lengths.long() * share.numerator // share.denominator
 
 
 def vppo(
@@ -163,8 +167,8 @@ def grpo(rewards: Tensor, group_ids: Tensor, *, std: bool = True) -> Tensor:
     """(R - mean R) / std R in each group, float32 [B] (arXiv 2402.03300); without `std`, Dr. GRPO (2503.20783)."""
     check.responses(rewards=rewards, group_ids=group_ids)
     groups = _Groups(group_ids)
-    advantages = rewards.double() - groups.mean(rewards)
-    return (_over_std(advantages, groups.std(rewards.double())) if std else advantages).float()
+    advantages = groups.deviations(rewards)
+    return (_over_std(advantages, groups.std(rewards)) if std else advantages).float()
 
 
 def neutral_prefix(response_advantages: Tensor, correct: Tensor, first_error: Tensor) -> TokenAdvantages:

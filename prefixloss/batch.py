@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prefixloss import check
+from prefixloss import check, memory
 from prefixloss.advantages import TokenAdvantages
 from prefixloss.config import LossConfig
 from prefixloss.layout import Layout
-from prefixloss.objective import Given, Terms
+from prefixloss.objective import Given
 from prefixloss.reduction import token_weights
 
 
@@ -35,9 +36,8 @@ class Batch:
     in_prefix: Tensor
 
 
-@dataclass
-class TokenValues:
-    """Per-token results, [N], 0 where not computed; detached."""
+class TokenValues(NamedTuple):
+    """Per-token results, detached; over a batch [N], 0 where not computed."""
 
     loss: Tensor
     logp: Tensor
@@ -47,17 +47,14 @@ class TokenValues:
 
     @classmethod
     def zeros(cls, tokens: int, like: Tensor) -> TokenValues:
-        return cls(*(like.new_zeros(tokens) for _ in range(5)))
+        return cls(*(like.new_zeros(tokens) for _ in cls._fields))
 
-    def put(self, rows: Tensor, logp: Tensor, entropy: Tensor, terms: Terms) -> None:
-        for target, values in (
-            (self.loss, terms.loss),
-            (self.logp, logp),
-            (self.entropy, entropy),
-            (self.kl, terms.kl),
-            (self.ratio, terms.ratio),
-        ):
-            target.index_copy_(0, rows, values)
+    def at(self, rows: Tensor) -> TokenValues:
+        return TokenValues(*(x[rows] for x in self))
+
+    def put(self, rows: Tensor, part: TokenValues) -> None:
+        for whole, piece in zip(self, part, strict=True):
+            whole.index_copy_(0, rows, piece)
 
 
 @dataclass(frozen=True)
@@ -85,6 +82,7 @@ class TokenInputs:
 
         dtype: the accumulation dtype, which floats are turned into. exact_reference: what kl="full" needs, by name.
         """
+        memory.budget(self.tokens.device)  # an unusable PREFIXLOSS_MEMORY is found before any work
         check.needed_data(config, {**vars(self), **exact_reference}, tuple(exact_reference))
         shape, device = self.tokens.shape, self.tokens.device
         layout = Layout.of(shape, device, self.mask, self.cu_seqlens)
@@ -100,6 +98,7 @@ class TokenInputs:
         if self.group_ids is not None:
             check.tensor("group_ids", self.group_ids, "integer")
             check.shape("group_ids", self.group_ids, (len(layout.starts("group_ids")) - 1,), "[B]")
+            check.device("group_ids", self.group_ids, device)
         if config.ratio_level == "sequence":
             layout.starts('ratio_level="sequence"')
         advantages, in_prefix = self._advantages(layout)
@@ -139,6 +138,7 @@ class TokenInputs:
         if a.shape == shape:
             return a.reshape(-1), nowhere
         if a.dim() != 1:
-            check.fail("advantages", f"shape {list(a.shape)}", f"[B] or the shape of tokens, {list(shape)}")
+            wants = f"[B], the shape of tokens {list(shape)}, or TokenAdvantages"
+            check.fail("advantages", f"shape {list(a.shape)}", wants)
         check.shape("advantages", a, (len(layout.starts("advantages")) - 1,), "[B]")
         return a[layout.response_of_token("advantages")], nowhere

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,7 @@ def fail(argument: str, got: Any, expected: str, error: type[Exception] = ValueE
 
 
 def tensor(argument: str, value: Any, kind: str) -> None:
-    """kind: "float", "integer" or "mask" (bool, integer or float)."""
+    """kind: "float", "integer", "bool", or "mask" (any of them)."""
     dtypes = {
         "float": _FLOATS,
         "integer": _INTEGERS,
@@ -40,7 +41,7 @@ def tensor(argument: str, value: Any, kind: str) -> None:
     }[kind]
     wants = {
         "float": "a float32, bfloat16, float16 or float64 tensor",
-        "integer": "an int64 tensor",
+        "integer": "an int64 (or int32) tensor",
         "bool": "a bool tensor",
         "mask": "a tensor of bool or of 0 and 1",
     }[kind]
@@ -101,6 +102,7 @@ def token_advantages(advantages: TokenAdvantages, where: Layout) -> None:
         value = getattr(advantages, name)
         tensor(f"advantages.{name}", value, kind)
         shape(f"advantages.{name}", value, (responses,), "[B]")
+        device(f"advantages.{name}", value, where.scored.device)
     if bool((advantages.prefix_lengths < 0).any()):
         fail("advantages.prefix_lengths", f"{int(advantages.prefix_lengths.min())}", "0 or more scored tokens")
 
@@ -109,27 +111,28 @@ def responses(**arguments: Tensor) -> None:
     """Per-response arguments of an advantage function: dtypes, one shared shape [B], and ranges."""
     kinds = {"correct": "bool", "lengths": "integer", "first_error": "integer", "group_ids": "integer"}
     kinds |= {"right_steps": "integer", "total_steps": "integer"}
-    count = None
+    first = next(iter(arguments.values()))
     for name, value in arguments.items():
         tensor(name, value, kinds.get(name, "float"))
         if value.dim() != 1:
             fail(name, f"shape {list(value.shape)}", "[B]")
-        count = len(value) if count is None else count
-        shape(name, value, (count,), "[B]")
+        shape(name, value, first.shape, "[B]")
+        device(name, value, first.device)
     for name, low in (("lengths", 0), ("first_error", -1), ("right_steps", 0), ("total_steps", 0)):
         if name in arguments and bool((arguments[name] < low).any()):
             fail(name, f"{int(arguments[name].min())}", f"{low} or more")
     if "first_error" in arguments and "lengths" in arguments:
-        _within("first_error", arguments["first_error"], arguments["lengths"], "below the response's length")
+        first_error, lengths = arguments["first_error"], arguments["lengths"]
+        _none("first_error", first_error, first_error >= lengths, lengths, "an index below the response's length,")
     if "right_steps" in arguments:
-        _within("right_steps", arguments["right_steps"], arguments["total_steps"] + 1, "at most total_steps")
+        right, total = arguments["right_steps"], arguments["total_steps"]
+        _none("right_steps", right, right > total, total, "no more than total_steps,")
 
 
-def _within(argument: str, values: Tensor, limits: Tensor, wants: str) -> None:
-    beyond = (values >= limits) & (values > 0 if argument == "right_steps" else values >= 0)
-    if bool(beyond.any()):
-        at = int(beyond.nonzero()[0])
-        fail(argument, f"{int(values[at])} for response {at}", f"{wants} ({int(limits[at])})")
+def _none(argument: str, values: Tensor, wrong: Tensor, limits: Tensor, wants: str) -> None:
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        fail(argument, f"{int(values[at])} for response {at}", f"{wants} {int(limits[at])}")
 
 
 def shorten(value: Any, lengths: Tensor, prompt_lengths: Tensor | None) -> None:
@@ -176,6 +179,16 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, 
     device(names[1], weight, hidden.device)
 
 
+def config(value: Any, expected: type) -> None:
+    if not isinstance(value, expected):
+        fail("config", type(value).__name__, f"a {expected.__name__}", TypeError)
+
+
+def own_storage(argument: str, value: Tensor, overwritten: Tensor) -> None:
+    if value.untyped_storage().data_ptr() == overwritten.untyped_storage().data_ptr():
+        fail(argument, "the storage of logits, which inplace=True overwrites", "a copy")
+
+
 def logits(argument: str, value: Tensor, tokens: Tensor) -> None:
     """Logits [*tokens.shape, V]."""
     tensor(argument, value, "float")
@@ -215,8 +228,8 @@ def normalizer(value: Any) -> None:
         if value.device.type != "cpu":
             return
         value = value.item()
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        fail("normalizer", value, "a number or a 0-d tensor", TypeError)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        fail("normalizer", repr(value), "a number or a 0-d tensor", TypeError)
     if not math.isfinite(value) or value <= 0:
         fail("normalizer", repr(value), "a finite number > 0")
 

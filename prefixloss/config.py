@@ -106,8 +106,8 @@ class LossConfig:
     Cost:
         stats: "learning" computes log-probs, KL and metrics only for tokens that may have a gradient, "scored" for
             every token in the mask.
-        row_tolerance: 0 is exact. Above 0, tokens whose logit gradient (its L1 norm, by an upper bound) is at most this
-            times the largest one leave the backward.
+        row_tolerance: 0 is exact. Above 0, tokens whose logit gradient is surely at most this times the largest one
+            (in L1 norm, by bounds on both) leave the backward.
         chunk_tokens: tokens per chunk; None sizes it from a memory budget (see `prefixloss.memory`).
     """
 

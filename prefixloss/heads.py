@@ -22,9 +22,10 @@ _IN_CACHE = 2**22
 
 
 class Rows(Protocol):
-    """N rows of V logits. `compacts`: whether rows without gradient are better taken out of a chunk."""
+    """N rows of V logits, worked on in `dtype`. `compacts`: whether rows without gradient had better leave a chunk."""
 
     compacts: bool
+    dtype: torch.dtype
 
     def chunks(self, rows: Tensor, chosen: int | None) -> Iterator[Tensor]:
         """The rows [n] in pieces: of `chosen` rows, or as many as memory and cache advise."""
@@ -38,6 +39,9 @@ class Rows(Protocol):
 
     def add_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
         """gradient: [n, V], with respect to `transform.before` times the logits; `scale` comes after the products."""
+
+    def clear_except(self, rows: Tensor) -> None:
+        """Makes sure that the gradient of every other row is 0."""
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         """One for each tensor the rows were made of."""
@@ -130,6 +134,9 @@ class LinearRows:
         if self.d_bias is not None:
             self.d_bias.add_(gradient.sum(0), alpha=self.transform.before * scale)
 
+    def clear_except(self, rows: Tensor) -> None:
+        """Nothing to do: gradients are made as zeros."""
+
     def gradients(self) -> tuple[Tensor | None, ...]:
         d_weight, d_bias = self.d_weight, self.d_bias
         if d_weight is not None:
@@ -157,7 +164,7 @@ class LogitRows:
             self.d_logits = memory.zeros(logits.shape, logits.dtype, logits.device) if into is None else into
 
     def chunks(self, rows: Tensor, chosen: int | None) -> Iterator[Tensor]:
-        return iter(rows.split(chosen or max(1, _IN_CACHE // self.vocabulary)))
+        return iter(rows.split(chosen or max(1, _IN_CACHE // self.vocabulary)) if len(rows) else ())
 
     def scores(self, rows: Tensor) -> Tensor:
         logits = self.logits[as_slice(rows)]
@@ -186,6 +193,12 @@ class LogitRows:
         made_in_place = isinstance(where, slice) and gradient.data_ptr() == self.d_logits[where].data_ptr()
         if not made_in_place:
             self.d_logits[where] = gradient.to(self.d_logits.dtype)
+
+    def clear_except(self, rows: Tensor) -> None:
+        if self.d_logits is self.logits:  # overwritten in place: the others still hold logits
+            others = torch.ones(len(self.logits), dtype=torch.bool, device=rows.device)
+            others[rows] = False
+            self.logits[others] = 0
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         return (self.d_logits,)

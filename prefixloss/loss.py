@@ -24,7 +24,7 @@ class LossOutput:
 
     loss: 0-d (shaped like `tokens` for reduction="none"), float32 or float64, differentiable.
     logps, entropy, kl: float, shaped like `tokens`, detached; 0 where not computed.
-    learning: bool, shaped like `tokens`: tokens whose gradient was computed.
+    learning: bool, shaped like `tokens`: tokens that may have a gradient.
     metrics: 0-d tensors by name (see `prefixloss.metrics`); reading one is the caller's synchronisation.
     """
 
@@ -67,7 +67,8 @@ def linear_prefix_loss(
     """The policy loss from hidden states and an LM head, without ever holding [N, V].
 
     Only tokens that can have a gradient enter a matrix product: scored ones whose advantage is not 0, or, with a KL
-    penalty or entropy bonus, all scored ones. Gradients reach hidden, lm_head_weight and lm_head_bias.
+    penalty or entropy bonus, all scored ones. (Two options ask for more: stats="scored", and ratio_level="sequence",
+    whose ratio is over all of a response's tokens.) Gradients reach hidden, lm_head_weight and lm_head_bias.
 
     Args:
         hidden: [B, T, D] or [N, D]; float32, bfloat16, float16 or float64. hidden[b, t] predicts tokens[b, t].
@@ -83,16 +84,24 @@ def linear_prefix_loss(
         lm_head_bias: [V].
         group_ids: int64 [B], for reduction="group-token-mean".
         normalizer: replaces the reduction's denominator (see `prefixloss.reduction`).
+        config: see `LossConfig`.
+        tp_group: a head split by vocabulary; not supported yet, must be None.
         backend: "auto" | "torch" | "reference" (`prefixloss.reference` is the method in its plainest form).
+
+    Packed per-response advantages have to differ in length from per-token ones: with N = B they are taken per token.
 
     Raises:
         ValueError, TypeError: before any work, naming the argument, what it got and what it expects.
+        RuntimeError: for a back-end that cannot run here, saying why.
     """
     check.backend(backend, tp_group)
+    check.config(config, LossConfig)
     check.tensor("tokens", tokens, "integer")
-    lm_head_weight, ref_lm_head_weight = _whole(lm_head_weight), _whole(ref_lm_head_weight)
+    lm_head_weight, lm_head_bias = _whole(lm_head_weight), _whole(lm_head_bias)
+    ref_lm_head_weight, ref_lm_head_bias = _whole(ref_lm_head_weight), _whole(ref_lm_head_bias)
     names = ("hidden", "lm_head_weight", "lm_head_bias")
     check.head(hidden, lm_head_weight, lm_head_bias, names, tokens.shape)
+    check.device("tokens", tokens, hidden.device)
     inputs = TokenInputs(
         tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer
     )
@@ -103,13 +112,16 @@ def linear_prefix_loss(
     if config.kl == "full":
         ref_head = _reference_head(ref_hidden, ref_lm_head_weight, ref_lm_head_bias, lm_head_weight, tokens.shape)
     head = (_rows(hidden), lm_head_weight, lm_head_bias)
-    if backend == "reference":
-        rows = batch.layout.scored.nonzero().squeeze(1)
-        logits = reference.linear_logits(head, rows, dtype)
-        ref_logits = None if ref_head is None else reference.linear_logits(ref_head, rows, dtype)
-        return _output(reference.loss(logits, ref_logits, rows, batch, config), batch, config, tokens.shape)
-    source = torch_backend.linear_source(ref_head, _transform(config), batch.tokens, config.chunk_tokens)
-    return _output(torch_backend.loss(source, batch, config, head), batch, config, tokens.shape)
+    with _as_given(hidden):
+        if backend == "reference":
+            rows = batch.layout.scored.nonzero().squeeze(1)
+            logits = reference.linear_logits(head, rows, dtype)
+            ref_logits = None if ref_head is None else reference.linear_logits(ref_head, rows, dtype)
+            result = reference.loss(logits, ref_logits, rows, batch, config)
+        else:
+            source = torch_backend.linear_source(ref_head, _transform(config), batch.tokens, config.chunk_tokens)
+            result = torch_backend.loss(source, batch, config, head)
+        return _output(result, batch, config, tokens.shape)
 
 
 def prefix_loss(
@@ -133,12 +145,14 @@ def prefix_loss(
     """The policy loss from logits [B, T, V] or [N, V]; everything else as in `linear_prefix_loss`.
 
     Args:
-        logits: the head's raw output; scale, softcap and temperature of `config` are applied here.
+        logits: the head's raw output; scale, softcap and temperature of `config` are applied here. Logits that are
+            not contiguous (`logits[:, :-1]`) are copied first: better to mask the last position.
         ref_logits: like `logits`, raw as well, for kl="full".
         inplace: lets the backward overwrite `logits` with their gradient, so that no second [N, V] is ever held.
             Needs contiguous logits.
     """
     check.backend(backend, tp_group)
+    check.config(config, LossConfig)
     check.tensor("tokens", tokens, "integer")
     check.logits("logits", logits, tokens)
     if inplace and not logits.is_contiguous():
@@ -149,21 +163,27 @@ def prefix_loss(
     dtype, vocabulary = accumulation_dtype(logits), logits.shape[-1]
     batch = inputs.checked(config, dtype, vocabulary, {"ref_logits": ref_logits})
     ref_rows = None
-    if config.kl == "full" and ref_logits is not None:
+    if config.kl == "full":
+        assert ref_logits is not None
         check.logits("ref_logits", ref_logits, tokens)
+        if inplace:
+            check.own_storage("ref_logits", ref_logits, logits)
         check.device("ref_logits", ref_logits, logits.device)
         check.same_vocabulary("ref_logits", ref_logits.shape[-1], vocabulary)
         ref_rows = _rows(ref_logits).detach()
     policy = _rows(logits)
-    if backend == "reference":
-        rows = batch.layout.scored.nonzero().squeeze(1)
-        chosen, ref_chosen = policy[rows].to(dtype), None if ref_rows is None else ref_rows[rows].to(dtype)
-        return _output(reference.loss(chosen, ref_chosen, rows, batch, config), batch, config, tokens.shape)
-    source = torch_backend.logit_source(ref_rows, inplace, _transform(config), batch.tokens, config.chunk_tokens)
-    # float16 gradients are made after the incoming scale is known, or small ones would underflow before it
-    later = inplace or logits.dtype == torch.float16
-    result = torch_backend.loss(source, batch, config, (policy,), gradient_later=later)
-    return _output(result, batch, config, tokens.shape)
+    with _as_given(logits):
+        if backend == "reference":
+            rows = batch.layout.scored.nonzero().squeeze(1)
+            chosen, ref_chosen = policy[rows].to(dtype), None if ref_rows is None else ref_rows[rows].to(dtype)
+            result = reference.loss(chosen, ref_chosen, rows, batch, config)
+        else:
+            transform, chunk = _transform(config), config.chunk_tokens
+            source = torch_backend.logit_source(ref_rows, inplace, transform, batch.tokens, chunk)
+            # float16 gradients are made once the incoming scale is known, or small ones would underflow before it
+            later = inplace or logits.dtype == torch.float16
+            result = torch_backend.loss(source, batch, config, (policy,), gradient_later=later)
+        return _output(result, batch, config, tokens.shape)
 
 
 def linear_logps(
@@ -189,23 +209,30 @@ def linear_logps(
     check.backend(backend, tp_group)
     check.tensor("tokens", tokens, "integer")
     options = LossConfig(temperature=temperature, softcap=softcap, logit_scale=logit_scale)  # checks the three
-    lm_head_weight = _whole(lm_head_weight)
+    lm_head_weight, lm_head_bias = _whole(lm_head_weight), _whole(lm_head_bias)
     names = ("hidden", "lm_head_weight", "lm_head_bias")
     check.head(hidden, lm_head_weight, lm_head_bias, names, tokens.shape)
+    check.device("tokens", tokens, hidden.device)
     layout = Layout.of(tokens.shape, tokens.device, mask, None)
     ids = tokens.reshape(-1).long()
     check.token_ids(ids, layout.scored, len(lm_head_weight))
     rows = layout.scored.nonzero().squeeze(1)
     head = (_rows(hidden), lm_head_weight, lm_head_bias)
-    values: tuple[Tensor, ...]
-    if backend == "reference":
-        logits = reference.linear_logits(head, rows, accumulation_dtype(hidden, lm_head_weight))
-        values = reference.log_probs_and_entropies(logits, ids[rows], options)
-    else:
-        source = torch_backend.linear_source(None, _transform(options), ids, None)
-        values = torch_backend.row_statistics(source, rows, head, entropy_grad=entropy)[:2]
-    logps, entropies = (v.new_zeros(len(ids)).index_copy(0, rows, v).reshape(tokens.shape) for v in values)
+    with _as_given(hidden):
+        values: tuple[Tensor, ...]
+        if backend == "reference":
+            logits = reference.linear_logits(head, rows, accumulation_dtype(hidden, lm_head_weight))
+            values = reference.log_probs_and_entropies(logits, ids[rows], options)
+        else:
+            source = torch_backend.linear_source(None, _transform(options), ids, None)
+            values = torch_backend.row_statistics(source, rows, head, entropy_grad=entropy)[:2]
+        logps, entropies = (v.new_zeros(len(ids)).index_copy(0, rows, v).reshape(tokens.shape) for v in values)
     return LogpOutput(logps, entropies if entropy else None)
+
+
+def _as_given(x: Tensor) -> torch.autocast:
+    """No autocast: its half-precision products would undo float32 accumulation."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -241,6 +268,6 @@ def _output(result: tuple[Tensor, TokenValues], batch: Batch, config: LossConfig
         logps=values.logp.reshape(shape),
         entropy=values.entropy.reshape(shape),
         kl=values.kl.reshape(shape),
-        learning=batch.learning.reshape(shape),
+        learning=batch.learning.reshape(shape).clone(),  # it may be the caller's mask
         metrics=metrics(config, batch, values, total.detach()),
     )

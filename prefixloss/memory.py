@@ -29,9 +29,13 @@ def budget(device: torch.device) -> int:
 def chunk_sizes(rows: int, tokens: int, bytes_per_row: int, device: torch.device, chosen: int | None) -> list[int]:
     """How to split `rows` of a batch of `tokens`: chunks of `chosen` rows, or of as many as the budget allows.
 
-    The last two chunks share what is left, so that none is a small remainder.
+    A quarter of the budget is for logits however many tokens there are. The last two chunks share what is left, so that
+    none is a small remainder; no row, no chunk.
     """
-    most = chosen or max(1, (budget(device) - _PER_TOKEN * tokens) // bytes_per_row)
+    if rows == 0:
+        return []
+    whole_budget = budget(device)
+    most = chosen or max(1, max(whole_budget - _PER_TOKEN * tokens, whole_budget // 4) // bytes_per_row)
     whole = max(0, rows // most - 1)
     rest = rows - whole * most
     tail = [rest] if rest <= most else [rest - rest // 2, rest // 2]

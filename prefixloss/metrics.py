@@ -14,10 +14,10 @@ def metrics(config: LossConfig, batch: Batch, values: TokenValues, total: Tensor
     """Counts, and means over the computed tokens (the learning ones, or the scored ones with stats="scored").
 
     scored_tokens, learning_tokens, prefix_tokens: how many tokens are in the mask, may have a gradient, lie in a good
-    prefix. loss: the reduced loss; for reduction="none" the sum of the token losses over the scored tokens' count.
+    prefix. loss: the reduced loss; for reduction="none" the mean of its entries over the scored tokens.
     ratio_mean, ratio_max, kl, entropy: over the computed tokens. clip_low, clip_high: shares of the learning tokens
-    whose ratio a bound changed. logp_prefix, logp_suffix: mean log-prob of the computed tokens inside and outside good
-    prefixes.
+    whose ratio lies beyond the clip on the side where their advantage makes it act (ratio_cap and dual_clip apart).
+    logp_prefix, logp_suffix: mean log-prob of the computed tokens inside and outside good prefixes.
     A mean over no token is 0.
     """
     computed, learning = batch.computed, batch.learning

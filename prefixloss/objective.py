@@ -82,7 +82,7 @@ def token_log_ratio(given: Given, logp: Tensor) -> Tensor:
 
 
 def clipped(config: LossConfig, advantages: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens a bound on the ratio changes, below and above: bool [n] each."""
+    """Tokens whose ratio the clip changes, below and above: bool [n] each; ratio_cap and dual_clip apart."""
     never = torch.zeros_like(ratio, dtype=torch.bool)
     if config.objective == "clip":
         low = (advantages < 0) & (ratio < 1 - config.clip_low)

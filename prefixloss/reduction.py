@@ -39,7 +39,7 @@ def token_weights(
     elif reduction == "seq-mean-token-mean":
         weights = weights / layout.lengths(argument).clamp(min=1)[layout.response_of_token(argument)]
     if normalizer is not None:
-        denominator = normalizer
+        denominator = normalizer.detach() if isinstance(normalizer, Tensor) else float(normalizer)
     elif reduction.startswith("seq-mean"):
         denominator = max(1, len(layout.starts(argument)) - 1)
     elif reduction == "constant":

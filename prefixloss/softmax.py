@@ -73,9 +73,16 @@ class RowStats(NamedTuple):
         return RowStats(*picked)  # type: ignore[arg-type]
 
     @classmethod
-    def cat(cls, parts: list[RowStats]) -> RowStats:
-        joined = [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
-        return cls(*joined)  # type: ignore[arg-type]
+    def empty(cls, rows: int, like: Tensor, exact_kl: bool) -> RowStats:
+        """Room for `rows` rows, with or without a reference."""
+        made = [like.new_empty(rows) for _ in cls._fields]
+        kl, ref_lse = made[4:] if exact_kl else (None, None)
+        return cls(made[0], made[1], made[2], made[3], kl, ref_lse)
+
+    def put(self, rows: slice, part: RowStats) -> None:
+        for whole, piece in zip(self, part, strict=True):
+            if whole is not None and piece is not None:
+                whole[rows] = piece
 
 
 class Coefficients(NamedTuple):

@@ -41,6 +41,7 @@ class Source:
     open: Callable[[tuple[Any, ...], tuple[bool, ...]], Rows]
     transform: Transform
     reference: Rows | None
+    reference_tensors: tuple[Tensor | None, ...]
     tokens: Tensor
     chunk_tokens: int | None
 
@@ -57,6 +58,7 @@ def linear_source(
         lambda tensors, needs: LinearRows(tensors, transform, needs, buffers),
         transform,
         None if reference is None else LinearRows(reference, transform),
+        () if reference is None else reference,
         tokens,
         chunk_tokens,
     )
@@ -70,8 +72,9 @@ def logit_source(
     def open_rows(tensors: tuple[Tensor], needs: tuple[bool, ...]) -> Rows:
         return LogitRows(tensors[0], transform, needs, into=tensors[0] if inplace else None)
 
-    reference = None if ref_logits is None else LogitRows(ref_logits, transform)
-    return Source(open_rows, transform, reference, tokens, chunk_tokens)
+    if ref_logits is None:
+        return Source(open_rows, transform, None, (), tokens, chunk_tokens)
+    return Source(open_rows, transform, LogitRows(ref_logits, transform), (ref_logits,), tokens, chunk_tokens)
 
 
 def loss(
@@ -106,7 +109,7 @@ class _FusedLoss(torch.autograd.Function):
                 stats = row_stats(scores, batch.tokens[rows], probs, ref_scores)
                 given = batch.given.at(rows)
                 terms = token_terms(config, given, stats.logp, stats.entropy, stats.kl)
-                values.put(rows, stats.logp, stats.entropy, terms)
+                values.put(rows, TokenValues(terms.loss, stats.logp, stats.entropy, terms.kl, terms.ratio))
                 if learning and any(grads):
                     coefficients = _coefficients(terms, batch.weights[rows])
                     _add_gradient(source, policy, rows, probs, ref_scores, stats, coefficients, scale)
@@ -127,7 +130,7 @@ class _FusedLoss(torch.autograd.Function):
             if saved is None:
                 out.append(None)
             else:
-                out.append((saved if unit else saved.to(grad.dtype) * grad).to(dtype))
+                out.append((saved if unit else saved * grad).to(dtype))
         return (None, None, None, None, *out)
 
 
@@ -157,8 +160,8 @@ def _loss_in_two_stages(
 
     values = TokenValues.zeros(len(batch.tokens), batch.weights)
     shown = batch.computed[rows]
-    terms = Terms(token_loss.detach()[shown], logp, entropy, 0.0, ratio[shown], kl[shown])
-    values.put(rows[shown], logp.detach()[shown], entropy.detach()[shown], terms)
+    results = TokenValues(token_loss.detach(), logp.detach(), entropy.detach(), kl, ratio)
+    values.put(rows[shown], results.at(shown))
     return total, values
 
 
@@ -223,21 +226,24 @@ class _RowStatistics(torch.autograd.Function):
         policy = source.open(tensors, (False,) * len(tensors))
         # with only the hidden states to learn and only logp to follow, one product now saves two later
         follow_hidden = grads == (True, False, False) and not entropy_grad and source.reference is None
-        parts, slopes = [], []
+        like = tensors[0].new_empty(0, dtype=policy.dtype)
+        stats = RowStats.empty(len(rows), like, source.reference is not None)
+        slope = like.new_empty(len(rows), tensors[0].shape[1]) if follow_hidden else None
+        start = 0
         for chunk in policy.chunks(rows, source.chunk_tokens):
+            here = slice(start, start + len(chunk))
+            start += len(chunk)
             scores, ref_scores = _scores(source, policy, chunk)
-            tokens = source.tokens[chunk]
-            probs = policy.room(chunk, learning=False)
-            stats = row_stats(scores, tokens, probs, ref_scores)
-            parts.append(stats)
-            if follow_hidden and isinstance(policy, LinearRows):
-                ones = Coefficients(torch.ones_like(stats.logp), None, None)
-                gradient = logit_gradient_(probs, tokens, stats, ones, source.transform)
-                slopes.append(policy.hidden_gradient(gradient, 1.0))
-        stats = RowStats.cat(parts)
-        slope = torch.cat(slopes) if slopes else None
+            probs, tokens = policy.room(chunk, learning=False), source.tokens[chunk]
+            part = row_stats(scores, tokens, probs, ref_scores)
+            stats.put(here, part)
+            if slope is not None and isinstance(policy, LinearRows):
+                ones = Coefficients(torch.ones_like(part.logp), None, None)
+                logit_gradient_(probs, tokens, part, ones, source.transform)
+                slope[here] = policy.hidden_gradient(probs, 1.0)
         ctx.source, ctx.rows, ctx.grads, ctx.row_tolerance = source, rows, grads, row_tolerance
-        ctx.save_for_backward(*tensors, slope, *stats)
+        # all that the backward reads again, so that autograd notices if any of it was changed in between
+        ctx.save_for_backward(*tensors, slope, *stats, source.tokens, *source.reference_tensors)
         ctx.set_materialize_grads(False)
         if not entropy_grad:
             ctx.mark_non_differentiable(stats.entropy)
@@ -247,8 +253,10 @@ class _RowStatistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
         source, rows, grads = ctx.source, ctx.rows, ctx.grads
-        saved = ctx.saved_tensors
-        tensors, slope, stats = saved[: len(grads)], saved[len(grads)], RowStats(*saved[len(grads) + 1 :])
+        saved = iter(ctx.saved_tensors)
+        tensors = tuple(next(saved) for _ in grads)
+        slope = next(saved)
+        stats = RowStats(*(next(saved) for _ in RowStats._fields))
         d_logp, d_entropy, d_kl = incoming
         coefficients = Coefficients(torch.zeros_like(stats.logp) if d_logp is None else d_logp, d_entropy, d_kl)
         none: tuple[None, ...] = (None,) * 5
@@ -259,40 +267,42 @@ class _RowStatistics(torch.autograd.Function):
             return (*none, d_hidden, None, None)
 
         policy = source.open(tensors, grads)
-        live = _live(coefficients, stats, ctx.row_tolerance).nonzero().squeeze(1)
-        dead = torch.ones(len(source.tokens), dtype=torch.bool, device=rows.device)
-        dead[rows[live]] = False
+        live = _live(coefficients, stats, source.transform, ctx.row_tolerance).nonzero().squeeze(1)
         start = 0
         for chunk in policy.chunks(rows[live], source.chunk_tokens):
             index = live[start : start + len(chunk)]
             start += len(chunk)
             scores, ref_scores = _scores(source, policy, chunk)
-            chunk_stats, probs = stats.at(index), policy.room(chunk, learning=True)
+            probs = policy.room(chunk, learning=True)
             probabilities(scores, probs)
-            _add_gradient(source, policy, chunk, probs, ref_scores, chunk_stats, coefficients.at(index), 1.0)
-        if isinstance(policy, LogitRows) and policy.d_logits is policy.logits:
-            policy.logits[dead] = 0  # overwritten in place: what did not learn still holds logits
+            _add_gradient(source, policy, chunk, probs, ref_scores, stats.at(index), coefficients.at(index), 1.0)
+        policy.clear_except(rows[live])
         gradients = (None if g is None else g.to(t.dtype) for g, t in zip(policy.gradients(), tensors, strict=True))
         return (*none, *gradients)
 
 
-def _live(coefficients: Coefficients, stats: RowStats, tolerance: float) -> Tensor:
-    """Rows that the backward takes; with a tolerance, those whose gradient's L1 norm may exceed it times the largest.
+def _live(coefficients: Coefficients, stats: RowStats, transform: Transform, tolerance: float) -> Tensor:
+    """Rows that the backward takes; with a tolerance, those whose gradient may exceed it times the largest.
 
+    A row's gradient is measured by its L1 norm over the vocabulary, from above and from below:
     sum_j |d logp / d s_j| = 2 (1 - p_t);  sum_j |dH / d s_j| <= 2 H;  sum_j |dK / d s_j| <= 2 K + min(2, sqrt(2 K)),
-    the last by Pinsker's inequality.
+    the last by Pinsker's inequality. Under a softcap only the target's share is sure to reach the logits.
     """
     live = coefficients.live()
-    if tolerance == 0:
+    if tolerance == 0 or len(live) == 0:
         return live
-    bound = 2 * coefficients.logp.abs() * -torch.expm1(stats.logp)
+    surprise = coefficients.logp.abs() * -torch.expm1(stats.logp)
+    penalty = torch.zeros_like(surprise)
     if coefficients.entropy is not None:
-        bound = bound + 2 * coefficients.entropy.abs() * stats.entropy
+        penalty += 2 * coefficients.entropy.abs() * stats.entropy
     if coefficients.kl is not None and stats.kl is not None:
         kl = stats.kl.clamp(min=0)
-        bound = bound + coefficients.kl.abs() * (2 * kl + (2 * kl).sqrt().clamp(max=2))
-    largest = bound.max() if len(bound) else bound.sum()
-    return live & ~(bound <= tolerance * largest)
+        penalty += coefficients.kl.abs() * (2 * kl + (2 * kl).sqrt().clamp(max=2))
+    sure = 2 * surprise
+    if transform.softcap is not None:
+        sure = surprise * transform.slope(stats.logp + stats.lse) / transform.after
+    largest = (sure - penalty).clamp(min=0).max()
+    return live & ~(2 * surprise + penalty <= tolerance * largest)
 
 
 def _scores(source: Source, policy: Rows, rows: Tensor) -> tuple[Tensor, Tensor | None]:

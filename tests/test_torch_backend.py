@@ -233,3 +233,77 @@ def test_single_float32_log_prob_is_as_good_as_its_inputs() -> None:
     got = linear_logps(hidden, weight, tokens).logps
     # D products and V exponentials in float32: sqrt(D) + sqrt(log2 V) roundings of logits up to 10
     assert (got - exact).abs().max() < 10 * 2**-24 * (math.sqrt(D) + 3)
+
+
+def test_row_tolerance_keeps_the_largest_gradient_whatever_its_bounds_say() -> None:
+    # a saturated softcap: the first row's bound is the largest, its gradient 0; the other rows must stay
+    logits = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits[0] = 400.0
+    logits.requires_grad_()
+    tokens, advantages = torch.tensor([0, 1, 2]), torch.tensor([100.0, 1.0, 1.0])
+    options = {"objective": "reinforce", "softcap": 5.0}
+    want = gradients(prefix_loss(logits, tokens, advantages, config=LossConfig(**options)), logits)
+    config = LossConfig(**options, row_tolerance=0.05)
+    torch.testing.assert_close(gradients(prefix_loss(logits, tokens, advantages, config=config), logits), want)
+    # an entropy bonus: uniform logits have the largest entropy and no gradient
+    flat = torch.zeros(2, 50, dtype=torch.float64)
+    flat[1, 0] = 6.0
+    flat.requires_grad_()
+    exact, rough = LossConfig(entropy_coef=1.0), LossConfig(entropy_coef=1.0, row_tolerance=0.3)
+    arguments = (flat, torch.tensor([0, 0]), torch.zeros(2))
+    want = gradients(prefix_loss(*arguments, config=exact), flat)
+    torch.testing.assert_close(gradients(prefix_loss(*arguments, config=rough), flat), want)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_does_not_lower_the_precision(backend: str) -> None:
+    hidden, weight, tokens, advantages = inputs(torch.float32)
+    config = LossConfig(entropy_coef=0.1)
+    plain = linear_prefix_loss(hidden, weight, tokens, advantages, config=config, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = linear_prefix_loss(hidden, weight, tokens, advantages, config=config, backend=backend)
+        logps = linear_logps(hidden, weight, tokens, backend=backend).logps
+    assert torch.equal(cast.loss, plain.loss)
+    assert torch.equal(cast.logps, plain.logps)
+    torch.testing.assert_close(logps, plain.logps)
+    got, want = gradients(cast, hidden, weight), gradients(plain, hidden, weight)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_tokens_changed_before_the_backward_are_noticed() -> None:
+    hidden, weight, tokens, _ = inputs()
+    logps = linear_logps(hidden, weight, tokens).logps
+    tokens.fill_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.sum().backward()
+
+
+def test_reference_logits_may_not_be_the_logits_that_inplace_overwrites() -> None:
+    logits = torch.randn(3, 5, requires_grad=True)
+    config = LossConfig(kl="full", kl_coef=0.1)
+    with pytest.raises(ValueError, match="ref_logits: got the storage of logits"):
+        prefix_loss(
+            logits, torch.zeros(3).long(), torch.ones(3), ref_logits=logits.detach(), inplace=True, config=config
+        )
+
+
+def test_learning_is_not_the_callers_mask() -> None:
+    hidden, weight, tokens, advantages = inputs()
+    mask = torch.ones(N, dtype=torch.bool)
+    out = linear_prefix_loss(hidden, weight, tokens, advantages, mask=mask, config=LossConfig(entropy_coef=0.1))
+    out.learning.fill_(False)
+    assert bool(mask.all())
+
+
+def test_no_token_of_a_half_precision_head_means_no_look_at_the_head() -> None:
+    hidden, weight, tokens, advantages = inputs(torch.bfloat16)
+    with Counter() as counter:
+        linear_prefix_loss(hidden, weight, tokens, advantages * 0).loss.backward()
+    assert counter.largest == V * D  # the gradient of the head itself
+    assert counter.multiply_adds == 0
+
+
+@pytest.mark.parametrize("config", [{"kl": "k3"}, None])
+def test_config_of_another_type_is_named(config: object) -> None:
+    with pytest.raises(TypeError, match=r"config: got (dict|NoneType), expected a LossConfig"):
+        linear_prefix_loss(*inputs(), config=config)  # type: ignore[arg-type]

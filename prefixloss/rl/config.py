@@ -36,11 +36,11 @@ class Config:
     # for more steps to guard against, and prompts are longer than steps: "prompt" would leave nothing
     shorten: str | int | float = 0
     # rollouts and optimisation
-    updates: int = 180
+    updates: int = 120
     prompts: int = 32  # per update
     group: int = 8  # responses a prompt
     max_tokens: int = 64
-    epochs: int = 1  # passes over the responses of an update
+    epochs: int = 2  # passes over the responses of an update
     minibatches: int = 2  # optimiser steps a pass
     micro_prompts: int = 32  # prompts whose responses are in one training pass
     lr: float = 8e-4
