@@ -11,6 +11,7 @@ G - 1, as in TRL and verl) with nothing added, and a group whose standard deviat
 from __future__ import annotations
 
 from fractions import Fraction
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -91,8 +92,8 @@ def _cut(shorten: Literal["prompt"] | int | float, lengths: Tensor, prompt_lengt
     if shorten == "prompt":
         assert prompt_lengths is not None
         return prompt_lengths.long()
-    if isinstance(shorten, int):
-        return torch.full_like(lengths, shorten, dtype=torch.int64)
+    if isinstance(shorten, Integral):
+        return torch.full_like(lengths, int(shorten), dtype=torch.int64)
     # 0.29 of 100 tokens is 29; the binary 0.29 would round down to 28
     share = Fraction(str(shorten)).limit_denominator(10**6)
     return lengths.long() * share.numerator // share.denominator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,7 +63,7 @@ def device(argument: str, value: Tensor, expected: torch.device) -> None:
 
 def number(argument: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
     limits = f" between {low:g} and {high:g}" if math.isfinite(low) else ""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not low <= value <= high:
         fail(argument, repr(value), f"a finite number{limits}")
 
@@ -146,7 +146,7 @@ def shorten(value: Any, lengths: Tensor, prompt_lengths: Tensor | None) -> None:
         if bool((prompt_lengths < 0).any()):
             fail("prompt_lengths", f"{int(prompt_lengths.min())}", "0 or more tokens")
         return
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
     share = isinstance(value, float) and 0 <= value <= 1
     if not (whole or share):
         fail("shorten", repr(value), wants)

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal
 
 Objective = Literal["clip", "cispo", "sapo", "reinforce", "topr"]
@@ -14,7 +15,7 @@ Reduction = Literal["token-mean", "group-token-mean", "seq-mean-token-mean", "se
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def _one_of(*names: str | None) -> tuple[Callable[[Any], bool], str]:
@@ -48,7 +49,7 @@ def _pair(low: float, *, above: bool, ordered: bool) -> tuple[Callable[[Any], bo
 
 
 def _positive_int() -> tuple[Callable[[Any], bool], str]:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "a whole number > 0"
+    return lambda v: isinstance(v, Integral) and not isinstance(v, bool) and int(v) > 0, "a whole number > 0"
 
 
 _any_number = (lambda v: _is_number(v) and math.isfinite(v), "a finite number")

@@ -148,15 +148,13 @@ def prefix_loss(
         logits: the head's raw output; scale, softcap and temperature of `config` are applied here. Logits that are
             not contiguous (`logits[:, :-1]`) are copied first: better to mask the last position.
         ref_logits: like `logits`, raw as well, for kl="full".
-        inplace: lets the backward overwrite `logits` with their gradient, so that no second [N, V] is ever held.
-            Needs contiguous logits.
+        inplace: lets the backward overwrite `logits` (or their copy, see above) with the gradient, so that no second
+            [N, V] is ever held.
     """
     check.backend(backend, tp_group)
     check.config(config, LossConfig)
     check.tensor("tokens", tokens, "integer")
     check.logits("logits", logits, tokens)
-    if inplace and not logits.is_contiguous():
-        check.fail("inplace", "True with logits that are not contiguous", "contiguous logits")
     inputs = TokenInputs(
         tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer
     )

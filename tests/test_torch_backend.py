@@ -307,3 +307,12 @@ def test_no_token_of_a_half_precision_head_means_no_look_at_the_head() -> None:
 def test_config_of_another_type_is_named(config: object) -> None:
     with pytest.raises(TypeError, match=r"config: got (dict|NoneType), expected a LossConfig"):
         linear_prefix_loss(*inputs(), config=config)  # type: ignore[arg-type]
+
+
+def test_inplace_of_logits_that_are_not_contiguous_overwrites_only_a_copy() -> None:
+    logits = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    tokens, advantages = torch.zeros(2, 4, dtype=torch.int64), torch.ones(2)
+    before = logits.detach().clone()
+    got = gradients(prefix_loss(logits[:, :-1], tokens, advantages, inplace=True), logits)
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(got, gradients(prefix_loss(logits[:, :-1], tokens, advantages), logits))
