@@ -72,7 +72,7 @@ class _Groups:
     def deviations(self, values: Tensor) -> Tensor:
         """values - mean, exactly 0 where a group's values are equal: rounding in the mean is no signal."""
         deviations = values.double() - self.mean(values)
-        return torch.where(deviations.abs() <= 1e-12 * values.abs(), 0.0, deviations)
+        return torch.where(deviations.abs() <= 1e-12 * values.double().abs(), 0.0, deviations)
 
     def std(self, values: Tensor) -> Tensor:
         return (self.sum(self.deviations(values) ** 2) / (self.sizes - 1).clamp(min=1)).sqrt()

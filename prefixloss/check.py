@@ -32,17 +32,20 @@ def fail(argument: str, got: Any, expected: str, error: type[Exception] = ValueE
 
 
 def tensor(argument: str, value: Any, kind: str) -> None:
-    """kind: "float", "integer", "bool", or "mask" (any of them)."""
+    """kind: "float", "integer", "bool", "number" (any of them) or "mask" (the same, of 0 and 1)."""
+    any_dtype = (torch.bool, torch.uint8, torch.int8, *_INTEGERS, *_FLOATS)
     dtypes = {
         "float": _FLOATS,
         "integer": _INTEGERS,
         "bool": (torch.bool,),
-        "mask": (torch.bool, torch.uint8, torch.int8, *_INTEGERS, *_FLOATS),
+        "number": any_dtype,
+        "mask": any_dtype,
     }[kind]
     wants = {
         "float": "a float32, bfloat16, float16 or float64 tensor",
         "integer": "an int64 (or int32) tensor",
         "bool": "a bool tensor",
+        "number": "a tensor of numbers",
         "mask": "a tensor of bool or of 0 and 1",
     }[kind]
     if not isinstance(value, Tensor):
@@ -110,7 +113,7 @@ def token_advantages(advantages: TokenAdvantages, where: Layout) -> None:
 def responses(**arguments: Tensor) -> None:
     """Per-response arguments of an advantage function: dtypes, one shared shape [B], and ranges."""
     kinds = {"correct": "bool", "lengths": "integer", "first_error": "integer", "group_ids": "integer"}
-    kinds |= {"right_steps": "integer", "total_steps": "integer"}
+    kinds |= {"right_steps": "integer", "total_steps": "integer", "rewards": "number"}
     first = next(iter(arguments.values()))
     for name, value in arguments.items():
         tensor(name, value, kinds.get(name, "float"))

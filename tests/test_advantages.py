@@ -41,3 +41,9 @@ def test_large_integers_as_group_labels_and_no_response_at_all() -> None:
     assert advantages.grpo(torch.tensor([1.0, 5.0, 0.0]), ids, std=False).tolist() == [0.5, 0.0, -0.5]
     empty = torch.zeros(0)
     assert advantages.grpo(empty, empty.long()).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_outcomes_may_be_given_as_bool_or_integers(dtype: torch.dtype) -> None:
+    rewards = torch.tensor([1, 0, 0, 0]).to(dtype)
+    assert advantages.grpo(rewards, torch.zeros(4).long(), std=False).tolist() == [0.75, -0.25, -0.25, -0.25]
