@@ -107,6 +107,8 @@ def plot(path: Path, history: list[dict[str, Any]], k: int) -> None:
     draw(prefix, "good_prefix", color="tab:green")
     prefix.set(title="good prefix of wrong responses, tokens", ylim=(0, None))
     lines = draw(drift, "kl", color="tab:purple", label="KL to the start (k3)")
+    if any(m.get("kl", 0) > 0 for m in history):
+        drift.set_yscale("log")  # k3 has a heavy tail: one token can lift an update's mean a thousandfold
     share = drift.twinx()
     lines += draw(share, "clip_share", color="tab:orange", alpha=0.6, label="clipped share (right)")
     drift.set(title="how far and how fast the policy moves")
