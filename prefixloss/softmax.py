@@ -114,34 +114,39 @@ def row_stats(scores: Tensor, tokens: Tensor, probs: Tensor, ref_scores: Tensor 
     The probabilities, whose rows sum to `total` rather than exactly 1, go to probs [n, V], which may be scores.
     """
     n, vocabulary = scores.shape
-    logp, lse, total, entropy, kl, ref_lse = (scores.new_empty(n) for _ in RowStats._fields)
+    target = tokens[:, None]
+    top, at_target, others, at_top, mean_shifted, kl, ref_lse = (scores.new_empty(n, 1) for _ in range(7))
+    # the scores may be overwritten below
+    target_shifted = scores.gather(1, target)
     scratch = _scratch(scores)
     for rows in blocks(n, vocabulary):
-        s, target = scores[rows], tokens[rows, None]
-        top = s.amax(1, keepdim=True)
-        target_shifted = (s.gather(1, target) - top).squeeze(1)
-        shifted = torch.sub(s, top, out=scratch[: len(s)])
+        s = scores[rows]
+        shifted = torch.sub(s, torch.amax(s, 1, keepdim=True, out=top[rows]), out=scratch[: len(s)])
         # torch.softmax is fast, but its running sum loses up to 5 digits over a large vocabulary: sum() is pairwise
         p = torch.softmax(shifted, 1, out=probs[rows])
-        at_target = p.gather(1, target)
-        others = p.scatter_(1, target, 0).sum(1)
-        p.scatter_(1, target, at_target)
-        total[rows] = others + at_target.squeeze(1)
-        log_norm = torch.log(total[rows] / p.amax(1))  # log sum_j exp(s_j - top)
-        # log p_t = -log(1 + others / p_t) keeps its digits near 0; far from it, p_t may underflow
-        near_zero = others < at_target.squeeze(1)
-        logp[rows] = torch.where(near_zero, -torch.log1p(others / at_target.squeeze(1)), target_shifted - log_norm)
-        lse[rows] = log_norm + top.squeeze(1)
+        torch.gather(p, 1, target[rows], out=at_target[rows])
+        torch.sum(p.scatter_(1, target[rows], 0), 1, keepdim=True, out=others[rows])
+        torch.amax(p.scatter_(1, target[rows], at_target[rows]), 1, keepdim=True, out=at_top[rows])
         if ref_scores is not None:
-            ref_lse[rows] = ref_scores[rows].logsumexp(1)
-            log_ratio = (shifted - ref_scores[rows]).add_((ref_lse[rows] - log_norm)[:, None])
-            kl[rows] = log_ratio.masked_fill_(p == 0, 0).mul_(p).sum(1) / total[rows]
-        mean_shifted = shifted.mul_(p).sum(1)
-        if bool(mean_shifted.isnan().any()):  # a banned token's -inf * 0
-            mean_shifted = shifted.masked_fill_(p == 0, 0).sum(1)
-        entropy[rows] = log_norm - mean_shifted / total[rows]
-    exact = (None, None) if ref_scores is None else (kl, ref_lse)
-    return RowStats(logp, lse, total, entropy, *exact)
+            ref_lse[rows] = ref_scores[rows].logsumexp(1, keepdim=True)
+            log_norm = torch.log((others[rows] + at_target[rows]) / at_top[rows])
+            log_ratio = (shifted - ref_scores[rows]).add_(ref_lse[rows] - log_norm)
+            torch.sum(log_ratio.masked_fill_(p == 0, 0).mul_(p), 1, keepdim=True, out=kl[rows])
+        torch.sum(shifted.mul_(p), 1, keepdim=True, out=mean_shifted[rows])
+
+    total = others + at_target
+    log_norm = torch.log(total / at_top)  # log sum_j exp(s_j - top)
+    # log p_t = -log(1 + others / p_t) keeps its digits near 0; far from it, p_t may underflow
+    logp = torch.where(others < at_target, -torch.log1p(others / at_target), target_shifted.sub_(top).sub_(log_norm))
+    entropy = log_norm - mean_shifted / total
+    if bool((mean_shifted.isnan() & ~total.isnan()).any()):  # a banned token's -inf * 0
+        for rows in blocks(n, vocabulary):
+            entropy[rows] = torch.special.entr(probs[rows] / total[rows]).sum(1, keepdim=True)
+    columns = (logp, log_norm + top, total, entropy)
+    logp, lse, total, entropy = (x.squeeze(1) for x in columns)
+    if ref_scores is None:
+        return RowStats(logp, lse, total, entropy, None, None)
+    return RowStats(logp, lse, total, entropy, kl.squeeze(1) / total, ref_lse.squeeze(1))
 
 
 def probabilities(scores: Tensor, probs: Tensor) -> None:
