@@ -37,20 +37,15 @@ class TokenAdvantages(NamedTuple):
         like: any tensor shaped like the tokens, [B, T], or [N] with `cu_seqlens` [B + 1].
         """
         layout = Layout.of(like.shape, like.device, mask, cu_seqlens)
-        return self.spread(layout).reshape(like.shape)
+        return self.spread(layout)[0].reshape(like.shape)
 
-    def spread(self, layout: Layout) -> Tensor:
-        """`per_token` over a flat layout: float [N]."""
+    def spread(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """`per_token` over a flat layout, float [N], and which scored tokens take the prefix advantage, bool [N]."""
         check.token_advantages(self, layout)
         response = layout.response_of_token("advantages")
-        in_prefix = self.in_prefix(layout)
+        in_prefix = layout.scored & (layout.rank() < self.prefix_lengths[response])
         values = torch.where(in_prefix, self.prefix[response], self.suffix[response])
-        return torch.where(layout.scored, values, torch.zeros_like(values))
-
-    def in_prefix(self, layout: Layout) -> Tensor:
-        """Which scored tokens take the prefix advantage: bool [N]."""
-        response = layout.response_of_token("advantages")
-        return layout.scored & (layout.rank() < self.prefix_lengths[response])
+        return torch.where(layout.scored, values, torch.zeros_like(values)), in_prefix
 
 
 class _Groups:

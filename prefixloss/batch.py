@@ -97,7 +97,7 @@ class TokenInputs:
             check.normalizer(self.normalizer)
         if self.group_ids is not None:
             check.tensor("group_ids", self.group_ids, "integer")
-            check.shape("group_ids", self.group_ids, (len(layout.starts("group_ids")) - 1,), "[B]")
+            check.shape("group_ids", self.group_ids, (layout.responses("group_ids"),), "[B]")
             check.device("group_ids", self.group_ids, device)
         if config.ratio_level == "sequence":
             layout.starts('ratio_level="sequence"')
@@ -131,7 +131,7 @@ class TokenInputs:
         """The advantage of every token, [N], and which tokens lie in a good prefix."""
         a, shape = self.advantages, self.tokens.shape
         if isinstance(a, TokenAdvantages):
-            return a.spread(layout), a.in_prefix(layout)
+            return a.spread(layout)
         check.tensor("advantages", a, "float")
         check.device("advantages", a, self.tokens.device)
         nowhere = torch.zeros_like(layout.scored)
@@ -140,5 +140,5 @@ class TokenInputs:
         if a.dim() != 1:
             wants = f"[B], the shape of tokens {list(shape)}, or TokenAdvantages"
             check.fail("advantages", f"shape {list(a.shape)}", wants)
-        check.shape("advantages", a, (len(layout.starts("advantages")) - 1,), "[B]")
+        check.shape("advantages", a, (layout.responses("advantages"),), "[B]")
         return a[layout.response_of_token("advantages")], nowhere

@@ -100,11 +100,10 @@ def layout(shape_of_tokens: torch.Size, mask: Tensor | None, cu_seqlens: Tensor 
 
 
 def token_advantages(advantages: TokenAdvantages, where: Layout) -> None:
-    responses = len(where.starts("advantages")) - 1
     for name, kind in (("prefix", "float"), ("suffix", "float"), ("prefix_lengths", "integer")):
         value = getattr(advantages, name)
         tensor(f"advantages.{name}", value, kind)
-        shape(f"advantages.{name}", value, (responses,), "[B]")
+        shape(f"advantages.{name}", value, (where.responses("advantages"),), "[B]")
         device(f"advantages.{name}", value, where.scored.device)
     if bool((advantages.prefix_lengths < 0).any()):
         fail("advantages.prefix_lengths", f"{int(advantages.prefix_lengths.min())}", "0 or more scored tokens")

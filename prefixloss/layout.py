@@ -36,10 +36,6 @@ class Layout:
     def tokens(self) -> int:
         return len(self.scored)
 
-    @property
-    def responses(self) -> int | None:
-        return None if self.offsets is None else len(self.offsets) - 1
-
     def starts(self, argument: str) -> Tensor:
         """`offsets`, or the error that `argument` needs them."""
         if self.offsets is None:
@@ -47,6 +43,10 @@ class Layout:
                 f"{argument}: is per response, got packed input without cu_seqlens, expected cu_seqlens [B + 1]"
             )
         return self.offsets
+
+    def responses(self, argument: str) -> int:
+        """B, or the error that `argument` needs it."""
+        return len(self.starts(argument)) - 1
 
     def response_of_token(self, argument: str) -> Tensor:
         """int64 [N]: the response each token belongs to."""

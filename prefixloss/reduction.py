@@ -41,8 +41,8 @@ def token_weights(
     if normalizer is not None:
         denominator = normalizer.detach() if isinstance(normalizer, Tensor) else float(normalizer)
     elif reduction.startswith("seq-mean"):
-        denominator = max(1, len(layout.starts(argument)) - 1)
+        denominator = max(1, layout.responses(argument))
     elif reduction == "constant":
         assert config.max_length is not None
-        denominator = max(1, len(layout.starts(argument)) - 1) * config.max_length
+        denominator = max(1, layout.responses(argument)) * config.max_length
     return weights, torch.as_tensor(denominator, dtype=dtype, device=weights.device)

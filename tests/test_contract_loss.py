@@ -41,6 +41,19 @@ METRICS = (
     "logp_suffix",
 )
 
+# fields of a case that hold a value a token
+PER_TOKEN = (
+    "tokens",
+    "advantages",
+    "hidden",
+    "logits",
+    "mask",
+    "old_logps",
+    "sampler_logps",
+    "ref_logps",
+    "ref_hidden",
+    "ref_logits",
+)
 # float64: both sides sum fewer than 100 terms of size ~1, so rounding stays below 100 * 2**-53 ~ 1e-14 times the
 # condition of the formulas (exp of up to e**3, 1 / temperature); 1e-9 leaves room for that and for nothing else.
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
@@ -734,21 +747,7 @@ def packed(case: Case) -> Case:
             return value.reshape(batch * length, *value.shape[2:])
         return value
 
-    fields = {
-        name: flat(getattr(case, name))
-        for name in (
-            "tokens",
-            "advantages",
-            "hidden",
-            "logits",
-            "mask",
-            "old_logps",
-            "sampler_logps",
-            "ref_logps",
-            "ref_hidden",
-            "ref_logits",
-        )
-    }
+    fields = {name: flat(getattr(case, name)) for name in PER_TOKEN}
     return case.but(**fields, cu_seqlens=torch.arange(0, batch * length + 1, length))
 
 
@@ -1012,19 +1011,7 @@ def test_results_are_bitwise_the_same_from_run_to_run(backend: str, level: str, 
 
 
 def rows(case: Case, keep: slice) -> Case:
-    names = (
-        "tokens",
-        "advantages",
-        "hidden",
-        "logits",
-        "mask",
-        "old_logps",
-        "sampler_logps",
-        "ref_logps",
-        "ref_hidden",
-        "ref_logits",
-        "group_ids",
-    )
+    names = (*PER_TOKEN, "group_ids")
     return case.but(**{name: None if getattr(case, name) is None else getattr(case, name)[keep] for name in names})
 
 
