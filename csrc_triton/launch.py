@@ -1,0 +1,62 @@
+"""How a kernel is cut into blocks: a short table by element size and vocabulary, and how many programs share a row."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+# a row is split only if there are too few rows for one program each to fill the device
+_MOST_SPLITS = 16
+# multiprocessors assumed where none can be counted
+_PROCESSORS = 128
+
+
+class Launch(NamedTuple):
+    """A block is [lanes, vector] logits; `vector` neighbours are 16 bytes of the narrowest element."""
+
+    lanes: int
+    vector: int
+    num_warps: int
+
+    @property
+    def block(self) -> int:
+        return self.lanes * self.vector
+
+
+def launch_for(vocabulary: int, *dtypes: torch.dtype) -> Launch:
+    """dtypes: of all that is read and written. A thread has 64 bytes of the widest of a block, 4 loads in flight; a
+    wide row gets 512 threads, so that few rows are in flight and the second pass finds them in the cache."""
+    vector = 16 // min(dtype.itemsize for dtype in dtypes)
+    num_warps = 16 if vocabulary > 2**15 else 8 if vocabulary > 2**13 else 4
+    lanes = num_warps * 32 * 64 // max(dtype.itemsize for dtype in dtypes) // vector
+    while lanes * vector > max(vocabulary, 32 * vector):
+        lanes //= 2
+    return Launch(lanes, vector, min(num_warps, max(1, lanes // 32)))
+
+
+def splits_for(rows: int, vocabulary: int, block: int, device: torch.device) -> int:
+    """Programs a row, a power of two: enough for two a multiprocessor, none of less than one block."""
+    splits = 1
+    wanted = min(_MOST_SPLITS, 2 * _processors(device) // max(1, rows), vocabulary // block)
+    while 2 * splits <= wanted:
+        splits *= 2
+    return splits
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return _PROCESSORS
+
+
+def options(num_warps: int) -> dict[str, object]:
+    """Launch options of every kernel: products and sums may fuse, as Triton's default was until 3.9."""
+    return {"num_warps": num_warps, "enable_fp_fusion": True}
+
+
+def next_power_of_two(n: int) -> int:
+    return triton.next_power_of_2(n)
