@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from numbers import Integral, Real
@@ -29,6 +30,14 @@ def describe(value: Any) -> str:
 def fail(argument: str, got: Any, expected: str, error: type[Exception] = ValueError) -> None:
     got = got if isinstance(got, str) else describe(got)
     raise error(f"{argument}: got {got}, expected {expected}")
+
+
+def readable(value: Tensor) -> bool:
+    """Whether a tensor's values may be looked at: on an accelerator that would stall the stream, and a compiler has
+    none to look at. There, values are checked only with PREFIXLOSS_CHECK=1."""
+    if torch.compiler.is_compiling():
+        return False
+    return value.device.type == "cpu" or os.environ.get("PREFIXLOSS_CHECK") == "1"
 
 
 def tensor(argument: str, value: Any, kind: str) -> None:
@@ -77,7 +86,7 @@ def layout(shape_of_tokens: torch.Size, mask: Tensor | None, cu_seqlens: Tensor 
     if mask is not None:
         tensor("mask", mask, "mask")
         shape("mask", mask, shape_of_tokens, "the shape of tokens")
-        if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        if mask.dtype != torch.bool and readable(mask) and not bool(((mask == 0) | (mask == 1)).all()):
             fail("mask", "values other than 0 and 1", "bool, or 0 and 1")
     if cu_seqlens is None:
         return
@@ -90,6 +99,8 @@ def layout(shape_of_tokens: torch.Size, mask: Tensor | None, cu_seqlens: Tensor 
         )
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
         fail("cu_seqlens", f"shape {list(cu_seqlens.shape)}", "[B + 1]")
+    if not readable(cu_seqlens):
+        return
     tokens = shape_of_tokens[0]
     if int(cu_seqlens[0]) != 0:
         fail("cu_seqlens", f"a first value of {int(cu_seqlens[0])}", "0")
@@ -105,7 +116,7 @@ def token_advantages(advantages: TokenAdvantages, where: Layout) -> None:
         tensor(f"advantages.{name}", value, kind)
         shape(f"advantages.{name}", value, (where.responses("advantages"),), "[B]")
         device(f"advantages.{name}", value, where.scored.device)
-    if bool((advantages.prefix_lengths < 0).any()):
+    if readable(advantages.prefix_lengths) and bool((advantages.prefix_lengths < 0).any()):
         fail("advantages.prefix_lengths", f"{int(advantages.prefix_lengths.min())}", "0 or more scored tokens")
 
 
@@ -155,8 +166,8 @@ def shorten(value: Any, lengths: Tensor, prompt_lengths: Tensor | None) -> None:
 
 
 def token_ids(tokens: Tensor, scored: Tensor, vocabulary: int) -> None:
-    """Ids of scored tokens in [0, V). On a GPU, where this would stall the stream, only with PREFIXLOSS_CHECK=1."""
-    if tokens.device.type != "cpu" and os.environ.get("PREFIXLOSS_CHECK") != "1":
+    """Ids of scored tokens in [0, V)."""
+    if not readable(tokens):
         return
     wrong = scored & ((tokens < 0) | (tokens >= vocabulary))
     if bool(wrong.any()):
@@ -236,7 +247,16 @@ def normalizer(value: Any) -> None:
         fail("normalizer", repr(value), "a finite number > 0")
 
 
-def backend(name: Any, tp_group: Any) -> None:
+def most_tokens(argument: str, value: Any, computed: Tensor) -> None:
+    """An upper bound on the True entries of computed [N]."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 0:
+        fail(argument, repr(value), "a whole number of tokens >= 0")
+    if readable(computed) and int(computed.sum()) > value:
+        fail(argument, f"{value} with {int(computed.sum())} tokens to compute", "at least as many")
+
+
+def backend(name: Any, tp_group: Any, *inputs: Any) -> str:
+    """The back-end to use for these inputs: for "auto" the kernels wherever they run as compiled code."""
     if name not in ("auto", "triton", "torch", "reference"):
         fail("backend", repr(name), '"auto", "triton", "torch" or "reference"')
     if tp_group is not None:
@@ -244,8 +264,33 @@ def backend(name: Any, tp_group: Any) -> None:
             "tp_group: got a process group, expected None: a head split by vocabulary is not supported yet; "
             "gather the head first (for a DTensor, pass it as it is)"
         )
+    if name in ("torch", "reference"):
+        return name
+    first = inputs[0]
+    if not isinstance(first, Tensor) or (name == "auto" and first.device.type == "cpu"):
+        return "torch"  # which says what is wrong with it, if anything
+    obstacle = _triton_obstacle(*inputs)
+    if obstacle is None:
+        return "triton"
     if name == "triton":
-        raise RuntimeError(
-            'backend: got "triton", expected "auto", "torch" or "reference": the kernels are not in this release; '
-            'use backend="auto"'
-        )
+        raise RuntimeError(f'backend: got "triton", expected "auto" or "torch": {obstacle}')
+    return "torch"
+
+
+def _triton_obstacle(*inputs: Any) -> str | None:
+    """Why the kernels cannot run on these inputs, if so."""
+    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in inputs):
+        return "the kernels compute in float32, the input is float64"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    device = inputs[0].device.type
+    if device in ("cuda", "xpu") or (device == "cpu" and _interpreted()):
+        return None
+    return f"the kernels run on CUDA, ROCm and XPU, the input is on {device} (for tests: TRITON_INTERPRET=1)"
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs kernels on CPU tensors, in Python: TRITON_INTERPRET=1 when they were first imported."""
+    from prefixloss._kernels.scale import scale_kernel  # noqa: PLC0415 (imports triton)
+
+    return type(scale_kernel).__name__ == "InterpretedFunction"

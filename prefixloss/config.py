@@ -52,6 +52,20 @@ def _positive_int() -> tuple[Callable[[Any], bool], str]:
     return lambda v: isinstance(v, Integral) and not isinstance(v, bool) and int(v) > 0, "a whole number > 0"
 
 
+def _value(word: str) -> Any:
+    """A value from its text: None, True, False, a pair of numbers, a number or a name."""
+    if word in ("None", "True", "False"):
+        return {"None": None, "True": True, "False": False}[word]
+    if "," in word:
+        return tuple(map(float, word.split(",")))
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            pass
+    return word
+
+
 _any_number = (lambda v: _is_number(v) and math.isfinite(v), "a finite number")
 _flag = (lambda v: isinstance(v, bool), "True or False")
 
@@ -133,6 +147,20 @@ class LossConfig:
     stats: Literal["learning", "scored"] = "learning"
     row_tolerance: float = 0.0
     chunk_tokens: int | None = None
+
+    @property
+    def encoded(self) -> str:
+        """The options as one line of text, which is what an operator of `torch.library` can take."""
+        words = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            words.append(f"{field.name}={f'{value[0]},{value[1]}' if isinstance(value, (tuple, list)) else value}")
+        return " ".join(words)
+
+    @classmethod
+    def decoded(cls, text: str) -> LossConfig:
+        """The options from `encoded`."""
+        return cls(**{name: _value(word) for name, word in (pair.split("=") for pair in text.split())})
 
     def __post_init__(self) -> None:
         for field in fields(self):

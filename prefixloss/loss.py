@@ -63,6 +63,7 @@ def linear_prefix_loss(
     config: LossConfig = LossConfig(),
     tp_group: Any = None,
     backend: str = "auto",
+    max_learning_tokens: int | None = None,
 ) -> LossOutput:
     """The policy loss from hidden states and an LM head, without ever holding [N, V].
 
@@ -86,15 +87,21 @@ def linear_prefix_loss(
         normalizer: replaces the reduction's denominator (see `prefixloss.reduction`).
         config: see `LossConfig`.
         tp_group: a head split by vocabulary; not supported yet, must be None.
-        backend: "auto" | "torch" | "reference" (`prefixloss.reference` is the method in its plainest form).
+        backend: "auto" | "triton" | "torch" | "reference" (`prefixloss.reference` is the method in its plainest form).
+            "auto" takes the Triton kernels on CUDA, ROCm and XPU, plain torch elsewhere and for float64.
+        max_learning_tokens: an upper bound on the learning tokens (on all scored ones with stats="scored" or
+            ratio_level="sequence"). With it nothing waits for the device, so that a CUDA graph can hold the call; a
+            bound that is too low makes the loss NaN there.
 
+    Values that lie on an accelerator (token ids, cu_seqlens, a mask of numbers) are checked only with
+    PREFIXLOSS_CHECK=1: looking at them would stall the stream. Without it wrong ones are never read out of bounds.
     Packed per-response advantages have to differ in length from per-token ones: with N = B they are taken per token.
 
     Raises:
         ValueError, TypeError: before any work, naming the argument, what it got and what it expects.
         RuntimeError: for a back-end that cannot run here, saying why.
     """
-    check.backend(backend, tp_group)
+    backend = check.backend(backend, tp_group, hidden, lm_head_weight)
     check.config(config, LossConfig)
     check.tensor("tokens", tokens, "integer")
     lm_head_weight, lm_head_bias = _whole(lm_head_weight), _whole(lm_head_bias)
@@ -111,6 +118,7 @@ def linear_prefix_loss(
     ref_head = None
     if config.kl == "full":
         ref_head = _reference_head(ref_hidden, ref_lm_head_weight, ref_lm_head_bias, lm_head_weight, tokens.shape)
+    most = _most_tokens(max_learning_tokens, mask, batch, config)
     head = (_rows(hidden), lm_head_weight, lm_head_bias)
     with _as_given(hidden):
         if backend == "reference":
@@ -118,6 +126,8 @@ def linear_prefix_loss(
             logits = reference.linear_logits(head, rows, dtype)
             ref_logits = None if ref_head is None else reference.linear_logits(ref_head, rows, dtype)
             result = reference.loss(logits, ref_logits, rows, batch, config)
+        elif backend == "triton":
+            result = _kernels().linear_loss(head, ref_head, batch, config, most)
         else:
             source = torch_backend.linear_source(ref_head, _transform(config), batch.tokens, config.chunk_tokens)
             result = torch_backend.loss(source, batch, config, head)
@@ -145,13 +155,14 @@ def prefix_loss(
     """The policy loss from logits [B, T, V] or [N, V]; everything else as in `linear_prefix_loss`.
 
     Args:
-        logits: the head's raw output; scale, softcap and temperature of `config` are applied here. Logits that are
-            not contiguous (`logits[:, :-1]`) are copied first: better to mask the last position.
+        logits: the head's raw output; scale, softcap and temperature of `config` are applied here. backend="torch"
+            copies logits that are not contiguous (`logits[:, :-1]`) first: there, better to mask the last position.
         ref_logits: like `logits`, raw as well, for kl="full".
-        inplace: lets the backward overwrite `logits` (or their copy, see above) with the gradient, so that no second
-            [N, V] is ever held.
+        inplace: lets `logits` (or their copy, see above) be overwritten with the gradient, so that no second [N, V] is
+            ever held. backend="torch" does so in the backward; "triton" does it in this call, where each logit is
+            read and written once: do not use the logits afterwards (autograd reports it if a backward needs them).
     """
-    check.backend(backend, tp_group)
+    backend = check.backend(backend, tp_group, logits)
     check.config(config, LossConfig)
     check.tensor("tokens", tokens, "integer")
     check.logits("logits", logits, tokens)
@@ -160,7 +171,6 @@ def prefix_loss(
     )
     dtype, vocabulary = accumulation_dtype(logits), logits.shape[-1]
     batch = inputs.checked(config, dtype, vocabulary, {"ref_logits": ref_logits})
-    ref_rows = None
     if config.kl == "full":
         assert ref_logits is not None
         check.logits("ref_logits", ref_logits, tokens)
@@ -168,9 +178,13 @@ def prefix_loss(
             check.own_storage("ref_logits", ref_logits, logits)
         check.device("ref_logits", ref_logits, logits.device)
         check.same_vocabulary("ref_logits", ref_logits.shape[-1], vocabulary)
-        ref_rows = _rows(ref_logits).detach()
-    policy = _rows(logits)
+    ref_logits = ref_logits.detach() if config.kl == "full" and ref_logits is not None else None
     with _as_given(logits):
+        if backend == "triton":
+            return _output(
+                _kernels().logit_loss(logits, ref_logits, batch, config, inplace), batch, config, tokens.shape
+            )
+        policy, ref_rows = _rows(logits), None if ref_logits is None else _rows(ref_logits)
         if backend == "reference":
             rows = batch.layout.scored.nonzero().squeeze(1)
             chosen, ref_chosen = policy[rows].to(dtype), None if ref_rows is None else ref_rows[rows].to(dtype)
@@ -197,16 +211,21 @@ def linear_logps(
     entropy: bool = False,
     tp_group: Any = None,
     backend: str = "auto",
+    max_scored_tokens: int | None = None,
 ) -> LogpOutput:
     """Log-probs (and entropies) of `tokens`, differentiable, for trainers that keep their own loss.
 
     hidden: [B, T, D] or [N, D]; lm_head_weight: [V, D]; tokens, mask: [B, T] or [N]. Results are float32 (float64 for
-    float64 input), 0 outside the mask. The backward skips every token whose incoming gradients are exactly 0. Errors
-    as in `linear_prefix_loss`.
+    float64 input), 0 outside the mask. The backward skips every token whose incoming gradients are exactly 0.
+    max_scored_tokens: an upper bound on the tokens in the mask, with which nothing waits for the device (and the
+    backward skips none of them; a bound that is too low makes everything NaN). Errors as in `linear_prefix_loss`.
     """
-    check.backend(backend, tp_group)
+    backend = check.backend(backend, tp_group, hidden, lm_head_weight)
     check.tensor("tokens", tokens, "integer")
-    options = LossConfig(temperature=temperature, softcap=softcap, logit_scale=logit_scale)  # checks the three
+    # checks the three; a coefficient says that the entropy has a gradient
+    options = LossConfig(
+        temperature=temperature, softcap=softcap, logit_scale=logit_scale, entropy_coef=1.0 if entropy else 0.0
+    )
     lm_head_weight, lm_head_bias = _whole(lm_head_weight), _whole(lm_head_bias)
     names = ("hidden", "lm_head_weight", "lm_head_bias")
     check.head(hidden, lm_head_weight, lm_head_bias, names, tokens.shape)
@@ -214,10 +233,19 @@ def linear_logps(
     layout = Layout.of(tokens.shape, tokens.device, mask, None)
     ids = tokens.reshape(-1).long()
     check.token_ids(ids, layout.scored, len(lm_head_weight))
-    rows = layout.scored.nonzero().squeeze(1)
+    if max_scored_tokens is not None:
+        check.most_tokens("max_scored_tokens", max_scored_tokens, layout.scored)
     head = (_rows(hidden), lm_head_weight, lm_head_bias)
     with _as_given(hidden):
+        if backend == "triton":
+            bound = -1 if max_scored_tokens is None else int(max_scored_tokens)
+            tensors = (*head, None, None, None, ids)
+            stats = _kernels().linear_statistics(tensors, layout.scored, options, bound)
+            return LogpOutput(
+                stats.logp.reshape(tokens.shape), stats.entropy.reshape(tokens.shape) if entropy else None
+            )
         values: tuple[Tensor, ...]
+        rows = layout.scored.nonzero().squeeze(1)
         if backend == "reference":
             logits = reference.linear_logits(head, rows, accumulation_dtype(hidden, lm_head_weight))
             values = reference.log_probs_and_entropies(logits, ids[rows], options)
@@ -226,6 +254,23 @@ def linear_logps(
             values = torch_backend.row_statistics(source, rows, head, entropy_grad=entropy)[:2]
         logps, entropies = (v.new_zeros(len(ids)).index_copy(0, rows, v).reshape(tokens.shape) for v in values)
     return LogpOutput(logps, entropies if entropy else None)
+
+
+def _kernels() -> Any:
+    """`prefixloss.triton_backend`, which needs triton: imported where it is used first."""
+    from prefixloss import triton_backend  # noqa: PLC0415
+
+    return triton_backend
+
+
+def _most_tokens(given: int | None, mask: Tensor | None, batch: Batch, config: LossConfig) -> int | None:
+    """An upper bound on the tokens to compute, if one is known without looking."""
+    every_scored = config.stats == "scored" or config.ratio_level == "sequence"
+    if given is not None:
+        check.most_tokens("max_learning_tokens", given, batch.layout.scored if every_scored else batch.computed)
+        return int(given)
+    penalised = config.penalises_kl or config.entropy_coef != 0
+    return len(batch.tokens) if mask is None and (every_scored or penalised) else None
 
 
 def _as_given(x: Tensor) -> torch.autocast:

@@ -26,16 +26,23 @@ def budget(device: torch.device) -> int:
     return int(text)
 
 
+def rows_in_budget(tokens: int, bytes_per_row: int, device: torch.device) -> int:
+    """How many rows of logits fit beside the statistics of `tokens`.
+
+    A quarter of the budget is for logits however many tokens there are; never less than one row.
+    """
+    whole = budget(device)
+    return max(1, max(whole - _PER_TOKEN * tokens, whole // 4) // bytes_per_row)
+
+
 def chunk_sizes(rows: int, tokens: int, bytes_per_row: int, device: torch.device, chosen: int | None) -> list[int]:
     """How to split `rows` of a batch of `tokens`: chunks of `chosen` rows, or of as many as the budget allows.
 
-    A quarter of the budget is for logits however many tokens there are. The last two chunks share what is left, so that
-    none is a small remainder; no row, no chunk.
+    The last two chunks share what is left, so that none is a small remainder; no row, no chunk.
     """
     if rows == 0:
         return []
-    whole_budget = budget(device)
-    most = chosen or max(1, max(whole_budget - _PER_TOKEN * tokens, whole_budget // 4) // bytes_per_row)
+    most = chosen or rows_in_budget(tokens, bytes_per_row, device)
     whole = max(0, rows // most - 1)
     rest = rows - whole * most
     tail = [rest] if rest <= most else [rest - rest // 2, rest // 2]

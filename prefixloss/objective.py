@@ -28,6 +28,11 @@ class Given(NamedTuple):
     def at(self, rows: Tensor) -> Given:
         return Given(self.advantages[rows], *(None if x is None else x[rows] for x in self[1:]))
 
+    def where(self, wanted: Tensor) -> Given:
+        """0 at every other token."""
+        picked = [None if x is None else torch.where(wanted, x, 0.0) for x in self]
+        return Given(*picked)  # type: ignore[arg-type]
+
 
 class Terms(NamedTuple):
     """Per token, [n]: the loss before any reduction, its derivatives, and the ratio and KL that went into it."""

@@ -30,12 +30,11 @@ def token_weights(
         denominator = layout.scored.sum().clamp(min=1)
     elif reduction == "group-token-mean":
         assert group_ids is not None
-        labels, group = torch.unique(group_ids, return_inverse=True)
+        group, groups = _groups(group_ids)
         # counts are whole numbers, so their sum does not depend on its order
-        tokens = torch.zeros(len(labels), dtype=torch.int64, device=group.device)
-        tokens.index_add_(0, group, layout.lengths(argument))
+        tokens = torch.zeros_like(group).index_add_(0, group, layout.lengths(argument))
         weights = weights / tokens.clamp(min=1)[group][layout.response_of_token(argument)]
-        denominator = max(1, len(labels))
+        denominator = groups
     elif reduction == "seq-mean-token-mean":
         weights = weights / layout.lengths(argument).clamp(min=1)[layout.response_of_token(argument)]
     if normalizer is not None:
@@ -45,4 +44,15 @@ def token_weights(
     elif reduction == "constant":
         assert config.max_length is not None
         denominator = max(1, layout.responses(argument)) * config.max_length
-    return weights, torch.as_tensor(denominator, dtype=dtype, device=weights.device)
+    if not isinstance(denominator, Tensor):
+        # filled on the device: a copy from the host would have to wait
+        return weights, torch.full((), denominator, dtype=dtype, device=weights.device)
+    return weights, denominator.to(device=weights.device, dtype=dtype)
+
+
+def _groups(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels [B] as numbers 0 to G - 1, and G (0-d, at least 1): `torch.unique` without waiting for the device."""
+    ordered, order = labels.sort()
+    number = torch.nn.functional.pad((ordered.diff() != 0).long().cumsum(0), (1, 0))[: len(labels)]
+    groups = torch.cat([number[-1:] + 1, number.new_ones(1)]).max()
+    return torch.empty_like(number).index_copy_(0, order, number), groups

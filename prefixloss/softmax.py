@@ -213,6 +213,30 @@ def _scratch(scores: Tensor) -> Tensor:
     return torch.empty_like(scores[: max(1, _BLOCK // scores.shape[1])])
 
 
+def live_rows(coefficients: Coefficients, stats: RowStats, transform: Transform, tolerance: float) -> Tensor:
+    """Rows that the backward takes; with a tolerance, those whose gradient may exceed it times the largest.
+
+    A row's gradient is measured by its L1 norm over the vocabulary, from above and from below:
+    sum_j |d logp / d s_j| = 2 (1 - p_t);  sum_j |dH / d s_j| <= 2 H;  sum_j |dK / d s_j| <= 2 K + min(2, sqrt(2 K)),
+    the last by Pinsker's inequality. Under a softcap only the target's share is sure to reach the logits.
+    """
+    live = coefficients.live()
+    if tolerance == 0 or len(live) == 0:
+        return live
+    surprise = coefficients.logp.abs() * -torch.expm1(stats.logp)
+    penalty = torch.zeros_like(surprise)
+    if coefficients.entropy is not None:
+        penalty += 2 * coefficients.entropy.abs() * stats.entropy
+    if coefficients.kl is not None and stats.kl is not None:
+        kl = stats.kl.clamp(min=0)
+        penalty += coefficients.kl.abs() * (2 * kl + (2 * kl).sqrt().clamp(max=2))
+    sure = 2 * surprise
+    if transform.softcap is not None:
+        sure = surprise * transform.slope(stats.logp + stats.lse) / transform.after
+    largest = (sure - penalty).clamp(min=0).max()
+    return live & ~(2 * surprise + penalty <= tolerance * largest)
+
+
 def keep_rows_(scores: Tensor, keep: Tensor) -> Tensor:
     """Moves the rows `keep` [m] (increasing) to the front of scores [n, V], in place, and returns them."""
     for rows in blocks(len(keep), scores.shape[1]):

@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prefixloss import two_stages
 from prefixloss.batch import Batch, TokenValues
 from prefixloss.config import LossConfig
 from prefixloss.heads import LinearRows, LogitRows, Rows
-from prefixloss.objective import Given, Terms, token_log_ratio, token_terms
+from prefixloss.objective import Terms, token_terms
 from prefixloss.softmax import (
     Coefficients,
     RowStats,
     Transform,
     keep_rows_,
+    live_rows,
     logit_gradient_,
     probabilities,
     row_stats,
@@ -84,9 +86,8 @@ def loss(
 
     gradient_later: the caller wants the gradient made in the backward (logits overwritten in place, for one).
     """
-    coefficients_later = config.ratio_level == "sequence" or config.row_tolerance > 0 or config.reduction == "none"
-    if coefficients_later or gradient_later:
-        return _loss_in_two_stages(source, batch, config, tensors)
+    if gradient_later or two_stages.needed_by(config):
+        return two_stages.loss(lambda needed: _statistics(source, batch, config, tensors, needed), batch, config)
     grads = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
     total, *values = _FusedLoss.apply(source, batch, config, grads, *tensors)
     return total, TokenValues(*values)
@@ -134,71 +135,16 @@ class _FusedLoss(torch.autograd.Function):
         return (None, None, None, None, *out)
 
 
-def _loss_in_two_stages(
-    source: Source, batch: Batch, config: LossConfig, tensors: tuple[Any, ...]
-) -> tuple[Tensor, TokenValues]:
-    needed = batch.computed
-    if config.ratio_level == "sequence":
-        # a response's ratio is the mean over all its scored tokens, the ones that do not learn included
-        response = batch.layout.response_of_token("ratio_level")
-        of_response = batch.layout.sum_by_response(needed.float(), "ratio_level") > 0
-        needed = batch.layout.scored & of_response[response]
+def _statistics(
+    source: Source, batch: Batch, config: LossConfig, tensors: tuple[Any, ...], needed: Tensor
+) -> two_stages.Statistics:
+    """Log-prob, entropy and exact KL of the tokens in needed [N], 0 elsewhere."""
     rows = needed.nonzero().squeeze(1)
-    entropy_grad = config.entropy_coef != 0
-    logp, entropy, exact_kl = row_statistics(
-        source, rows, tensors, entropy_grad=entropy_grad, row_tolerance=config.row_tolerance
+    stats = row_statistics(
+        source, rows, tensors, entropy_grad=config.entropy_coef != 0, row_tolerance=config.row_tolerance
     )
-    given, log_ratio = batch.given.at(rows), None
-    if config.ratio_level == "sequence":
-        log_ratio = _mean_log_ratio(batch, given, logp.detach(), rows)
-    token_loss, ratio, kl = _TokenLoss.apply(config, given, log_ratio, logp, entropy, exact_kl)
-    weighted = token_loss * batch.weights[rows] / batch.denominator
-    if config.reduction == "none":
-        total = weighted.new_zeros(len(batch.tokens)).index_copy(0, rows, weighted)
-    else:
-        total = weighted.sum()
-
-    values = TokenValues.zeros(len(batch.tokens), batch.weights)
-    shown = batch.computed[rows]
-    results = TokenValues(token_loss.detach(), logp.detach(), entropy.detach(), kl, ratio)
-    values.put(rows[shown], results.at(shown))
-    return total, values
-
-
-def _mean_log_ratio(batch: Batch, given: Given, logp: Tensor, rows: Tensor) -> Tensor:
-    """log s of GSPO for each of the rows: the mean of logp - old_logp over the response's scored tokens."""
-    argument = 'ratio_level="sequence"'
-    by_token = logp.new_zeros(len(batch.tokens)).index_copy(0, rows, token_log_ratio(given, logp))
-    mean = batch.layout.sum_by_response(by_token, argument) / batch.layout.lengths(argument).clamp(min=1)
-    return mean[batch.layout.response_of_token(argument)[rows]]
-
-
-class _TokenLoss(torch.autograd.Function):
-    """Statistics [n] to token losses [n], through the derivatives that `objective` gives."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        config: LossConfig,
-        given: Given,
-        log_ratio: Tensor | None,
-        logp: Tensor,
-        entropy: Tensor,
-        exact_kl: Tensor | None,
-    ) -> Any:
-        terms = token_terms(config, given, logp, entropy, exact_kl, log_ratio)
-        ctx.save_for_backward(terms.d_logp, terms.d_kl if isinstance(terms.d_kl, Tensor) else None)
-        ctx.d_entropy = terms.d_entropy
-        kl = terms.kl.clone()  # an output must not be an input
-        ctx.mark_non_differentiable(terms.ratio, kl)
-        return terms.loss, terms.ratio, kl
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        d_logp, d_kl = ctx.saved_tensors
-        d_entropy = grad * ctx.d_entropy if ctx.d_entropy != 0 else None
-        return None, None, None, grad * d_logp, d_entropy, None if d_kl is None else grad * d_kl
+    by_token = [None if x is None else x.new_zeros(len(needed)).index_copy(0, rows, x) for x in stats]
+    return two_stages.Statistics(*by_token)  # type: ignore[arg-type]
 
 
 def row_statistics(
@@ -267,7 +213,7 @@ class _RowStatistics(torch.autograd.Function):
             return (*none, d_hidden, None, None)
 
         policy = source.open(tensors, grads)
-        live = _live(coefficients, stats, source.transform, ctx.row_tolerance).nonzero().squeeze(1)
+        live = live_rows(coefficients, stats, source.transform, ctx.row_tolerance).nonzero().squeeze(1)
         start = 0
         for chunk in policy.chunks(rows[live], source.chunk_tokens):
             index = live[start : start + len(chunk)]
@@ -279,30 +225,6 @@ class _RowStatistics(torch.autograd.Function):
         policy.clear_except(rows[live])
         gradients = (None if g is None else g.to(t.dtype) for g, t in zip(policy.gradients(), tensors, strict=True))
         return (*none, *gradients)
-
-
-def _live(coefficients: Coefficients, stats: RowStats, transform: Transform, tolerance: float) -> Tensor:
-    """Rows that the backward takes; with a tolerance, those whose gradient may exceed it times the largest.
-
-    A row's gradient is measured by its L1 norm over the vocabulary, from above and from below:
-    sum_j |d logp / d s_j| = 2 (1 - p_t);  sum_j |dH / d s_j| <= 2 H;  sum_j |dK / d s_j| <= 2 K + min(2, sqrt(2 K)),
-    the last by Pinsker's inequality. Under a softcap only the target's share is sure to reach the logits.
-    """
-    live = coefficients.live()
-    if tolerance == 0 or len(live) == 0:
-        return live
-    surprise = coefficients.logp.abs() * -torch.expm1(stats.logp)
-    penalty = torch.zeros_like(surprise)
-    if coefficients.entropy is not None:
-        penalty += 2 * coefficients.entropy.abs() * stats.entropy
-    if coefficients.kl is not None and stats.kl is not None:
-        kl = stats.kl.clamp(min=0)
-        penalty += coefficients.kl.abs() * (2 * kl + (2 * kl).sqrt().clamp(max=2))
-    sure = 2 * surprise
-    if transform.softcap is not None:
-        sure = surprise * transform.slope(stats.logp + stats.lse) / transform.after
-    largest = (sure - penalty).clamp(min=0).max()
-    return live & ~(2 * surprise + penalty <= tolerance * largest)
 
 
 def _scores(source: Source, policy: Rows, rows: Tensor) -> tuple[Tensor, Tensor | None]:
