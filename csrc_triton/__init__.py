@@ -10,5 +10,6 @@ One naming scheme for every kernel in this package:
 
 The files, each building on the ones before it: `maths` (functions that Triton lacks), `softmax` (a row's statistics and
 gradient), `objective` (a token's loss and coefficients), `launch` (block sizes), `rows` (the kernels over rows of
-logits), `scale` (a gradient times a number that only the device knows).
+logits), `tune` (an opt-in choice of block sizes by timing), `scale` (a gradient times a number that only the device
+knows).
 """

@@ -29,12 +29,18 @@ class Launch(NamedTuple):
 def launch_for(vocabulary: int, *dtypes: torch.dtype) -> Launch:
     """dtypes: of all that is read and written. A thread has 64 bytes of the widest of a block, 4 loads in flight; a
     wide row gets 512 threads, so that few rows are in flight and the second pass finds them in the cache."""
-    vector = 16 // min(dtype.itemsize for dtype in dtypes)
     num_warps = 16 if vocabulary > 2**15 else 8 if vocabulary > 2**13 else 4
-    lanes = num_warps * 32 * 64 // max(dtype.itemsize for dtype in dtypes) // vector
-    while lanes * vector > max(vocabulary, 32 * vector):
+    return launch_with(num_warps, 64, vocabulary, *dtypes)
+
+
+def launch_with(num_warps: int, bytes_a_thread: int, vocabulary: int, *dtypes: torch.dtype) -> Launch:
+    """The same with as many bytes of the widest dtype a thread and block; less where the vocabulary has no more."""
+    vector = 16 // min(dtype.itemsize for dtype in dtypes)
+    logits_a_thread = bytes_a_thread // max(dtype.itemsize for dtype in dtypes)
+    lanes = max(32, num_warps * 32 * logits_a_thread // vector)
+    while lanes > 32 and lanes * vector > vocabulary:
         lanes //= 2
-    return Launch(lanes, vector, min(num_warps, max(1, lanes // 32)))
+    return Launch(lanes, vector, min(num_warps, lanes // 32))
 
 
 def splits_for(rows: int, vocabulary: int, block: int, device: torch.device) -> int:

@@ -126,7 +126,7 @@ def vppo(
     prefix_lengths = torch.where(erred, (first_error - cut).clamp(min=0), 0)
     average = torch.where(correct, 1.0, alpha * prefix_lengths.double() / lengths.clamp(min=1))
     baseline = groups.mean(average)
-    prefix = torch.where(correct, 1.0, baseline.new_tensor(alpha)) - baseline
+    prefix = torch.where(correct, 1.0, baseline.new_full((), alpha)) - baseline
     suffix = correct.double() - baseline
     if std:
         spread = groups.std(average)

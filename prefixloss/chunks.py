@@ -104,7 +104,7 @@ class HeadChunks:
         self.scales = self.sum_scale = None
         if self.grads_dtype == torch.float16:
             self.scales = torch.full((self.size,), LARGEST_SCALE, device=self.device)
-            self.sum_scale = self.scales.new_tensor(LARGEST_SCALE)
+            self.sum_scale = self.scales.new_full((), LARGEST_SCALE)
         self.d_hidden = self.d_weight = self.d_bias = None
         if needs[0]:
             self.d_hidden = torch.zeros(hidden.shape, device=self.device, dtype=storage_dtype(hidden.dtype))
@@ -190,7 +190,8 @@ class HeadChunks:
         return smallest / scales
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of hidden, weight and bias, in their dtype; float16's wait for the incoming scale in float32."""
+        """Of hidden, weight and bias, in their dtype; float16's wait for the incoming scale in float32. The end."""
+        del self.logits, self.reference_logits  # room for the head's gradient in its own dtype
         sums: list[Tensor | None] = []
         for total, given in ((self.d_weight, self.head.weight), (self.d_bias, self.head.bias)):
             if total is None or given is None:

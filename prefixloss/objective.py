@@ -76,7 +76,7 @@ def token_terms(
 
     # a scored token that the policy cannot produce has no finite log-prob: never a silent 0
     finite = logp > -math.inf
-    nan = logp.new_tensor(math.nan)
+    nan = logp.new_full((), math.nan)
     loss, d_logp = torch.where(finite, loss, nan), torch.where(finite, d_logp, nan)
     return Terms(loss, d_logp, -config.entropy_coef, d_kl, ratio, kl)
 
@@ -118,7 +118,7 @@ def _policy(config: LossConfig, advantages: Tensor, logp: Tensor, ratio: Tensor)
         return -weight * a * logp, -weight * a
     if config.objective == "sapo":
         positive, other = config.sapo_tau
-        tau = torch.where(a > 0, a.new_tensor(positive), other)
+        tau = torch.where(a > 0, a.new_full((), positive), other)
         gate = tau * (ratio - 1)
         # d (4 / tau) sigmoid(tau (rho - 1)) / d logp = 4 sigmoid' rho, which tends to 0 as rho overflows
         slope = 4 * torch.sigmoid(gate) * torch.sigmoid(-gate) * ratio.clamp(max=torch.finfo(a.dtype).max)

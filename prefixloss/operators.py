@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prefixloss._kernels import launch, rows
-from prefixloss._kernels.objective import Objective, Options
+from prefixloss._kernels import launch, rows, tune
+from prefixloss._kernels.objective import Given, Objective, Options
 from prefixloss._kernels.rows import Problem, Tokens, Work
 from prefixloss._kernels.scale import launch_scale
 from prefixloss._kernels.softmax import Transform
@@ -93,7 +93,7 @@ def _problem(
     dtypes = (logits.dtype, grads) if ref is None else (logits.dtype, ref.dtype, grads)
     penalty = config.entropy_coef != 0 or (config.kl == "full" and config.penalises_kl)
     given: dict[str, Any] = {"softcap": config.softcap is not None, "reference": ref is not None, "penalty": penalty}
-    return Problem(
+    problem = Problem(
         logits,
         logits if ref is None else ref,
         tokens,
@@ -103,6 +103,7 @@ def _problem(
         kind,
         launch.launch_for(logits.shape[-1], *dtypes),
     )
+    return replace(problem, launch=tune.best_launch(problem, grads)) if tune.wanted() else problem
 
 
 def _run(problem: Problem, stats: Tensor, terms: Tensor, grads: Tensor, scales: Tensor, splits: int) -> None:
@@ -311,7 +312,8 @@ def linear_statistics(
     head, reference = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
     stats = _no_stats(ids)
     slopes = hidden.new_zeros(hidden.shape if slope else (0,), dtype=torch.float32)
-    given = stats.new_tensor([-1.0, 1.0, 0.0, 0.0, 0.0])[:, None].expand(5, len(ids)).contiguous()
+    given = stats.new_zeros(len(Given._fields), len(ids))
+    given[0], given[1] = -1.0, 1.0  # advantage and weight
     terms = stats.new_empty(len(rows.TERMS), len(ids)) if slope else stats
     tokens = Tokens(ids, flags, given, ids)
     which = Rows.where(flags != 0, None if most < 0 else most)

@@ -68,8 +68,9 @@ def _has_float32_result(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type == "cpu":
         return False
     try:
-        a = torch.zeros(16, 16, device=device, dtype=dtype)
-        torch.addmm(torch.zeros(16, 16, device=device), a, a, out_dtype=torch.float32)
+        a, out = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device)
+        _mm(a, a, out)
+        _addmm(out, a, a)
     except (RuntimeError, TypeError):
         return False
     return True

@@ -1,0 +1,65 @@
+"""Opt-in: with PREFIXLOSS_AUTOTUNE=1 a few launches are timed for each kind of problem, once a process.
+
+Without it the table in `launch` decides, and a first call costs one compilation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+import triton
+
+from . import launch, rows
+
+_BEST: dict[object, launch.Launch] = {}
+# rows to time: enough to fill a device several times over
+_ROWS = 512
+
+
+def wanted() -> bool:
+    return os.environ.get("PREFIXLOSS_AUTOTUNE") == "1"
+
+
+def best_launch(
+    problem: rows.Problem, grads: torch.dtype, timer: Callable[[Callable[[], None]], float] | None = None
+) -> launch.Launch:
+    """The fastest launch for problems like this one; timer: a function's milliseconds."""
+    dtypes = (problem.logits.dtype, problem.ref.dtype, grads)
+    key = (problem.logits.device, problem.vocabulary, dtypes, problem.work, problem.kind)
+    if key not in _BEST:
+        timer = timer or triton.testing.do_bench
+        trial = _trial(problem)
+        run = _runner(trial, torch.empty_like(trial.logits, dtype=grads))
+        choices = {
+            launch.launch_with(num_warps, bytes_a_thread, problem.vocabulary, *dtypes)
+            for num_warps in (4, 8, 16, 32)
+            for bytes_a_thread in (32, 64, 128)
+        }
+        times = {choice: timer(partial(run, replace(trial, launch=choice))) for choice in sorted(choices)}
+        _BEST[key] = min(times, key=lambda choice: times[choice])
+    return _BEST[key]
+
+
+def _trial(problem: rows.Problem) -> rows.Problem:
+    """The same kind of problem on random logits, each row a token that learns."""
+    device = problem.logits.device
+    shape = (_ROWS, problem.vocabulary)
+    tokens = rows.Tokens(
+        torch.randint(problem.vocabulary, (_ROWS,), device=device),
+        torch.full((_ROWS,), rows.COMPUTED.value | rows.LEARNING.value, dtype=torch.uint8, device=device),
+        torch.rand(5, _ROWS, device=device),
+        torch.arange(_ROWS, device=device),
+    )
+    logits, ref = (torch.randn(shape, device=device).to(x.dtype) for x in (problem.logits, problem.ref))
+    return replace(problem, logits=logits, ref=ref, tokens=tokens, work=problem.work._replace(narrowed=False))
+
+
+def _runner(trial: rows.Problem, grads: torch.Tensor) -> Callable[[rows.Problem], None]:
+    stats, terms = trial.tokens.given_ptr.new_ones(7, _ROWS), trial.tokens.given_ptr.new_ones(6, _ROWS)
+    if trial.work.gradient and not trial.work.terms:
+        return lambda problem: rows.launch_gradient(problem, stats, terms[3:], grads, stats, 1)
+    return lambda problem: rows.launch_rows(problem, stats, terms, grads, stats)

@@ -1,0 +1,63 @@
+"""The opt-in choice of launches."""
+
+import pytest
+import torch
+
+from prefixloss import LossConfig, prefix_loss
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Turns autotuning on, with made-up times: the last of the choices is the fastest."""
+    from prefixloss._kernels import tune  # noqa: PLC0415
+
+    times: list[float] = []
+
+    def timer(run) -> float:
+        run()
+        times.append(-float(len(times)))
+        return times[-1]
+
+    choose = tune.best_launch
+    monkeypatch.setenv("PREFIXLOSS_AUTOTUNE", "1")
+    monkeypatch.setattr(tune, "_ROWS", 2)
+    monkeypatch.setattr(tune, "_BEST", {})
+    monkeypatch.setattr(tune, "best_launch", lambda problem, grads: choose(problem, grads, timer))
+    return times
+
+
+def call(**options) -> torch.Tensor:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits = torch.linspace(-3, 3, 4 * 5000, device=device).sin().reshape(4, 5000).requires_grad_()
+    tokens, advantages = torch.arange(4, device=device), torch.ones(4, device=device)
+    loss = prefix_loss(logits, tokens, advantages, config=LossConfig(**options), backend="triton").loss
+    loss.sum().backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+def test_each_kind_of_problem_is_timed_once_and_the_fastest_launch_is_kept(timed: list[float]) -> None:
+    from prefixloss._kernels import tune  # noqa: PLC0415
+
+    call()
+    tried = len(timed)
+    assert tried > 3
+    assert len(tune._BEST) == 1
+    call()
+    call(clip_high=0.3, temperature=0.7)
+    assert len(timed) == tried  # only a number changed
+    call(reduction="none")
+    assert len(timed) > tried
+
+
+def test_a_tuned_launch_gives_the_same_gradient(timed: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = call()
+    monkeypatch.delenv("PREFIXLOSS_AUTOTUNE")
+    # sums of 5,000 terms in another order: a few float32 roundings of the largest entry
+    torch.testing.assert_close(tuned, call(), rtol=1e-5, atol=1e-6 * tuned.abs().max().item())
+
+
+def test_without_the_option_nothing_is_timed(timed: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFIXLOSS_AUTOTUNE")
+    call()
+    assert timed == []
