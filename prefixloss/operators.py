@@ -385,7 +385,10 @@ def _or(x: Tensor | None, otherwise: Tensor) -> Tensor:
 @torch.library.custom_op("prefixloss::scale_", mutates_args={"x"})
 def scale_(x: Tensor, factor: Tensor) -> None:
     """x times the 0-d factor, in place; untouched where it is 1."""
-    launch_scale(x, factor)
+    if x.is_contiguous():
+        launch_scale(x, factor)
+    else:
+        x.mul_(factor)
 
 
 @scale_.register_fake
@@ -419,7 +422,9 @@ def _scaled_gradients(ctx: Any, factor: Tensor, *_: Any) -> tuple[Tensor | None,
         if not needed:
             out.append(None)
         elif first:
-            scale_(saved, change)
+            # what was saved may be used again: `applied` says what it holds
+            with torch.autograd._unsafe_preserve_version_counter(saved):
+                scale_(saved, change)
             out.append(saved.to(dtype))
         else:
             out.append((saved * change).to(dtype))
