@@ -10,8 +10,6 @@ set above what it held before the call, gradients included, in a fresh process e
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import platform
 import statistics
 import subprocess
@@ -27,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from bench.files import write_whole
 from prefixloss import LossConfig, linear_prefix_loss, prefix_loss
 
 TOKENS, WIDTH, VOCABULARY, RESPONSES = 2048, 1024, 32768, 4
@@ -302,10 +301,7 @@ def write_json(path: Path, rows: list[dict[str, Any]], rounds: int) -> None:
         "rounds": rounds,
         "rows": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, record)
 
 
 def main() -> None:

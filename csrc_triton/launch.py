@@ -26,11 +26,16 @@ class Launch(NamedTuple):
         return self.lanes * self.vector
 
 
-def launch_for(vocabulary: int, *dtypes: torch.dtype) -> Launch:
+def launch_for(vocabulary: int, *dtypes: torch.dtype, heavy: bool = False) -> Launch:
     """dtypes: of all that is read and written. A thread has 64 bytes of the widest of a block, 4 loads in flight; a
-    wide row gets 512 threads, so that few rows are in flight and the second pass finds them in the cache."""
+    wide row gets 512 threads, so that few rows are in flight and the second pass finds them in the cache.
+
+    heavy: more is kept for each logit (a second model, the addresses of unaligned rows), so a thread has fewer. Where
+    all is float32 it has fewer too: the compiler then fits two programs on a multiprocessor without spilling.
+    """
     num_warps = 16 if vocabulary > 2**15 else 8 if vocabulary > 2**13 else 4
-    return launch_with(num_warps, 64, vocabulary, *dtypes)
+    narrow = any(dtype.itemsize < 4 for dtype in dtypes)
+    return launch_with(num_warps, 64 if narrow and not heavy else 32, vocabulary, *dtypes)
 
 
 def launch_with(num_warps: int, bytes_a_thread: int, vocabulary: int, *dtypes: torch.dtype) -> Launch:
@@ -40,7 +45,8 @@ def launch_with(num_warps: int, bytes_a_thread: int, vocabulary: int, *dtypes: t
     lanes = max(32, num_warps * 32 * logits_a_thread // vector)
     while lanes > 32 and lanes * vector > vocabulary:
         lanes //= 2
-    return Launch(lanes, vector, min(num_warps, lanes // 32))
+    # a lane each for every thread, also of warps of 64
+    return Launch(lanes, vector, min(num_warps, max(1, lanes // 64)))
 
 
 def splits_for(rows: int, vocabulary: int, block: int, device: torch.device) -> int:

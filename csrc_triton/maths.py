@@ -35,6 +35,5 @@ def softplus(x):
 
 @triton.jit
 def tanh(x):
-    u = tl.exp(-2.0 * tl.abs(x))
-    t = (1.0 - u) / (1.0 + u)
-    return tl.where(x < 0, -t, t)
+    """1 - 2 / (1 + exp(2 x)): right at both ends, with an absolute error of 1e-7 between them."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E)))

@@ -304,33 +304,36 @@ def read_slice(
     WORK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The running sums over columns start to stop without the target's (the reference's sums with it)."""
-    cols = start + block_columns(LANES, VECTOR)
     lanes = no_lanes(LANES)
+    at = start
     for _ in range(0, (stop - start) // (LANES * VECTOR)):
-        lanes = read_block(lanes, logits_row, ref_row, cols, stop, target, transform, WORK, False)
-        cols += LANES * VECTOR
-    return read_block(lanes, logits_row, ref_row, cols, stop, target, transform, WORK, True)
+        lanes = read_block(lanes, logits_row, ref_row, at, stop, target, transform, WORK, False, LANES, VECTOR)
+        at += LANES * VECTOR
+    return read_block(lanes, logits_row, ref_row, at, stop, target, transform, WORK, True, LANES, VECTOR)
 
 
 @triton.jit
 def read_block(
-    lanes, logits_row, ref_row, cols, stop, target, transform, WORK: tl.constexpr, LAST: tl.constexpr
+    lanes, logits_row, ref_row, at, stop, target, transform,
+    WORK: tl.constexpr, LAST: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    z = capped(load_block(logits_row, cols, stop, LAST), transform, WORK.softcap)
-    z = tl.where(cols == target, float("-inf"), z)
+    cols = block_columns(LANES, VECTOR)
+    z = capped(load_block(logits_row, at, cols, stop, LAST), transform, WORK.softcap)
+    if (target >= at) & (target < at + LANES * VECTOR):
+        z = tl.where(cols == target - at, float("-inf"), z)
     ref = z
     if WORK.reference:
-        ref = capped(load_block(ref_row, cols, stop, LAST), transform, WORK.softcap)
+        ref = capped(load_block(ref_row, at, cols, stop, LAST), transform, WORK.softcap)
     return add_block(lanes, z, ref, transform.kappa, WORK.reference)
 
 
 @triton.jit
-def load_block(row_ptr, cols, stop, LAST: tl.constexpr):
-    """Only a slice's last block needs a mask."""
+def load_block(row_ptr, at, cols, stop, LAST: tl.constexpr):
+    """The block that starts at column `at`. Only a slice's last one needs a mask."""
     if LAST:
-        logits = tl.load(row_ptr + cols, mask=cols < stop, other=float("-inf"))
+        logits = tl.load(row_ptr + at + cols, mask=at + cols < stop, other=float("-inf"))
     else:
-        logits = tl.load(row_ptr + cols)
+        logits = tl.load(row_ptr + at + cols)
     return logits.to(tl.float32)
 
 
@@ -447,35 +450,44 @@ def write_slice(
     tl.debug_barrier()  # in place, another warp may be about to overwrite the target's logit
 
     whole = (stop - start) // block
-    cols = start + whole * block + block_columns(LANES, VECTOR)
+    at = start + whole * block
     end = tl.where(live, stop, start)
-    write_block(logits_row, ref_row, grads_row, cols, end, target, at_target, stats, scaled, transform, WORK, True)
+    write_block(
+        logits_row, ref_row, grads_row, at, end, target, at_target, stats, scaled, transform, WORK, True, LANES, VECTOR
+    )
     for _ in range(0, tl.where(live, whole, 0)):
-        cols -= block
-        write_block(logits_row, ref_row, grads_row, cols, end, target, at_target, stats, scaled, transform, WORK, False)
+        at -= block
+        write_block(
+            logits_row, ref_row, grads_row, at, end, target, at_target, stats, scaled, transform, WORK, False,
+            LANES, VECTOR,
+        )  # fmt: skip
     if WORK.clear:
         nothing = tl.zeros([LANES, VECTOR], grads_row.dtype.element_ty)
-        cols = start + block_columns(LANES, VECTOR)
+        cols = block_columns(LANES, VECTOR)
+        at = start
         for _ in range(0, tl.where(live, 0, tl.cdiv(stop - start, block))):
-            tl.store(grads_row + cols, nothing, mask=cols < stop)
-            cols += block
+            tl.store(grads_row + at + cols, nothing, mask=at + cols < stop)
+            at += block
 
 
 @triton.jit
 def write_block(
-    logits_row, ref_row, grads_row, cols, stop, target, at_target, stats, coefficients, transform,
-    WORK: tl.constexpr, LAST: tl.constexpr,
+    logits_row, ref_row, grads_row, at, stop, target, at_target, stats, coefficients, transform,
+    WORK: tl.constexpr, LAST: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    x = load_block(logits_row, cols, stop, LAST)
+    cols = block_columns(LANES, VECTOR)
+    x = load_block(logits_row, at, cols, stop, LAST)
     ref = x
     if WORK.reference:
-        ref = capped(load_block(ref_row, cols, stop, LAST), transform, WORK.softcap)
+        ref = capped(load_block(ref_row, at, cols, stop, LAST), transform, WORK.softcap)
     if WORK.narrowed:
         # a block's gradients lie over logits of this block or later ones: all threads have to have read it
         tl.debug_barrier()
     grads = block_gradient(x, ref, stats, coefficients, transform, WORK.softcap, WORK.penalty, WORK.reference)
-    grads = tl.where(cols == target, at_target, grads).to(grads_row.dtype.element_ty)
+    if (target >= at) & (target < at + LANES * VECTOR):
+        grads = tl.where(cols == target - at, at_target, grads)
+    grads = grads.to(grads_row.dtype.element_ty)
     if LAST:
-        tl.store(grads_row + cols, grads, mask=cols < stop)
+        tl.store(grads_row + at + cols, grads, mask=at + cols < stop)
     else:
-        tl.store(grads_row + cols, grads)
+        tl.store(grads_row + at + cols, grads)

@@ -147,8 +147,8 @@ def block_gradient(x, ref, stats, coefficients, transform, SOFTCAP: tl.constexpr
                    REFERENCE: tl.constexpr):  # fmt: skip
     """d loss / d x for a block of logits, as if none were the target."""
     z = capped(x, transform, SOFTCAP)
-    down = (z - stats.top) * transform.kappa
-    probs = tl.exp2(down * LOG2_E)
+    down = z - stats.top
+    probs = tl.exp2(down * (transform.kappa * LOG2_E))
     scale = transform.slope / stats.total
     if PENALTY:
         rest = penalty_slope(z, down, ref, stats, coefficients, transform.kappa, REFERENCE)
@@ -166,8 +166,8 @@ def target_gradient(z, ref, stats, coefficients, transform, SOFTCAP: tl.constexp
     """d loss / d x of the target: its log-prob's share is 1 - p, not -p."""
     grad = coefficients.logp * stats.others
     if PENALTY:
-        down = (z - stats.top) * transform.kappa
-        prob = tl.exp2(down * LOG2_E) / stats.total
+        down = z - stats.top
+        prob = tl.exp2(down * (transform.kappa * LOG2_E)) / stats.total
         rest = penalty_slope(z, down, ref, stats, coefficients, transform.kappa, REFERENCE)
         grad += tl.where(prob == 0, 0.0, prob * rest)
     grad = grad * transform.slope
@@ -178,15 +178,15 @@ def target_gradient(z, ref, stats, coefficients, transform, SOFTCAP: tl.constexp
 
 @triton.jit
 def penalty_slope(z, down, ref, stats, coefficients, kappa, REFERENCE: tl.constexpr):
-    """(e dH/ds + k dK/ds) / p, e and k the coefficients of entropy and KL."""
-    rest = -coefficients.entropy * (down - stats.shift)
+    """(e dH/ds + k dK/ds) / p, e and k the coefficients of entropy and KL; down = z - top."""
+    rest = coefficients.entropy * stats.shift - (coefficients.entropy * kappa) * down
     if REFERENCE:
-        rest += coefficients.kl * ((z - ref) * kappa - stats.gap)
+        rest += (coefficients.kl * kappa) * (z - ref) - coefficients.kl * stats.gap
     return rest
 
 
 @triton.jit
 def cap_slope(z, transform):
     """1 - tanh^2 from z = softcap * tanh."""
-    t = z / transform.softcap
+    t = z * (1.0 / transform.softcap)
     return 1.0 - t * t

@@ -79,7 +79,7 @@ def _objective(config: LossConfig, off_policy: bool) -> tuple[Objective, Options
     return kind, Options(*map(float, options))
 
 
-def _problem(
+def problem_of(
     config: LossConfig,
     logits: Tensor,
     ref: Tensor | None,
@@ -93,6 +93,8 @@ def _problem(
     dtypes = (logits.dtype, grads) if ref is None else (logits.dtype, ref.dtype, grads)
     penalty = config.entropy_coef != 0 or (config.kl == "full" and config.penalises_kl)
     given: dict[str, Any] = {"softcap": config.softcap is not None, "reference": ref is not None, "penalty": penalty}
+    aligned = all(x.stride(-2) * x.itemsize % 16 == 0 for x in (logits, ref) if x is not None)
+    heavy = ref is not None or not aligned
     problem = Problem(
         logits,
         logits if ref is None else ref,
@@ -101,7 +103,7 @@ def _problem(
         options,
         Work(**{**given, **work}),
         kind,
-        launch.launch_for(logits.shape[-1], *dtypes),
+        launch.launch_for(logits.shape[-1], *dtypes, heavy=heavy),
     )
     return replace(problem, launch=tune.best_launch(problem, grads)) if tune.wanted() else problem
 
@@ -147,7 +149,7 @@ def _from_logits(
     stats, terms = _rooms(given)
     tokens = Tokens(ids, flags, given, ids)
     work = {"terms": True, "gradient": grads is not None, "clear": True}
-    problem = _problem(config, logits, ref, tokens, off_policy, logits.dtype, **work)
+    problem = problem_of(config, logits, ref, tokens, off_policy, logits.dtype, **work)
     _run(problem, stats, terms, logits if grads is None else grads, stats, _splits(problem, problem.rows))
     return _total(terms, given, flags, -1), stats, terms
 
@@ -187,7 +189,7 @@ def logit_statistics(logits: Tensor, ref: Tensor | None, ids: Tensor, flags: Ten
     """stats alone."""
     stats = _no_stats(ids)
     tokens = Tokens(ids, flags, stats, ids)
-    problem = _problem(_decoded(options), logits, ref, tokens, False, logits.dtype)
+    problem = problem_of(_decoded(options), logits, ref, tokens, False, logits.dtype)
     _run(problem, stats, stats, logits, stats, _splits(problem, problem.rows))
     return stats
 
@@ -206,7 +208,7 @@ def _logit_gradient(
     grads: Tensor,
 ) -> None:  # fmt: skip
     tokens = Tokens(ids, flags, stats, ids)
-    problem = _problem(_decoded(options), logits, ref, tokens, False, grads.dtype, gradient=True, clear=True)
+    problem = problem_of(_decoded(options), logits, ref, tokens, False, grads.dtype, gradient=True, clear=True)
     if problem.rows:
         rows.launch_gradient(problem, stats, coefficients, grads, stats, _splits(problem, problem.rows))
 
@@ -249,7 +251,7 @@ def _chunk_problems(
         return
     narrow = chunks.grads_dtype != torch.float32
     work |= {"indexed": True, "clear": True, "rescaled": chunks.scales is not None}
-    whole = _problem(config, chunks.logits, chunks.reference_logits, tokens, off_policy, chunks.grads_dtype, **work)
+    whole = problem_of(config, chunks.logits, chunks.reference_logits, tokens, off_policy, chunks.grads_dtype, **work)
     # the size of whole chunks decides, so that every row is summed the same way
     splits = _splits(whole, chunks.size)
     grads = chunks.gradient_room(apart=narrow and splits > 1)
@@ -423,7 +425,7 @@ def _scaled_gradients(ctx: Any, factor: Tensor, *_: Any) -> tuple[Tensor | None,
             out.append(None)
         elif first:
             # what was saved may be used again: `applied` says what it holds
-            with torch.autograd._unsafe_preserve_version_counter(saved):
+            with torch.autograd._unsafe_preserve_version_counter(saved):  # type: ignore[attr-defined]
                 scale_(saved, change)
             out.append(saved.to(dtype))
         else:
