@@ -26,21 +26,29 @@ class Launch(NamedTuple):
         return self.lanes * self.vector
 
 
-def launch_for(vocabulary: int, *dtypes: torch.dtype, heavy: bool = False) -> Launch:
+def launch_for(vocabulary: int, *dtypes: torch.dtype, heavy: bool = False, aligned: bool = True) -> Launch:
     """dtypes: of all that is read and written. A thread has 64 bytes of the widest of a block, 4 loads in flight; a
     wide row gets 512 threads, so that few rows are in flight and the second pass finds them in the cache.
 
-    heavy: more is kept for each logit (a second model, the addresses of unaligned rows), so a thread has fewer. Where
-    all is float32 it has fewer too: the compiler then fits two programs on a multiprocessor without spilling.
+    heavy: a second model is read, so a thread has fewer of each. Where all is float32 it has fewer too: the compiler
+    then fits two programs on a multiprocessor without spilling. aligned: rows start at whole vectors; where they do
+    not, a logit is loaded by itself.
     """
+    if not aligned:
+        return launch_with(16 if vocabulary > 2**15 else 4, 16, vocabulary, *dtypes)._replace(vector=1)
     num_warps = 16 if vocabulary > 2**15 else 8 if vocabulary > 2**13 else 4
     narrow = any(dtype.itemsize < 4 for dtype in dtypes)
     return launch_with(num_warps, 64 if narrow and not heavy else 32, vocabulary, *dtypes)
 
 
+def vector_of(*dtypes: torch.dtype) -> int:
+    """Logits in 16 bytes of the narrowest."""
+    return 16 // min(dtype.itemsize for dtype in dtypes)
+
+
 def launch_with(num_warps: int, bytes_a_thread: int, vocabulary: int, *dtypes: torch.dtype) -> Launch:
     """The same with as many bytes of the widest dtype a thread and block; less where the vocabulary has no more."""
-    vector = 16 // min(dtype.itemsize for dtype in dtypes)
+    vector = vector_of(*dtypes)
     logits_a_thread = bytes_a_thread // max(dtype.itemsize for dtype in dtypes)
     lanes = max(32, num_warps * 32 * logits_a_thread // vector)
     while lanes > 32 and lanes * vector > vocabulary:

@@ -71,6 +71,7 @@ class Tokens(NamedTuple):
 class Work(NamedTuple):
     """What the kernels are compiled for, besides the objective."""
 
+    aligned: bool = False  # every row starts at a multiple of VECTOR
     softcap: bool = False
     reference: bool = False  # the exact KL is wanted: both models are read together
     penalty: bool = False  # entropy or KL have coefficients
@@ -147,7 +148,7 @@ def launch_combine(problem: Problem, sums: torch.Tensor, stats: torch.Tensor, te
     combine_kernel[(problem.rows,)](
         Matrix.of(problem.logits), Matrix.of(problem.ref), problem.tokens, sums, stats, terms,
         problem.count, problem.length, problem.vocabulary, problem.rows, problem.transform, problem.options,
-        problem.work, problem.kind, sums.shape[2], **options(1),
+        problem.work, problem.kind, sums.shape[2], problem.launch.vector, **options(1),
     )  # fmt: skip
 
 
@@ -178,8 +179,8 @@ def row_kernel(
     token, flags = which_token(tokens, row, WORK)
     computed, learning = (flags & COMPUTED) != 0, (flags & LEARNING) != 0
     target = target_column(tokens, token, vocabulary, computed)
-    logits_row = row_pointer(logits, row, length)
-    ref_row = row_pointer(ref, row, length)
+    logits_row = row_pointer(logits, row, length, WORK, VECTOR)
+    ref_row = row_pointer(ref, row, length, WORK, VECTOR)
     stop = tl.where(computed, vocabulary, 0)
     lanes = read_slice(logits_row, ref_row, target, 0, stop, transform, WORK, LANES, VECTOR)
     stats, coefficients = finish_row(
@@ -187,7 +188,7 @@ def row_kernel(
         token, target, computed, learning, count, transform, objective, WORK, KIND,
     )  # fmt: skip
     if WORK.gradient:
-        grads_row = row_pointer(grads, row, length)
+        grads_row = row_pointer(grads, row, length, WORK, VECTOR)
         live = learning & has_gradient(coefficients)
         scale = row_scale(stats, coefficients, transform, live, scales_ptr, row, True, WORK)
         write_slice(
@@ -208,10 +209,9 @@ def slice_kernel(
     target = target_column(tokens, token, vocabulary, computed)
     start = part * span
     stop = tl.where(computed, tl.minimum(start + span, vocabulary), start)
-    lanes = read_slice(
-        row_pointer(logits, row, length), row_pointer(ref, row, length), target, start, stop, transform,
-        WORK, LANES, VECTOR,
-    )  # fmt: skip
+    logits_row = row_pointer(logits, row, length, WORK, VECTOR)
+    ref_row = row_pointer(ref, row, length, WORK, VECTOR)
+    lanes = read_slice(logits_row, ref_row, target, start, stop, transform, WORK, LANES, VECTOR)
     lane = merge_lanes(lanes, transform.kappa)
     at = sums_ptr + row * SPLITS + part
     step = rows.to(tl.int64) * SPLITS
@@ -226,7 +226,7 @@ def slice_kernel(
 @triton.jit(do_not_specialize=["count", "length", "rows"])
 def combine_kernel(
     logits, ref, tokens, sums_ptr, stats_ptr, terms_ptr, count, length, vocabulary, rows, transform, objective,
-    WORK: tl.constexpr, KIND: tl.constexpr, SPLITS: tl.constexpr,
+    WORK: tl.constexpr, KIND: tl.constexpr, SPLITS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The slices of a row, in their order, to its statistics, loss and coefficients."""
     row = tl.program_id(0).to(tl.int64)
@@ -244,8 +244,9 @@ def combine_kernel(
         tl.load(at + 5 * step),
     )
     finish_row(
-        merge_lanes(lanes, transform.kappa), row_pointer(logits, row, length), row_pointer(ref, row, length), tokens,
-        stats_ptr, terms_ptr, token, target, computed, learning, count, transform, objective, WORK, KIND,
+        merge_lanes(lanes, transform.kappa), row_pointer(logits, row, length, WORK, VECTOR),
+        row_pointer(ref, row, length, WORK, VECTOR), tokens, stats_ptr, terms_ptr,
+        token, target, computed, learning, count, transform, objective, WORK, KIND,
     )  # fmt: skip
 
 
@@ -266,8 +267,9 @@ def gradient_kernel(
     start = part * span
     scale = row_scale(stats, coefficients, transform, live, scales_ptr, row, part == 0, WORK)
     write_slice(
-        row_pointer(logits, row, length), row_pointer(ref, row, length), row_pointer(grads, row, length), target,
-        start, tl.minimum(start + span, vocabulary), live, stats, coefficients, scale, transform, WORK, LANES, VECTOR,
+        row_pointer(logits, row, length, WORK, VECTOR), row_pointer(ref, row, length, WORK, VECTOR),
+        row_pointer(grads, row, length, WORK, VECTOR), target, start, tl.minimum(start + span, vocabulary), live,
+        stats, coefficients, scale, transform, WORK, LANES, VECTOR,
     )  # fmt: skip
 
 
@@ -288,9 +290,12 @@ def target_column(tokens, token, vocabulary, wanted):
 
 
 @triton.jit
-def row_pointer(matrix, row, length):
+def row_pointer(matrix, row, length, WORK: tl.constexpr, VECTOR: tl.constexpr):
     """length: rows a sequence. All in 64 bits: rows times columns passes 2^31."""
-    return matrix.ptr + (row // length) * matrix.per_sequence + (row % length) * matrix.per_token
+    offset = (row // length) * matrix.per_sequence + (row % length) * matrix.per_token
+    if WORK.aligned:
+        offset = tl.multiple_of(offset, VECTOR)
+    return matrix.ptr + offset
 
 
 @triton.jit

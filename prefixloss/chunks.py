@@ -114,8 +114,8 @@ class HeadChunks:
             self.d_bias = torch.zeros(self.vocabulary, 1, device=self.device)
 
     def _room(self, dtype: torch.dtype) -> Tensor:
-        """[size, V], each row a whole number of 16-byte loads apart."""
-        stride = -(-self.vocabulary // 8) * 8
+        """[size, V], rows a multiple of 16 apart: what Triton needs to see that they are aligned."""
+        stride = -(-self.vocabulary // 16) * 16
         return torch.empty(self.size, stride, device=self.device, dtype=dtype)[:, : self.vocabulary]
 
     def _hidden_room(self, head: Head) -> Tensor:

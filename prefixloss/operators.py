@@ -91,10 +91,16 @@ def problem_of(
     kind, options = _objective(config, off_policy)
     ref = ref if config.kl == "full" else None
     dtypes = (logits.dtype, grads) if ref is None else (logits.dtype, ref.dtype, grads)
+    vector = launch.vector_of(*dtypes)
+    strides = [stride for x in (logits, ref) if x is not None for stride in x.stride()[:-1]]
+    aligned = all(stride % vector == 0 for stride in strides)
     penalty = config.entropy_coef != 0 or (config.kl == "full" and config.penalises_kl)
-    given: dict[str, Any] = {"softcap": config.softcap is not None, "reference": ref is not None, "penalty": penalty}
-    aligned = all(x.stride(-2) * x.itemsize % 16 == 0 for x in (logits, ref) if x is not None)
-    heavy = ref is not None or not aligned
+    given: dict[str, Any] = {
+        "aligned": aligned,
+        "softcap": config.softcap is not None,
+        "reference": ref is not None,
+        "penalty": penalty,
+    }
     problem = Problem(
         logits,
         logits if ref is None else ref,
@@ -103,7 +109,7 @@ def problem_of(
         options,
         Work(**{**given, **work}),
         kind,
-        launch.launch_for(logits.shape[-1], *dtypes, heavy=heavy),
+        launch.launch_for(logits.shape[-1], *dtypes, heavy=ref is not None, aligned=aligned),
     )
     return replace(problem, launch=tune.best_launch(problem, grads)) if tune.wanted() else problem
 
