@@ -1,9 +1,9 @@
 """The fused loss on one GPU beside bare products, a copy, naive PyTorch, TRL and Liger: `bash bench/gpu.sh`.
 
 bf16, random data, the clipped policy loss averaged over tokens. Methods take turns, round by round, and a ratio is the
-median of the rounds' ratios, so that a change in clocks hits both sides. A time is the device's own, between two events.
-Before the first one the device is kept busy, so that the host gets ahead as it is in training; a method that waits for
-the device pays for it. Memory is a call's peak less what was there before it and less the gradients it returns.
+median of the rounds' ratios, so that a change in clocks hits both sides. A time is the device's own, between two
+events. Before the first one the device is kept busy, so that the host gets ahead as it is in training; a method that
+waits for the device pays for it. Memory is a call's peak less what was there before and less the gradients it returns.
 
 `--small` runs everything at tiny shapes, also without a GPU: there with plain torch and the host's clock, or, with
 TRITON_INTERPRET=1, with the kernels interpreted. It shows that this file works and says nothing about speed.
@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,18 +32,35 @@ import torch
 from torch import Tensor
 
 from bench.files import write_whole
-from prefixloss import LossConfig, linear_logps, linear_prefix_loss, prefix_loss, products
+from bench.methods import (
+    BF16,
+    Linear,
+    Logits,
+    Step,
+    bare_products,
+    chunked_products,
+    copy_logits,
+    liger,
+    liger_from_logits,
+    naive_from_logits,
+    our_logps,
+    ours,
+    ours_from_logits,
+    policy_loss,
+    trl,
+    trl_logps,
+    with_gradient,
+    without_gradient,
+)
+from prefixloss import LossConfig, linear_prefix_loss, prefix_loss
 
 GIB = 2**30
-BF16 = torch.bfloat16
 # cycles for which the device is kept busy before a timed call: some milliseconds
 HEAD_START = 10_000_000
 # bytes written before a timed call, more than any cache holds
 CACHE = 2**28
 # draws of random data whose errors are taken together: one loss alone can be right by luck
 DRAWS = 8
-# a call: its loss, if it has one
-Step = Callable[[], Tensor | None]
 Make = Callable[[], Step]
 
 
@@ -111,6 +128,7 @@ class Target(NamedTuple):
     quantity: str = "seconds"
 
 
+RIVALS = ("TRL", "Liger", "naive")
 SPARSE, BOUNDED = "ours, 40 % learn", "ours, 40 % learn, count given"
 TARGETS = (
     Target("from hidden states / three bare products", "hidden", "ours", "three products", 1.15),
@@ -132,233 +150,11 @@ TARGETS = (
     Target("bf16, error of log-probs / float32 formula", "errors", "ours", "naive float32", 1.05, "logps"),
     Target("bf16, error of d hidden / float32 formula", "errors", "ours", "naive float32", 1.05, "d_hidden"),
     Target("bf16, error of d weight / float32 formula", "errors", "ours", "naive float32", 1.05, "d_weight"),
+    Target("bf16, error of d hidden / bf16 logits upcast", "errors", "ours", "naive, bf16 logits", 1.05, "d_hidden"),
+    Target("bf16, error of d weight / bf16 logits upcast", "errors", "ours", "naive, bf16 logits", 1.05, "d_weight"),
     Target("bf16, error of log-probs / TRL", "errors", "ours", "TRL", 0.5, "logps"),
     Target("entries that change from run to run", "errors", "ours", None, 0, "differing"),
 )
-
-
-# Data
-
-
-@dataclass(frozen=True)
-class Linear:
-    """Hidden states [N, D] and a head [V, D], leaves; per token [N] ids, advantages, and log-probs at the sampler."""
-
-    hidden: Tensor
-    weight: Tensor
-    tokens: Tensor
-    advantages: Tensor
-    old: Tensor
-    responses: int
-
-    @classmethod
-    def random(cls, device: torch.device, shape: tuple[int, int, int], responses: int, seed: int = 0) -> Linear:
-        """shape: N, D, V. One advantage a response, which is all that Liger takes."""
-        tokens, width, vocabulary = shape
-        generator = torch.Generator(device).manual_seed(seed)
-        hidden = torch.randn(tokens, width, generator=generator, device=device, dtype=BF16)
-        weight = torch.randn(vocabulary, width, generator=generator, device=device, dtype=BF16) / math.sqrt(width)
-        ids = torch.randint(vocabulary, (tokens,), generator=generator, device=device)
-        advantages = torch.randn(responses, generator=generator, device=device)
-        old = recorded(lambda rows: hidden[rows] @ weight.T, ids, generator)
-        by_token = advantages.repeat_interleave(tokens // responses)
-        return cls(hidden.requires_grad_(), weight.requires_grad_(), ids, by_token, old, responses)
-
-    @property
-    def leaves(self) -> tuple[Tensor, ...]:
-        return self.hidden, self.weight
-
-    def by_response(self, x: Tensor) -> Tensor:
-        return x.reshape(self.responses, -1, *x.shape[1:])
-
-
-class Logits:
-    """Logits [B, T, V], the leaf `leaf`, made anew from a copy before each call; ids and old log-probs [B, T]."""
-
-    def __init__(self, device: torch.device, responses: int, length: int, vocabulary: int) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        shape = (responses, length)
-        self.given = torch.randn(*shape, vocabulary, generator=generator, device=device, dtype=BF16)
-        self.tokens = torch.randint(vocabulary, shape, generator=generator, device=device)
-        self.advantages = torch.randn(responses, generator=generator, device=device)
-        rows = self.given.flatten(0, 1)
-        self.old = recorded(lambda here: rows[here], self.tokens.flatten(), generator).view(shape)
-        self.leaf = self.given.clone().requires_grad_()
-
-    @torch.no_grad()
-    def renew(self) -> None:
-        """In place, a call overwrites the logits."""
-        self.leaf.copy_(self.given)
-
-
-@torch.no_grad()
-def recorded(logits_of: Callable[[slice], Tensor], tokens: Tensor, generator: torch.Generator) -> Tensor:
-    """Log-probs of tokens [N] near the policy's own, so that a few ratios are clipped, as in training."""
-    chunks = (slice(start, start + 1024) for start in range(0, len(tokens), 1024))
-    own = [logits_of(here).float().log_softmax(-1).gather(1, tokens[here, None]).squeeze(1) for here in chunks]
-    noise = torch.randn(tokens.shape, generator=generator, device=tokens.device)
-    return torch.cat(own) + 0.1 * noise
-
-
-# Methods from hidden states
-
-
-def policy_loss(logps: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-    """What a trainer writes around log-probs."""
-    ratio = torch.exp(logps - old)
-    return -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
-
-
-def ours(data: Linear, backend: str, advantages: Tensor | None = None, **options: Any) -> Step:
-    advantages = data.advantages if advantages is None else advantages
-
-    def step() -> Tensor:
-        out = linear_prefix_loss(
-            data.hidden, data.weight, data.tokens, advantages, old_logps=data.old, backend=backend, **options
-        )
-        out.loss.backward()
-        return out.loss.detach()
-
-    return step
-
-
-def bare_products(data: Linear, count: int = 3) -> Step:
-    """The floor: the logits, then the gradients of hidden states and head, each one library call with bf16 results."""
-    hidden, weight = data.hidden.detach(), data.weight.detach()
-
-    def step() -> None:
-        logits = hidden @ weight.T
-        if count > 1:
-            logits @ weight
-        if count > 2:
-            logits.T @ hidden
-
-    return step
-
-
-def chunked_products(data: Linear) -> Step:
-    """Our own products and nothing else: in chunks, with float32 results."""
-    from prefixloss.chunks import chunk_rows  # noqa: PLC0415 (needs triton)
-
-    hidden, weight = data.hidden.detach(), data.weight.detach()
-    rows, vocabulary = len(hidden), len(weight)
-    size = chunk_rows(rows, rows, 4 * vocabulary, hidden.device, None)
-    logits = torch.empty(size, vocabulary, device=hidden.device)
-    grads = torch.randn(size, vocabulary, device=hidden.device, dtype=BF16)
-
-    def step() -> None:
-        total = torch.zeros(weight.shape, device=hidden.device)
-        for start in range(0, rows, size):
-            here = hidden[start : start + size]
-            products.logits(here, weight, None, logits[: len(here)])
-            products.hidden_gradient(grads[: len(here)], weight)
-            products.add_head_gradient(total, grads[: len(here)], here)
-
-    return step
-
-
-def trl_logps(data: Linear, weight: Tensor | None = None) -> Callable[[], Tensor]:
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: PLC0415 (an optional peer)
-
-    head = data.weight if weight is None else weight
-    # TRL's own tile, 32,768 columns wide
-    return lambda: ChunkedLogProbFunction.apply(data.hidden, head, None, data.tokens, 1.0, 32768, None, 1.0, ())[0]
-
-
-def trl(data: Linear) -> Step:
-    logps = trl_logps(data)
-
-    def step() -> Tensor:
-        loss = policy_loss(logps(), data.old, data.advantages)
-        loss.backward()
-        return loss.detach()
-
-    return step
-
-
-def liger(data: Linear) -> Step:
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss  # noqa: PLC0415 (an optional peer)
-
-    # what it compiles is the arithmetic on log-probs alone, a small part
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False)
-    hidden, tokens, old = (data.by_response(x) for x in (data.hidden, data.tokens, data.old))
-    mask, advantages = torch.ones_like(old), data.by_response(data.advantages)[:, 0].contiguous()
-
-    def step() -> Tensor:
-        out = loss(data.by_response(data.hidden), data.weight, tokens, mask, advantages, old_per_token_logps=old)
-        total: Tensor = out[0] if isinstance(out, tuple) else out
-        total.backward()
-        return total.detach()
-
-    del hidden
-    return step
-
-
-def our_logps(data: Linear, backend: str, weight: Tensor | None = None) -> Callable[[], Tensor]:
-    head = data.weight if weight is None else weight
-    return lambda: linear_logps(data.hidden, head, data.tokens, backend=backend).logps
-
-
-def with_gradient(logps: Callable[[], Tensor], gradient: Tensor) -> Step:
-    def step() -> None:
-        logps().backward(gradient)
-
-    return step
-
-
-def without_gradient(logps: Callable[[], Tensor]) -> Step:
-    def step() -> None:
-        with torch.no_grad():
-            logps()
-
-    return step
-
-
-# Methods from logits
-
-
-def ours_from_logits(data: Logits, backend: str, inplace: bool) -> Step:
-    def step() -> Tensor:
-        out = prefix_loss(data.leaf, data.tokens, data.advantages, old_logps=data.old, inplace=inplace, backend=backend)
-        out.loss.backward()
-        return out.loss.detach()
-
-    return step
-
-
-def copy_logits(data: Logits) -> Step:
-    """The floor: each logit is read once and its gradient written once."""
-    target = torch.empty_like(data.given)
-
-    def step() -> None:
-        target.copy_(data.given)
-
-    return step
-
-
-def naive_from_logits(data: Logits) -> Step:
-    def step() -> Tensor:
-        logps = data.leaf.float().log_softmax(-1).gather(-1, data.tokens[..., None]).squeeze(-1)
-        loss = policy_loss(logps, data.old, data.advantages[:, None])
-        loss.backward()
-        return loss.detach()
-
-    return step
-
-
-def liger_from_logits(data: Logits, leaf: Tensor, inplace: bool) -> Step:
-    """leaf: logits [B, T + 1, V], the last of which Liger leaves out."""
-    from liger_kernel.transformers.grpo_loss import triton_grpo_loss  # noqa: PLC0415 (an optional peer)
-
-    def step() -> Tensor:
-        loss, _ = triton_grpo_loss(
-            leaf, data.old, None, data.tokens, data.advantages, temperature=1.0, beta=0.0, eps_low=0.2, eps_high=0.2,
-            inplace=inplace, loss_type="dapo", reduce=True,
-        )  # fmt: skip
-        loss.backward()
-        return loss.detach()
-
-    return step
 
 
 # Measuring
@@ -425,7 +221,8 @@ def device_times(step: Step, cuda: bool) -> dict[str, float]:
 class Bench:
     """Where to measure, on what and until when, and all that was measured.
 
-    cases: by case, its shape, notes, and by method its figures or why there are none. times: every round's seconds.
+    cases: by case its shape, notes, errors, and by method the figures or why there are none. times: every round's
+    seconds, by case and method.
     """
 
     def __init__(self, device: torch.device, shapes: Shapes, seconds: float) -> None:
@@ -440,15 +237,12 @@ class Bench:
         return self.deadline - time.monotonic()
 
     def case(self, name: str) -> dict[str, Any]:
-        return self.cases.setdefault(name, {"shape": {}, "notes": [], "methods": {}})
+        return self.cases.setdefault(name, {"shape": {}, "notes": [], "errors": [], "methods": {}})
 
     def method(self, case: str, name: str) -> dict[str, Any]:
         """Its figures, to be read or added to."""
         figures: dict[str, Any] = self.case(case)["methods"].setdefault(name, {})
         return figures
-
-    def note(self, case: str, text: str) -> None:
-        self.case(case)["notes"].append(text)
 
     def linear(self, case: str, tokens: int) -> Linear:
         shape = (tokens, self.shapes.width, self.shapes.vocabulary)
@@ -466,6 +260,8 @@ class Bench:
             yield
         except Exception as error:
             self.method(case, name)["error"] = described(error)
+        else:
+            return
         clean()
 
     def measure(
@@ -476,10 +272,7 @@ class Bench:
         renew: Callable[[], None] = lambda: None,
         seconds: float = 25,
     ) -> None:
-        """Times and memory of methods that take turns, for so many seconds at most; `renew` comes before each call.
-
-        Of ours the kernels' times are kept too.
-        """
+        """Times and memory of methods that take turns, for so many seconds at most; `renew` comes before each call."""
 
         def start_again() -> None:
             for leaf in leaves:
@@ -488,8 +281,9 @@ class Bench:
 
         steps: dict[str, Step] = {}
         for name, make in methods.items():
+            figures = self.method(case, name)
             if self.left() <= 0:
-                self.method(case, name)["error"] = "skipped: no time left"
+                figures["error"] = "skipped: no time left"
                 continue
             with self.guarded(case, name):
                 step = make()
@@ -497,9 +291,9 @@ class Bench:
                 loss = step()  # compiles, loads libraries and makes their buffers
                 start_again()
                 if self.clock.cuda:
-                    self.method(case, name)["extra_bytes"] = extra_bytes(step, leaves)
+                    figures["extra_bytes"] = extra_bytes(step, leaves)
                 if loss is not None:
-                    self.method(case, name)["loss"] = loss.item()
+                    figures["loss"] = loss.item()
                 steps[name] = step
         times: dict[str, list[float]] = {name: [] for name in steps}
         until = time.monotonic() + min(seconds, self.left())
@@ -511,39 +305,43 @@ class Bench:
                 times[name].append(self.clock(steps[name]))
         for name, seconds_of in times.items():
             low, middle, high = torch.tensor(seconds_of).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-            figures = {"seconds": middle, "p10": low, "p90": high, "rounds": len(seconds_of)}
-            self.method(case, name).update(figures)
+            self.method(case, name).update(seconds=middle, p10=low, p90=high, rounds=len(seconds_of))
             self.times[case, name] = seconds_of
-        for name in (name for name in steps if name == "ours" or name == "ours in place"):
-            start_again()
-            self.method(case, name)["device_microseconds"] = device_times(steps[name], self.clock.cuda)
         start_again()
 
     def value(self, target: Target) -> float | None:
         """What the target speaks of, None where it was not measured."""
-        times = [self.times.get((target.case, name), []) for name in (target.ours, target.base or "")]
-        if target.quantity == "seconds" and all(times):
-            return statistics.median(a / b for a, b in zip(*times, strict=True))
-        methods = self.cases.get(target.case, {}).get("methods", {})
-        mine = methods.get(target.ours, {}).get(target.quantity)
-        base = methods.get(target.base, {}).get(target.quantity) if target.base else 1.0
-        return None if mine is None or base is None else mine if target.base is None else mine / (base or math.nan)
+        if target.base is None:
+            return self._figure(target, target.ours)
+        if target.quantity == "seconds":
+            mine, base = (self.times.get((target.case, name), []) for name in (target.ours, target.base))
+            return statistics.median(map(over, mine, base)) if mine and base else None
+        figures = self._figure(target, target.ours), self._figure(target, target.base)
+        return None if None in figures else over(*figures)  # type: ignore[arg-type]
+
+    def _figure(self, target: Target, name: str) -> float | None:
+        figure: float | None = self.case(target.case)["methods"].get(name, {}).get(target.quantity)
+        return figure
 
     def verdict(self, target: Target) -> dict[str, Any]:
         value = self.value(target)
         said = {"what": target.what, "quantity": target.quantity, "measured": value, "most": target.most}
-        if value is None:
+        if value is None or self.shapes is SMALL:
             return {**said, "verdict": "not measured", "why": self._why_not(target)}
         return {**said, "verdict": "met" if value <= target.most else "not met"}
 
     def _why_not(self, target: Target) -> str:
-        if target.case not in self.cases:
-            return "this row was not asked for"
-        case = self.cases[target.case]
+        if self.shapes is SMALL:
+            return "tiny shapes"
+        case = self.case(target.case)
         names = [name for name in (target.ours, target.base) if name is not None]
-        errors = [f"{name}: {e}" for name in names if (e := case["methods"].get(name, {}).get("error"))]
-        without_device = ["no CUDA device"] if target.quantity == "extra_bytes" and not self.clock.cuda else []
-        return "; ".join(errors + case["notes"] + without_device)
+        reasons = [f"{name}: {e}" for name in names if (e := case["methods"].get(name, {}).get("error"))]
+        return "; ".join([*case["errors"], *reasons]) or "not asked for"
+
+
+def over(mine: float, base: float) -> float:
+    """mine / base; two figures of 0 are alike."""
+    return mine / base if base else 1.0 if mine == 0 else math.inf
 
 
 def described(error: Exception) -> str:
@@ -578,7 +376,8 @@ def from_hidden(bench: Bench) -> None:
     }
     bench.measure("hidden", methods, data.leaves, seconds=60)
     weight = data.weight.numel()
-    bench.note("hidden", f"the head's gradient is summed in float32: {4 * weight} bytes, {2 * weight} of them returned")
+    summed = f"the head's gradient is summed in float32: {4 * weight} bytes, of which {2 * weight} are returned"
+    bench.case("hidden")["notes"].append(summed)
 
 
 def more_tokens(bench: Bench) -> None:
@@ -709,6 +508,10 @@ def formula(data: Linear, logits: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(1, data.tokens[:, None]).squeeze(1)
 
 
+def dense_logps(data: Linear, hidden: Tensor, weight: Tensor) -> Tensor:
+    return formula(data, hidden @ weight.T)
+
+
 def trl_answer(data: Linear) -> Answer:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: PLC0415 (an optional peer)
 
@@ -723,11 +526,11 @@ def errors(bench: Bench) -> None:
     methods: dict[str, Callable[[Linear], Answer]] = {
         "ours": lambda data: our_answer(data, bench.backend),
         "naive float32": lambda data: answer(data, lambda h, w: formula(data, h.float() @ w.float().T), BF16),
-        "naive, logits rounded to bf16": lambda data: answer(data, lambda h, w: formula(data, (h @ w.T).float()), BF16),
+        "naive, bf16 logits": lambda data: answer(data, lambda h, w: formula(data, (h @ w.T).float()), BF16),
         "TRL": trl_answer,
     }
     draws = [Linear.random(bench.device, bench.shapes.exact, bench.shapes.responses, seed) for seed in range(DRAWS)]
-    truths = [answer(data, lambda h, w, data=data: formula(data, h @ w.T), torch.float64) for data in draws]
+    truths = [answer(data, partial(dense_logps, data), torch.float64) for data in draws]
     for name, method in methods.items():
         with bench.guarded("errors", name):
             answers = [method(data) for data in draws]
@@ -756,17 +559,35 @@ def few_rows(bench: Bench) -> None:
     add_bandwidth(bench, "few", 4 * data.given.numel())
 
 
+def kernels(bench: Bench) -> None:
+    """Where our time goes: the kernels of one call, by their names. Late, since profiling slows later launches."""
+
+    def profile(name: str, step: Step, leaf: Tensor) -> None:
+        with bench.guarded("kernels", name):
+            step()
+            leaf.grad = None
+            bench.method("kernels", name)["device_microseconds"] = device_times(step, bench.clock.cuda)
+
+    linear = bench.linear("kernels", bench.shapes.tokens)
+    profile("ours, hidden", ours(linear, bench.backend), linear.hidden)
+    del linear
+    logits = bench.logits("kernels", bench.shapes.responses, bench.shapes.length)
+    profile("ours, logits in place", ours_from_logits(logits, bench.backend, inplace=True), logits.leaf)
+    few = Logits(bench.device, 1, bench.shapes.few_rows, bench.shapes.vocabulary)
+    profile("ours, few rows", ours_from_logits(few, bench.backend, inplace=False), few.leaf)
+
+
 def launches(bench: Bench) -> None:
     """Other block sizes than the table's, from logits in place."""
     if bench.backend != "triton":
-        bench.note("launches", "skipped: nothing is launched without the Triton kernels")
+        bench.case("launches")["errors"].append("skipped: nothing is launched without the Triton kernels")
         return
     data = bench.logits("launches", bench.shapes.responses, bench.shapes.length)
     step = ours_from_logits(data, bench.backend, inplace=True)
     methods: dict[str, Make] = {"as shipped": lambda: step}
     for num_warps, size in itertools.product((8, 16, 4, 32), (64, 32, 128)):
         name = f"{num_warps} warps, {size} bytes a thread"
-        methods[name] = lambda n=num_warps, s=size: with_launch(step, n, s)  # type: ignore[misc]
+        methods[name] = partial(with_launch, step, num_warps, size)
     bench.measure("launches", methods, (data.leaf,), data.renew)
     note_fastest(bench, "launches")
 
@@ -774,7 +595,7 @@ def launches(bench: Bench) -> None:
 def with_launch(step: Step, num_warps: int, bytes_a_thread: int) -> Step:
     from prefixloss._kernels import launch  # noqa: PLC0415 (needs triton)
 
-    def chosen(vocabulary: int, *dtypes: torch.dtype, heavy: bool = False) -> Any:
+    def chosen(vocabulary: int, *dtypes: torch.dtype, heavy: bool = False, aligned: bool = True) -> Any:
         return launch.launch_with(num_warps, bytes_a_thread, vocabulary, *dtypes)
 
     def changed() -> Tensor | None:
@@ -793,7 +614,7 @@ def chunk_sizes(bench: Bench) -> None:
     methods: dict[str, Make] = {"as shipped": lambda: ours(data, bench.backend)}
     for size in bench.shapes.chunks:
         config = LossConfig(chunk_tokens=size)
-        methods[f"{size} tokens a chunk"] = lambda config=config: ours(data, bench.backend, config=config)  # type: ignore[misc]
+        methods[f"{size} tokens a chunk"] = partial(ours, data, bench.backend, config=config)
     bench.measure("chunks", methods, data.leaves)
     note_fastest(bench, "chunks")
 
@@ -801,7 +622,7 @@ def chunk_sizes(bench: Bench) -> None:
 def note_fastest(bench: Bench, case: str) -> None:
     times = {name: figures["seconds"] for name, figures in bench.case(case)["methods"].items() if "seconds" in figures}
     if times:
-        bench.note(case, f"fastest: {min(times, key=lambda name: times[name])}")
+        bench.case(case)["notes"].append(f"fastest: {min(times, key=lambda name: times[name])}")
 
 
 CASES: dict[str, Callable[[Bench], None]] = {
@@ -813,6 +634,7 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "long": long_response,
     "logps": log_probs,
     "few": few_rows,
+    "kernels": kernels,
     "launches": launches,
     "chunks": chunk_sizes,
 }
@@ -823,12 +645,12 @@ def run(bench: Bench, only: list[str], save: Callable[[], None]) -> None:
     for name in (name for name in CASES if name in only):
         begun = time.monotonic()
         if bench.left() <= 0:
-            bench.note(name, "skipped: no time left")
+            bench.case(name)["errors"].append("skipped: no time left")
         else:
             try:
                 CASES[name](bench)
             except Exception as error:  # the other rows are worth having
-                bench.note(name, f"stopped: {described(error)}")
+                bench.case(name)["errors"].append(f"stopped: {described(error)}")
             clean()
             bench.case(name)["took_seconds"] = round(time.monotonic() - begun, 1)
         show(name, bench.case(name))
@@ -848,8 +670,8 @@ def show(name: str, case: dict[str, Any]) -> None:
         if "error" in figures:
             shown.append(figures["error"])
         print(f"  {method:30} {', '.join(shown)}")
-    for note in case["notes"]:
-        print(f"  {note}")
+    for line in (*case["notes"], *case["errors"]):
+        print(f"  {line}")
     sys.stdout.flush()
 
 
@@ -886,6 +708,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def has_failed(case: dict[str, Any]) -> bool:
+    """Whether ours raised an error, or the row did; a rival may, and time may run out."""
+    ours_of = [figures.get("error", "") for name, figures in case["methods"].items() if not name.startswith(RIVALS)]
+    return any(error and not error.startswith("skipped") for error in (*case["errors"], *ours_of))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES), help="these rows alone")
@@ -908,10 +736,8 @@ def main() -> None:
 
     run(bench, arguments.only, save)
     show_verdicts([bench.verdict(target) for target in TARGETS])
-    failed = [case for case, x in bench.cases.items() if any("stopped" in note for note in x["notes"])]
-    failed += [case for case, x in bench.cases.items() for m, f in x["methods"].items() if "ours" in m and "error" in f]
-    if failed:
-        sys.exit(f"bench.gpu: failed in {', '.join(sorted(set(failed)))}")
+    if failed := [name for name, case in bench.cases.items() if has_failed(case)]:
+        sys.exit(f"bench.gpu: failed in {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,22 @@ ln -s "$PWD/csrc_triton" "$tree/prefixloss/_kernels"
 export PYTHONPATH="$tree:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 status=0
-tests=(tests/test_kernels.py tests/test_operators.py tests/test_triton_backend.py)
-[[ " $* " == *" --small "* ]] && tests=(tests/test_tune.py)
-timeout 200 "$python" -m pytest -m "not slow" -q -p no:cacheprovider "${tests[@]}" 2>&1 | tee "$results/gpu-tests.txt" || status=1
-timeout 310 "$python" -m bench.gpu --seconds 280 --json "$results/gpu.json" "$@" || status=1
+tests=(test_kernels test_operators test_triton_backend)
+[[ " $* " == *" --small "* ]] && tests=(test_tune)
+running=()
+for name in "${tests[@]}"; do
+    timeout 200 "$python" -m pytest -m "not slow" -q -p no:cacheprovider "tests/$name.py" > "$results/gpu-$name.txt" 2>&1 &
+    running+=($!)
+done
+for process in "${running[@]}"; do wait "$process" || status=1; done
+for name in "${tests[@]}"; do
+    echo "$name: $results/gpu-$name.txt"
+    tail -n 3 "$results/gpu-$name.txt"
+done
+timeout 285 "$python" -m bench.gpu --seconds 255 --json "$results/gpu.json" "$@" || status=1
 if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
-        timeout 25 compute-sanitizer --tool "$tool" "$python" -m bench.gpu --sanitize 2>&1 | tail -3 | tee "$results/sanitizer-$tool.txt"
+        timeout 25 compute-sanitizer --tool "$tool" "$python" -m bench.gpu --small --seconds 20 --only hidden logits few 2>&1 | tail -3 | tee "$results/sanitizer-$tool.txt"
     done
 fi
 exit $status

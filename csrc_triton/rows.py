@@ -34,6 +34,9 @@ from .softmax import (
     target_gradient,
 )
 
+# read one number at a time: no kernel is made for where in a batch they begin
+PER_TOKEN = ["tokens", "stats_ptr", "terms_ptr", "coefficients_ptr", "scales_ptr"]
+
 # bits of `flags`
 COMPUTED: tl.constexpr = tl.constexpr(1)  # its statistics are wanted
 LEARNING: tl.constexpr = tl.constexpr(2)  # it may have a gradient
@@ -49,13 +52,6 @@ class Matrix(NamedTuple):
     ptr: torch.Tensor
     per_sequence: int
     per_token: int
-
-    @classmethod
-    def of(cls, x: torch.Tensor) -> Matrix:
-        """x: [B, T, V] or [N, V]."""
-        if x.dim() == 2:
-            return cls(x, 0, x.stride(0))
-        return cls(x, x.stride(0), x.stride(1))
 
 
 class Tokens(NamedTuple):
@@ -103,8 +99,14 @@ class Problem:
 
     @property
     def length(self) -> int:
-        """Rows a sequence."""
-        return max(1, self.logits.shape[-2])
+        """Rows a sequence: all of them where they are equally far apart, so that no kernel is made for one stride."""
+        if all(x.dim() == 2 or x.stride(0) == x.shape[1] * x.stride(1) for x in (self.logits, self.ref)):
+            return max(1, self.rows)
+        return self.logits.shape[-2]
+
+    def matrix(self, x: torch.Tensor) -> Matrix:
+        """x: logits, reference or gradients."""
+        return Matrix(x, 0 if self.length >= self.rows else x.stride(0), x.stride(-2))
 
     @property
     def vocabulary(self) -> int:
@@ -126,9 +128,9 @@ def launch_rows(
     """stats [7, N], terms [6, N] (float32) and, as `work` says, grads like the logits and scales [rows]."""
     lanes, vector, num_warps = problem.launch
     row_kernel[(problem.rows,)](
-        Matrix.of(problem.logits), Matrix.of(problem.ref), problem.tokens, stats, terms, Matrix.of(grads), scales,
-        problem.count, problem.length, problem.vocabulary, problem.transform, problem.options,
-        problem.work, problem.kind, lanes, vector, **options(num_warps),
+        problem.matrix(problem.logits), problem.matrix(problem.ref), problem.tokens, stats, terms,
+        problem.matrix(grads), scales, problem.count, problem.length, problem.vocabulary, problem.transform,
+        problem.options, problem.work, problem.kind, lanes, vector, **options(num_warps),
     )  # fmt: skip
 
 
@@ -137,7 +139,7 @@ def launch_slices(problem: Problem, sums: torch.Tensor) -> None:
     lanes, vector, num_warps = problem.launch
     splits = sums.shape[2]
     slice_kernel[(problem.rows * splits,)](
-        Matrix.of(problem.logits), Matrix.of(problem.ref), problem.tokens, sums,
+        problem.matrix(problem.logits), problem.matrix(problem.ref), problem.tokens, sums,
         problem.length, problem.vocabulary, problem.rows, problem.span(splits), problem.transform,
         problem.work, splits, lanes, vector, **options(num_warps),
     )  # fmt: skip
@@ -146,7 +148,7 @@ def launch_slices(problem: Problem, sums: torch.Tensor) -> None:
 def launch_combine(problem: Problem, sums: torch.Tensor, stats: torch.Tensor, terms: torch.Tensor) -> None:
     """From `launch_slices`' sums to stats [7, N] and terms [6, N]."""
     combine_kernel[(problem.rows,)](
-        Matrix.of(problem.logits), Matrix.of(problem.ref), problem.tokens, sums, stats, terms,
+        problem.matrix(problem.logits), problem.matrix(problem.ref), problem.tokens, sums, stats, terms,
         problem.count, problem.length, problem.vocabulary, problem.rows, problem.transform, problem.options,
         problem.work, problem.kind, sums.shape[2], problem.launch.vector, **options(1),
     )  # fmt: skip
@@ -163,13 +165,13 @@ def launch_gradient(
     """grads like the logits (and scales [rows]) from stats [7, N] and coefficients [3, N]."""
     lanes, vector, num_warps = problem.launch
     gradient_kernel[(problem.rows * splits,)](
-        Matrix.of(problem.logits), Matrix.of(problem.ref), problem.tokens, stats, coefficients, Matrix.of(grads),
-        scales, problem.count, problem.length, problem.vocabulary, problem.span(splits), problem.transform,
-        problem.work, splits, lanes, vector, **options(num_warps),
+        problem.matrix(problem.logits), problem.matrix(problem.ref), problem.tokens, stats, coefficients,
+        problem.matrix(grads), scales, problem.count, problem.length, problem.vocabulary, problem.span(splits),
+        problem.transform, problem.work, splits, lanes, vector, **options(num_warps),
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count", "length"])
+@triton.jit(do_not_specialize=["count", "length"], do_not_specialize_on_alignment=PER_TOKEN)
 def row_kernel(
     logits, ref, tokens, stats_ptr, terms_ptr, grads, scales_ptr, count, length, vocabulary, transform, objective,
     WORK: tl.constexpr, KIND: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
@@ -197,7 +199,7 @@ def row_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["length", "rows"])
+@triton.jit(do_not_specialize=["length", "rows"], do_not_specialize_on_alignment=PER_TOKEN)
 def slice_kernel(
     logits, ref, tokens, sums_ptr, length, vocabulary, rows, span, transform,
     WORK: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
@@ -223,7 +225,7 @@ def slice_kernel(
     tl.store(at + 5 * step, lane.ref_total)
 
 
-@triton.jit(do_not_specialize=["count", "length", "rows"])
+@triton.jit(do_not_specialize=["count", "length", "rows"], do_not_specialize_on_alignment=PER_TOKEN)
 def combine_kernel(
     logits, ref, tokens, sums_ptr, stats_ptr, terms_ptr, count, length, vocabulary, rows, transform, objective,
     WORK: tl.constexpr, KIND: tl.constexpr, SPLITS: tl.constexpr, VECTOR: tl.constexpr,
@@ -250,7 +252,7 @@ def combine_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count", "length"])
+@triton.jit(do_not_specialize=["count", "length"], do_not_specialize_on_alignment=PER_TOKEN)
 def gradient_kernel(
     logits, ref, tokens, stats_ptr, coefficients_ptr, grads, scales_ptr, count, length, vocabulary, span, transform,
     WORK: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
@@ -454,7 +456,8 @@ def write_slice(
     at_target = target_gradient(z, ref, stats, scaled, transform, WORK.softcap, WORK.penalty, WORK.reference)
     tl.debug_barrier()  # in place, another warp may be about to overwrite the target's logit
 
-    whole = (stop - start) // block
+    # a slice may begin behind the end of its row
+    whole = tl.maximum(stop - start, 0) // block
     at = start + whole * block
     end = tl.where(live, stop, start)
     write_block(

@@ -123,8 +123,8 @@ def finish(lane, z, ref, kappa, REFERENCE: tl.constexpr):
     """
     # the log-odds of the others, and -log(1 + exp(.)) of them
     odds = (lane.top - z) * kappa + tl.log(lane.total)
-    odds = tl.where(lane.total == 0, float("-inf"), odds)
-    logp = -softplus(odds)
+    # odds - odds is NaN where they are infinite: a target of inf, or nothing but -inf
+    logp = tl.where(lane.total == 0, z - z, -softplus(odds) + tl.where(odds == float("-inf"), odds - odds, 0.0))
 
     top = tl.maximum(lane.top, z, propagate_nan=tl.PropagateNan.ALL)
     own = tl.maximum((z - top) * kappa * LOG2_E, LOG_ZERO)

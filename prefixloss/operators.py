@@ -46,8 +46,8 @@ def _decoded(options: str) -> LossConfig:
 def transform_of(config: LossConfig) -> Transform:
     slope = config.logit_scale / config.temperature
     if config.softcap is None:
-        return Transform(1.0, 1.0, slope, slope)
-    return Transform(config.logit_scale, config.softcap, 1 / config.temperature, slope)
+        return Transform(1.0, 1.0, float(slope), float(slope))
+    return Transform(*map(float, (config.logit_scale, config.softcap, 1 / config.temperature, slope)))
 
 
 def _objective(config: LossConfig, off_policy: bool) -> tuple[Objective, Options]:
@@ -316,7 +316,9 @@ def linear_statistics(
     """stats, and with `slope` d logp / d hidden, float32 [N, D], which is all that a frozen head's backward needs."""
     config = _decoded(options)
     if slope:
-        config = replace(config, objective="reinforce", entropy_coef=0.0)  # A = -1: d loss / d logp = 1
+        # A = -1 and nothing else in the loss: d loss / d logp = 1
+        flags = flags | (flags != 0) * LEARNING
+        config = replace(config, objective="reinforce", sampler_correction=None, kl=None, kl_coef=0.0, entropy_coef=0.0)
     head, reference = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
     stats = _no_stats(ids)
     slopes = hidden.new_zeros(hidden.shape if slope else (0,), dtype=torch.float32)
@@ -417,13 +419,15 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _scaled_gradients(ctx: Any, factor: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """The gradients made in the forward times the loss's own, in place.
 
-    A second backward (retain_graph=True) leaves alone what the first one returned.
+    A second backward (retain_graph=True) leaves alone what the first one returned. A compiled one changes nothing that
+    it was given: that is for the compiler to decide.
     """
     factor = factor.float()
-    first, change = ctx.applied is None, factor
+    traced = any(type(saved) is not Tensor for saved in ctx.saved_tensors)
+    first, change = ctx.applied is None and not traced, factor
     if first:
         ctx.applied = factor
-    else:
+    elif ctx.applied is not None:
         change = factor / ctx.applied
     out: list[Tensor | None] = []
     for saved, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False):
@@ -463,9 +467,10 @@ class LogitLossInPlace(torch.autograd.Function):
         return grads, *(None,) * ctx.others
 
 
-def _coefficients(config: LossConfig, stats: Tensor, grad: Tensor) -> Tensor:
-    """The incoming gradients of log-prob, entropy and KL, [3, N]; 0 for rows that `row_tolerance` drops."""
-    coefficients = grad[:3].contiguous()
+def _coefficients(config: LossConfig, flags: Tensor, stats: Tensor, grad: Tensor) -> Tensor:
+    """The incoming gradients of log-prob, entropy and KL, [3, N]; 0 for rows that `row_tolerance` drops and for those
+    that were not computed."""
+    coefficients = torch.where(flags != 0, grad[:3], 0.0)
     if config.row_tolerance == 0:
         return coefficients
     transform = transform_of(config)
@@ -489,7 +494,7 @@ def _save_for_logit_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 
 def _logit_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, stats = ctx.saved_tensors
-    coefficients = _coefficients(_decoded(ctx.options), stats, grad)
+    coefficients = _coefficients(_decoded(ctx.options), tensors[-1], stats, grad)
     return logit_gradient(*tensors, stats, coefficients, ctx.options), None, None, None, None
 
 
@@ -510,7 +515,7 @@ class LogitStatisticsInPlace(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, *rest, stats = ctx.saved_tensors
         logits = logits.detach()
-        coefficients = _coefficients(_decoded(ctx.options), stats, grad)
+        coefficients = _coefficients(_decoded(ctx.options), rest[-1], stats, grad)
         logit_gradient_(logits, *rest, stats, coefficients, ctx.options)
         return logits, None, None, None, None
 
@@ -524,7 +529,7 @@ def _save_for_linear_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
 
 def _linear_gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     *tensors, stats, slopes = ctx.saved_tensors
-    coefficients = _coefficients(_decoded(ctx.options), stats, grad)
+    coefficients = _coefficients(_decoded(ctx.options), tensors[-1], stats, grad)
     none: tuple[None, ...] = (None,) * 8
     if ctx.slope:
         d_hidden = torch.where(coefficients[0, :, None] == 0, 0.0, slopes * coefficients[0, :, None])

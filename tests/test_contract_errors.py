@@ -1,6 +1,9 @@
 """Wrong calls fail before any work, with the argument's name, what it got and what it expects."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -306,9 +309,27 @@ def test_wrong_dtypes_of_the_other_inputs() -> None:
 
 
 @pytest.mark.parametrize("function", [linear_prefix_loss, prefix_loss])
-def test_triton_on_the_cpu_says_why_and_what_to_use(function: Callable[..., Any]) -> None:
-    arguments = linear(backend="triton") if function is linear_prefix_loss else from_logits(backend="triton")
-    raises(RuntimeError, "triton torch", function, **arguments)
+def test_triton_in_float64_says_why_and_what_to_use(function: Callable[..., Any]) -> None:
+    make = linear if function is linear_prefix_loss else from_logits
+    arguments = {name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+                 for name, x in make(backend="triton").items()}  # fmt: skip
+    raises(RuntimeError, "triton float64 torch", function, **arguments)
+
+
+def test_triton_on_the_cpu_says_why_and_what_to_use() -> None:
+    """In a process of its own: whether kernels are interpreted is settled at import."""
+    program = (
+        "import torch, prefixloss\n"
+        "x, ids, a = torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1)\n"
+        "prefixloss.prefix_loss(x, ids, a, backend='triton')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    said = run.stderr.splitlines()[-1]
+    assert said.startswith("RuntimeError")
+    for word in ("triton", "cpu", "torch"):
+        assert word in said
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -1,59 +1,37 @@
 """prefix_loss, linear_prefix_loss and linear_logps against the dense float64 oracle, and the promises around them."""
 
 import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import oracle
 import pytest
 import torch
+from cases import (
+    METRICS,
+    NAN,
+    OBJECTIVES,
+    REDUCTIONS,
+    Counter,
+    call,
+    call_with_grads,
+    close,
+    leaf_names,
+    packed,
+    poisoned,
+    random_case,
+    rows,
+    small_case,
+    solve_with_grads,
+    without_ref,
+)
 from oracle import INF, Case, Pair, Result
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import prefixloss
 from prefixloss import LossConfig, TokenAdvantages, linear_logps, linear_prefix_loss, prefix_loss
 
 BACKENDS = ("reference", "torch")
-NAN = float("nan")
-OBJECTIVES = ("clip", "cispo", "sapo", "reinforce", "topr")
-REDUCTIONS = (
-    "token-mean",
-    "group-token-mean",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum",
-    "constant",
-    "none",
-)
-METRICS = (
-    "scored_tokens",
-    "learning_tokens",
-    "prefix_tokens",
-    "loss",
-    "ratio_mean",
-    "ratio_max",
-    "clip_low",
-    "clip_high",
-    "kl",
-    "entropy",
-    "logp_prefix",
-    "logp_suffix",
-)
-
-# fields of a case that hold a value a token
-PER_TOKEN = (
-    "tokens",
-    "advantages",
-    "hidden",
-    "logits",
-    "mask",
-    "old_logps",
-    "sampler_logps",
-    "ref_logps",
-    "ref_hidden",
-    "ref_logits",
-)
 # float64: both sides sum fewer than 100 terms of size ~1, so rounding stays below 100 * 2**-53 ~ 1e-14 times the
 # condition of the formulas (exp of up to e**3, 1 / temperature); 1e-9 leaves room for that and for nothing else.
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
@@ -64,261 +42,7 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 levels = pytest.mark.parametrize("level", ["linear", "logits"])
 
 
-# Calls
-
-
-def leaf_names(case: Case) -> list[str]:
-    if case.logits is not None:
-        return ["logits"]
-    return ["hidden", "weight"] + (["bias"] if case.bias is not None else [])
-
-
-def poisoned(case: Case) -> Case:
-    """NaN, or an infinity, at every position that the mask leaves out: none of it may matter."""
-    if case.mask is None:
-        return case
-    out = ~case.mask.bool()
-
-    def fill(given: Tensor | None, value: float = NAN) -> Tensor | None:
-        if given is None or not isinstance(given, Tensor) or given.shape[: out.dim()] != out.shape:
-            return given
-        given = given.clone()
-        given[out] = value
-        return given
-
-    advantages = case.advantages
-    if isinstance(advantages, Tensor) and advantages.shape == case.tokens.shape:
-        advantages = fill(advantages)
-    return case.but(
-        hidden=fill(case.hidden),
-        logits=fill(case.logits),
-        old_logps=fill(case.old_logps, -INF),
-        sampler_logps=fill(case.sampler_logps),
-        ref_logps=fill(case.ref_logps, INF),
-        ref_hidden=fill(case.ref_hidden),
-        ref_logits=fill(case.ref_logits),
-        advantages=advantages,
-    )
-
-
-def call(
-    case: Case,
-    backend: str,
-    dtype: torch.dtype | None = None,
-    frozen: Sequence[str] = (),
-    inplace: bool = False,
-    **more: Any,
-) -> tuple[Any, dict[str, Tensor]]:
-    """The package's output, and its differentiable inputs by name. `dtype` is that of the model's tensors."""
-    leaves = {}
-    for name in leaf_names(case):
-        value = getattr(case, name)
-        value = value.detach().clone() if dtype is None else value.detach().to(dtype, copy=True)
-        leaves[name] = value.requires_grad_(name not in frozen)
-
-    def model(value: Tensor | None) -> Tensor | None:
-        return value if value is None or dtype is None else value.to(dtype)
-
-    def statistic(value: Any) -> Any:
-        if value is None or dtype in (None, torch.float64):
-            return value
-        if isinstance(value, tuple):
-            return Pair(value[0].float(), value[1].float(), value[2])
-        return value.float()
-
-    advantages = statistic(case.advantages)
-    if isinstance(advantages, tuple):
-        advantages = TokenAdvantages(*advantages)
-    shared = {
-        "mask": case.mask,
-        "cu_seqlens": case.cu_seqlens,
-        "old_logps": statistic(case.old_logps),
-        "sampler_logps": statistic(case.sampler_logps),
-        "ref_logps": statistic(case.ref_logps),
-        "group_ids": case.group_ids,
-        "normalizer": case.normalizer,
-        "config": LossConfig(**case.options, **more),
-        "backend": backend,
-    }
-    if case.logits is not None:
-        return prefix_loss(
-            leaves["logits"],
-            case.tokens,
-            advantages,
-            ref_logits=model(case.ref_logits),
-            inplace=inplace,
-            **shared,
-        ), leaves
-    return linear_prefix_loss(
-        leaves["hidden"],
-        leaves["weight"],
-        case.tokens,
-        advantages,
-        lm_head_bias=leaves.get("bias"),
-        ref_hidden=model(case.ref_hidden),
-        ref_lm_head_weight=model(case.ref_weight),
-        ref_lm_head_bias=model(case.ref_bias),
-        **shared,
-    ), leaves
-
-
-def call_with_grads(
-    case: Case, backend: str, outer: Tensor | float = 1.0, **more: Any
-) -> tuple[Any, dict[str, Tensor]]:
-    out, leaves = call(case, backend, **more)
-    (out.loss * outer).sum().backward()
-    return out, {name: leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
-
-
-def solve_with_grads(case: Case, outer: Tensor | float = 1.0) -> tuple[Result, dict[str, Tensor]]:
-    leaves = {name: getattr(case, name).detach().double().requires_grad_() for name in leaf_names(case)}
-    want = oracle.solve(case.but(**leaves))
-    total = (want.loss * outer).sum()
-    if not total.requires_grad:
-        return want, {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return want, dict(zip(leaves, grads, strict=True))
-
-
-def close(got: Tensor, want: Tensor, what: str, **tolerance: float) -> None:
-    torch.testing.assert_close(
-        got.double(),
-        want.detach().double().reshape(got.shape),
-        **tolerance,
-        msg=lambda text: f"{what}: {text}",
-    )
-
-
-# Random cases
-
-
-def pick_options(rng: random.Random, per_response: bool) -> dict[str, Any]:
-    objective = rng.choice(OBJECTIVES)
-    options: dict[str, Any] = {
-        "objective": objective,
-        "clip_low": rng.choice((0.1, 0.2, 0.5)),
-        "clip_high": rng.choice((0.2, 1.3, 5.0)) if objective == "cispo" else rng.choice((0.1, 0.28, 0.5)),
-        "temperature": rng.choice((1.0, 1.0, 0.7, 1.5)),
-        "softcap": rng.choice((None, None, 2.0, 30.0)),
-        "logit_scale": rng.choice((1.0, 1.0, 0.5, 2.0)),
-        "entropy_coef": rng.choice((0.0, 0.0, 0.1)),
-        "stats": rng.choice(("learning", "scored")),
-        "chunk_tokens": rng.choice((None, 1, 2, 3, 64)),
-        "reduction": rng.choice(REDUCTIONS if per_response else ("token-mean", "none")),
-        "ratio_level": rng.choice(("token", "token", "sequence") if per_response else ("token",)),
-    }
-    if rng.random() < 0.3:
-        options["ratio_cap"] = rng.choice((1.2, 2.0, 3.0))
-    if rng.random() < 0.3:
-        options["dual_clip"] = rng.choice((1.2, 3.0))
-    if rng.random() < 0.3:
-        options["sapo_tau"] = (rng.choice((0.5, 1.0)), rng.choice((1.05, 2.0)))
-    if rng.random() < 0.4:
-        options["sampler_correction"] = rng.choice(("tis", "icepop"))
-        options["sampler_bounds"] = rng.choice(((0.0, 2.0), (0.5, 1.5)))
-    if rng.random() < 0.6:
-        options["kl"] = rng.choice(("k1", "k2", "k3", "full", "full"))
-        options["kl_coef"] = rng.choice((0.0, 0.1, 0.7))
-        options["kl_importance"] = rng.random() < 0.4
-    if options["reduction"] == "constant":
-        options["max_length"] = rng.choice((5, 9))
-    return options
-
-
-def random_case(seed: int) -> Case:  # noqa: PLR0912, PLR0915  (one draw after another)
-    """Tiny on purpose: every option meets every layout many times over, and a failure can be read."""
-    rng = random.Random(seed)
-    gen = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=gen, dtype=torch.float64) * scale
-
-    def maybe_zero(values: Tensor) -> Tensor:
-        return values * (torch.rand(values.shape, generator=gen) > rng.choice((0.0, 0.3, 0.7)))
-
-    batch, width, vocab = rng.randint(1, 4), rng.randint(1, 5), rng.randint(3, 9)
-    packed = rng.random() < 0.5
-    cu_seqlens = None
-    if packed:
-        lengths = [rng.randint(0, 4) for _ in range(batch)]
-        shape: tuple[int, ...] = (sum(lengths),)
-        dtype = rng.choice((torch.int32, torch.int64))
-        cu_seqlens = torch.tensor([sum(lengths[:b]) for b in range(batch + 1)], dtype=dtype)
-    else:
-        shape = (batch, rng.randint(1, 4))
-    per_response = not packed or rng.random() < 0.8
-    if not per_response:
-        cu_seqlens = None
-    options = pick_options(rng, per_response)
-
-    # one vocabulary entry may be banned for all (by the bias), or others for single positions (in the logits)
-    banned = rng.randrange(vocab) if rng.random() < 0.3 else None
-    tokens = torch.randint(vocab - (banned is not None), shape, generator=gen)
-    if banned is not None:
-        tokens = tokens + (tokens >= banned)
-    mask = None
-    if rng.random() < 0.75:
-        mask = (torch.rand(shape, generator=gen) < rng.choice((0.4, 0.8))).to(rng.choice((torch.bool, torch.int64)))
-
-    case = Case(
-        tokens=tokens,
-        advantages=maybe_zero(normal(*shape)),
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        options=options,
-    )
-    form = rng.choice(("token", "response", "pair")) if per_response else "token"
-    if form == "response":
-        case.advantages = maybe_zero(normal(batch))
-    elif form == "pair":
-        lengths_good = torch.randint(0, 4, (batch,), generator=gen)
-        case.advantages = Pair(maybe_zero(normal(batch)), maybe_zero(normal(batch)), lengths_good)
-
-    ref_banned = banned if rng.random() < 0.5 else None
-    if rng.random() < 0.6:
-        case.hidden = normal(*shape, width)
-        case.weight = normal(vocab, width)
-        if banned is not None or rng.random() < 0.5:
-            case.bias = normal(vocab)
-        if banned is not None:
-            case.bias[banned] = -INF
-    else:
-        case.logits = normal(*shape, vocab, scale=2.0)
-        if banned is not None:
-            others = torch.rand((*shape, vocab), generator=gen) < 0.3
-            others[..., banned] = True
-            others.scatter_(-1, tokens[..., None], False)
-            case.logits[others] = -INF
-    if options.get("kl") == "full" and case.logits is None:
-        ref_width = rng.randint(1, 5)
-        case.ref_hidden, case.ref_weight = normal(*shape, ref_width), normal(vocab, ref_width)
-        if ref_banned is not None or rng.random() < 0.5:
-            case.ref_bias = normal(vocab)
-        if ref_banned is not None:
-            case.ref_bias[ref_banned] = -INF
-    elif options.get("kl") == "full":
-        case.ref_logits = normal(*shape, vocab, scale=2.0)
-        if ref_banned is not None:
-            case.ref_logits[..., ref_banned] = -INF
-
-    logps = oracle.solve(
-        case.but(
-            advantages=torch.zeros(shape),
-            options={key: options[key] for key in ("temperature", "softcap", "logit_scale")},
-        )
-    ).logps.reshape(shape)
-    if rng.random() < 0.75:
-        case.old_logps = logps + normal(*shape, scale=0.4)
-    if "sampler_correction" in options:
-        base = logps if case.old_logps is None else case.old_logps
-        case.sampler_logps = base + normal(*shape, scale=0.5)
-    if options.get("kl") in ("k1", "k2", "k3"):
-        case.ref_logps = logps + normal(*shape, scale=0.5)
-    if per_response and (options["reduction"] == "group-token-mean" or rng.random() < 0.3):
-        case.group_ids = torch.tensor([rng.choice((-7, 3, 10**12)) for _ in range(batch)])
-    if rng.random() < 0.4:
-        case.normalizer = rng.choice((7.5, 3, torch.tensor(4.0), torch.tensor(11)))
-    return case
+# Against the oracle
 
 
 def check_against_oracle(case: Case, backend: str, note: str, outer: Tensor | float) -> None:
@@ -396,55 +120,6 @@ def test_the_random_cases_reach_every_option_and_layout() -> None:
 
 
 # One case by hand, built up in the tests below
-
-
-def small_case(
-    level: str = "linear",
-    batch: int = 3,
-    length: int = 4,
-    width: int = 5,
-    vocab: int = 7,
-    seed: int = 0,
-    scale: float = 1.0,
-    **options: Any,
-) -> Case:
-    """Everything set: padded, partly masked, ratios on both sides of the clip but 0.03 or more away from its edges."""
-    gen = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=gen, dtype=torch.float64)
-
-    shape = (batch, length)
-    mask = torch.ones(shape, dtype=torch.bool)
-    mask[0, 0] = mask[-1, -1] = False
-    case = Case(
-        tokens=torch.randint(vocab, shape, generator=gen),
-        advantages=normal(*shape),
-        mask=mask,
-        options=options,
-        group_ids=torch.tensor([4, -1, 4, 9, 9, 9][:batch]),
-    )
-    if level == "linear":
-        case.hidden, case.weight, case.bias = (
-            normal(*shape, width),
-            normal(vocab, width) * scale,
-            normal(vocab),
-        )
-        case.ref_hidden, case.ref_weight = normal(*shape, width + 1), normal(vocab, width + 1) * scale
-    else:
-        case.logits, case.ref_logits = normal(*shape, vocab) * 2 * scale, normal(*shape, vocab) * 2 * scale
-    plain = {key: options[key] for key in ("temperature", "softcap", "logit_scale") if key in options}
-    logps = oracle.solve(case.but(options=plain)).logps.reshape(shape)
-    # ratios exp(-0.5), exp(-0.1), exp(0.1), exp(0.5) around the edges 0.8 and 1.2
-    steps = torch.tensor([-0.5, -0.1, 0.1, 0.5], dtype=torch.float64)
-    case.old_logps = logps + steps[torch.randint(4, shape, generator=gen)]
-    case.sampler_logps = case.old_logps + steps[torch.randint(4, shape, generator=gen)]
-    case.ref_logps = logps + steps[torch.randint(4, shape, generator=gen)]
-    return case
-
-
-def without_ref(case: Case) -> Case:
-    return case.but(ref_hidden=None, ref_weight=None, ref_logits=None, ref_logps=None)
 
 
 GRADCHECK_OPTIONS: tuple[dict[str, Any], ...] = (
@@ -738,19 +413,6 @@ def _own_token_banned(layout: str, level: str) -> Case:
     return case
 
 
-def packed(case: Case) -> Case:
-    """The same padded tokens as one row, every response `length` long."""
-    batch, length = case.tokens.shape
-
-    def flat(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.shape[:2] == (batch, length):
-            return value.reshape(batch * length, *value.shape[2:])
-        return value
-
-    fields = {name: flat(getattr(case, name)) for name in PER_TOKEN}
-    return case.but(**fields, cu_seqlens=torch.arange(0, batch * length + 1, length))
-
-
 @levels
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_reference_names_response_and_position_of_an_impossible_token(level: str, layout: str) -> None:
@@ -902,25 +564,6 @@ def test_tokens_that_do_not_learn_never_enter_a_product(level: str) -> None:
         assert torch.equal(grad, want[name]), name
 
 
-class Counter(TorchDispatchMode):
-    """Multiply-adds of every matrix product, and the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products = 0
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if "mm" in func.overloadpacket.__name__:
-            left, right = [a for a in args if isinstance(a, Tensor) and a.dim() > 1][-2:]
-            self.products += left.numel() * right.shape[-1]
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor):
-                self.largest = max(self.largest, value.numel())
-        return result
-
-
 def counted_case(**options: Any) -> Case:
     # N = 64 tokens, V = 50 and D = 6: N * V = 3200 is far above N * D = 384 and V * D = 300
     case = without_ref(small_case("linear", batch=8, length=8, width=6, vocab=50, **options).but(group_ids=None)).but(
@@ -1008,11 +651,6 @@ def test_results_are_bitwise_the_same_from_run_to_run(backend: str, level: str, 
     assert torch.equal(first.loss, again.loss)
     assert torch.equal(first.logps, again.logps)
     assert all(torch.equal(first_grads[name], again_grads[name]) for name in first_grads)
-
-
-def rows(case: Case, keep: slice) -> Case:
-    names = (*PER_TOKEN, "group_ids")
-    return case.but(**{name: None if getattr(case, name) is None else getattr(case, name)[keep] for name in names})
 
 
 @backends

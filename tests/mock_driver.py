@@ -1,0 +1,146 @@
+"""What Triton would compile, and the code it makes, on a machine without a device.
+
+A program of its own, since a process either interprets kernels or compiles them. It prints "variants" and "offsets" as
+JSON: what the functions below return.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from prefixloss._kernels import launch, rows
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from prefixloss import LossConfig, operators
+
+COMPUTED, LEARNING = rows.COMPUTED.value, rows.LEARNING.value
+
+
+class Driver:
+    """As much of a device's driver as the compiler asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def loss_of_logits(
+    batch: int = 40, length: int = 8, vocabulary: int = 4096, dtype: torch.dtype = torch.float32, **options: Any
+) -> None:
+    """The operator on padded logits, on policy, every token learning."""
+    count = batch * length
+    logits = torch.zeros(batch, length, vocabulary, dtype=dtype)
+    ids, flags = torch.zeros(count, dtype=torch.int64), torch.full((count,), COMPUTED | LEARNING, dtype=torch.uint8)
+    config = LossConfig(**options)
+    operators.logit_loss(logits, None, ids, flags, torch.ones(5, count), False, config.encoded, True)
+
+
+def loss_of_head(tokens: int = 320, vocabulary: int = 4096, **options: Any) -> None:
+    """The operator on hidden states, with every gradient."""
+    hidden, weight, ids = torch.zeros(tokens, 8), torch.zeros(vocabulary, 8), torch.zeros(tokens, dtype=torch.int64)
+    flags = torch.full((tokens,), COMPUTED | LEARNING, dtype=torch.uint8)
+    none, encoded = (None, None, None, None), LossConfig(**options).encoded
+    given = torch.ones(5, tokens)
+    operators.linear_loss(hidden, weight, *none, ids, flags, given, False, encoded, tokens, [True, True, False])
+
+
+def variants() -> dict[str, list[str]]:
+    """The kernels that each call compiles beyond those that the calls before it did; nothing runs."""
+    seen: set[Any] = set()
+    new: list[str] = []
+
+    def asked(key: Any, fn: Any, **_: Any) -> bool:
+        if (fn.name, key) not in seen:
+            seen.add((fn.name, key))
+            new.append(fn.name.rpartition(".")[2])
+        return True  # do not compile
+
+    triton.knobs.runtime.jit_cache_hook = asked
+    # 128 multiprocessors are assumed: 320 rows are not split
+    calls: dict[str, Callable[[], None]] = {
+        "first": loss_of_logits,
+        "more tokens": lambda: loss_of_logits(batch=64),
+        "another length": lambda: loss_of_logits(length=9),
+        "another shape": lambda: loss_of_logits(batch=23, length=33),
+        "another temperature": lambda: loss_of_logits(temperature=0.7),
+        "other coefficients": lambda: loss_of_logits(clip_low=0.1, clip_high=0.3),
+        "entropy": lambda: loss_of_logits(entropy_coef=0.1),
+        "another entropy coefficient": lambda: loss_of_logits(entropy_coef=0.3, temperature=1.3),
+        "softcap": lambda: loss_of_logits(softcap=30.0, logit_scale=0.5),
+        "another softcap": lambda: loss_of_logits(softcap=50.0, logit_scale=0.7),
+        "a whole softcap": lambda: loss_of_logits(softcap=20, logit_scale=2),
+        "another whole softcap": lambda: loss_of_logits(softcap=32, logit_scale=1),
+        "another objective": lambda: loss_of_logits(objective="cispo"),
+        "another dtype": lambda: loss_of_logits(dtype=torch.bfloat16),
+        "an odd vocabulary": lambda: loss_of_logits(vocabulary=4097, length=9),
+        "another length of an odd vocabulary": lambda: loss_of_logits(vocabulary=4097, length=10),
+        "a longer odd vocabulary": lambda: loss_of_logits(vocabulary=4097, length=16),
+        "head": loss_of_head,
+        "head of more tokens": lambda: loss_of_head(tokens=515),
+        "head in other chunks": lambda: loss_of_head(tokens=1024, chunk_tokens=512),
+        "few rows": lambda: loss_of_logits(batch=2, length=32),
+        "as few rows": lambda: loss_of_logits(batch=2, length=28),
+        "other few rows": lambda: loss_of_logits(batch=2, length=31),
+    }
+    result = {}
+    for name, call in calls.items():
+        new.clear()
+        call()
+        result[name] = sorted(new)
+    triton.knobs.runtime.jit_cache_hook = None
+    return result
+
+
+def row_offsets() -> dict[str, list[str]]:
+    """For each kernel the types of the offsets that are added to its pointer arguments, and of the products in them."""
+    code: dict[str, str] = {}
+    run = JITFunction.run
+
+    def compiled(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        code[self.__name__] = kernel.asm["ttir"]
+        return kernel
+
+    JITFunction.run = compiled
+    loss_of_logits()
+    loss_of_logits(batch=2)
+    return {name: offset_types(text) for name, text in code.items()}
+
+
+def offset_types(text: str) -> list[str]:
+    """The types in Triton's own IR of every offset added to a pointer argument, and of every product it is made of."""
+    signature = next(line for line in text.splitlines() if "tt.func" in line)
+    arguments = set(re.findall(r"(%[\w.]+): !tt\.ptr", signature))
+    made = {m[1]: m[2] for m in re.finditer(r"^\s*(%[\w.#:]+) = (.*)$", text, re.MULTILINE)}
+    types: list[str] = []
+    for base, offset, kind in re.findall(r"tt\.addptr (%[\w.]+), (%[\w.]+) : !tt\.ptr<\w+>, (\w+)", text):
+        if base in arguments:
+            types.append(kind)
+            pending = [offset]
+            while pending:
+                made_by = made.pop(pending.pop(), "")
+                if made_by.startswith("arith.muli"):
+                    types.append(re.search(r": (\w+)", made_by)[1])
+                pending += re.findall(r"%[\w.]+", made_by)
+    return types
+
+
+if __name__ == "__main__":
+    driver.set_active(Driver())
+    launch._processors.cache_clear()
+    print(json.dumps({"variants": variants(), "offsets": row_offsets()}))
