@@ -8,8 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+from prefixloss.detect.choose import EXPECTED
 from prefixloss.rl import UsageError
 from prefixloss.rl.config import GENERAL, Config
+from prefixloss.steps import SEGMENTERS
 
 
 def missing(error: ModuleNotFoundError) -> str:
@@ -19,7 +21,11 @@ def missing(error: ModuleNotFoundError) -> str:
 
 try:
     import typer
+
+    from prefixloss.detect import commands as detect
 except ModuleNotFoundError as error:
+    if (error.name or "").startswith("prefixloss"):
+        raise
     print(missing(error), file=sys.stderr)
     raise SystemExit(2) from None
 
@@ -32,9 +38,7 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def commands() -> None:
-    """Keeps `train` a subcommand while it is the only one."""
+app.add_typer(detect.app, name="detect")
 
 
 def fail(message: str) -> typer.Exit:
@@ -59,6 +63,10 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --out replace an earlier run.")] = False,
     resume: Annotated[Path | None, typer.Option(help="Run to go on with, with its own settings.")] = None,
     advantage: Annotated[str | None, option("advantage", "vppo, grpo, cliff, neutral or rts.")] = None,
+    detector: Annotated[
+        str | None, option("detector", f"Finds first wrong steps, instead of the built-in check: {EXPECTED}.")
+    ] = None,
+    steps: Annotated[str | None, option("steps", f"How a detector's steps are cut: {', '.join(SEGMENTERS)}.")] = None,
     model: Annotated[
         str | None, option("model", "Directory or hub name of a causal LM, instead of a tiny one.")
     ] = None,

@@ -9,6 +9,7 @@ import sys
 import time
 from itertools import combinations
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 from rich.console import Console
 
 from prefixloss import TokenAdvantages
+from prefixloss.files import write_whole, write_whole_directory
 from prefixloss.rl import checkpoint, task, train
 from prefixloss.rl.config import Config
 from prefixloss.rl.policy import tiny_policy
@@ -103,7 +105,7 @@ RESPONSES = [
 def checked(policy):
     sampled = policy.written([PROBLEM.question] * 4, RESPONSES)
     sampled.finished[3] = False
-    return train.check_responses(policy, [PROBLEM] * 4, sampled), sampled
+    return train.check_responses(Config(), policy, [PROBLEM] * 4, sampled), sampled
 
 
 def test_responses_are_checked_and_errors_are_placed_in_tokens(checked):
@@ -117,7 +119,7 @@ def test_responses_are_checked_and_errors_are_placed_in_tokens(checked):
 def test_a_correct_answer_that_was_cut_off_is_not_rewarded(policy):
     sampled = policy.written([PROBLEM.question], RESPONSES[:1])
     sampled.finished[0] = False
-    assert train.check_responses(policy, [PROBLEM], sampled).correct.tolist() == [False]
+    assert train.check_responses(Config(), policy, [PROBLEM], sampled).correct.tolist() == [False]
 
 
 def test_vppo_credit_of_a_group(checked):
@@ -145,6 +147,12 @@ def test_the_other_advantages_raise_the_correct_and_lower_the_wrong(checked, nam
 # ---- one update
 
 
+def every_second_is_right(config, policy, problems, sampled):
+    """An untrained policy is never right, and would have nothing to learn from."""
+    count = torch.arange(len(problems))
+    return train.Checked(count % 2 == 0, torch.full_like(count, -1), count * 0, count * 0 + 1)
+
+
 def one_update(policy, **changes):
     config = Config(**{**SMALL, "minibatches": 1, **changes})
     reference = tiny_policy(16, 1)
@@ -152,7 +160,8 @@ def one_update(policy, **changes):
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=config.lr)
     torch.manual_seed(1)
     state = train.State()
-    metrics = train.update(config, policy, reference, optimizer, state, [PROBLEM] * config.prompts)
+    with mock.patch.object(train, "check_responses", every_second_is_right):
+        metrics = train.update(config, policy, reference, optimizer, state, [PROBLEM] * config.prompts)
     return metrics, state, torch.nn.utils.parameters_to_vector(policy.model.parameters()).detach().clone()
 
 
@@ -275,23 +284,23 @@ def test_training_solves_more_held_out_problems(tmp_path):
 
 def test_write_whole_leaves_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "file"
-    checkpoint.write_whole(path, lambda f: f.write(b"old"))
+    write_whole(path, lambda f: f.write(b"old"))
 
     def fail(file):
         file.write(b"half of the n")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_whole(path, fail)
+        write_whole(path, fail)
     assert path.read_bytes() == b"old"
-    checkpoint.write_whole(path, lambda f: f.write(b"new"))
+    write_whole(path, lambda f: f.write(b"new"))
     assert path.read_bytes() == b"new"
 
 
 def test_write_whole_directory_replaces_what_an_earlier_try_left(tmp_path):
     (tmp_path / ".d.tmp").mkdir()
     (tmp_path / ".d.tmp" / "stale").write_text("")
-    checkpoint.write_whole_directory(tmp_path / "d", lambda d: (d / "fresh").write_text("x"))
+    write_whole_directory(tmp_path / "d", lambda d: (d / "fresh").write_text("x"))
     assert [p.name for p in tmp_path.rglob("*")] == ["d", "fresh"]
 
 

@@ -1,53 +1,21 @@
-"""Files that are there whole or not at all, and the state a run resumes from."""
+"""The state a run resumes from."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 
+from prefixloss.files import write_whole
 from prefixloss.rl import UsageError
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a temporary file beside `path`, force it to the disk, then rename it over `path`."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_directory(path.parent)
-
-
-def write_whole_directory(path: Path, write: Callable[[Path], object]) -> None:
-    """The same for a directory, which must not exist yet."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    write(temporary)
-    for file in temporary.rglob("*"):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    _sync_directory(temporary)
-    temporary.rename(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def open_run(run: Path, config: dict[str, Any], overwrite: bool = False) -> None:

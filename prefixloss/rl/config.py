@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from prefixloss.detect.choose import by_name
 from prefixloss.rl import UsageError
+from prefixloss.steps import SEGMENTERS
 
 ADVANTAGES = ("vppo", "grpo", "cliff", "neutral", "rts")
 _COUNTS = (
@@ -31,6 +33,8 @@ class Config:
     seed: int = 0
     # credit
     advantage: str = "vppo"
+    detector: str | None = None  # of first wrong steps, see `prefixloss.detect.choose`; None: the built-in check
+    steps: str = "markers"  # how a detector's steps are cut
     alpha: float = 0.5
     # tokens cut from the end of a good prefix: here a step counts only if it is the right one, so there is no reward
     # for more steps to guard against, and prompts are longer than steps: "prompt" would leave nothing
@@ -74,6 +78,12 @@ class Config:
         for name in ("clip", "kl_coef"):
             self._expect(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
         self._expect("advantage", self.advantage in ADVANTAGES, f"one of {', '.join(ADVANTAGES)}")
+        self._expect("steps", self.steps in SEGMENTERS, f"one of {', '.join(SEGMENTERS)}")
+        if self.detector is not None:
+            try:
+                by_name(self.detector)
+            except ValueError as error:
+                raise UsageError(f"--{error}") from None
         self._expect("alpha", 0 <= self.alpha <= 1, "a number from 0 to 1")
         cut = self.shorten
         cut_is_valid = cut == "prompt" if isinstance(cut, str) else cut >= 0 if isinstance(cut, int) else 0 <= cut < 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from prefixloss.rl import UsageError
+from prefixloss.steps import decode, token_boundaries
 
 INSTRUCTION = """Solve the problem in numbered steps. Start each step with "Step 1:", "Step 2:" and so on, and leave a \
 blank line between steps. Write every calculation as an equality such as 3*4=12. End with the answer in \\boxed{{}}.
@@ -170,18 +170,12 @@ class Policy:
         return Sampled(torch.cat([prompt, tokens], 1), both, mask, finished, texts)
 
 
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
 def token_at(tokenizer: Any, ids: Sequence[int], offset: int) -> int:
     """Index of the token that holds character `offset` of the decoded response; the last token if it lies at the end.
 
-    A token that straddles the offset belongs to what starts there. Prefixes of `ids` are decoded rather than the text
-    encoded again, which need not give the same tokens.
+    A token that straddles the offset belongs to what starts there.
     """
-    found = bisect_right(range(len(ids)), offset, key=lambda i: len(decode(tokenizer, ids[: i + 1])))
-    return min(found, len(ids) - 1)
+    return min(token_boundaries(tokenizer, ids, [offset])[0], len(ids) - 1)
 
 
 # ---- the tiny model ----------------------------------------------------------------------------------------

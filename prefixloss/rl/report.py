@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from prefixloss.rl.checkpoint import write_whole
+from prefixloss.files import write_whole
 
 SHOWN = {"loss": "loss {:.3f}", "good_prefix": "first error at token {:.0f}"}
 

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from prefixloss import LossConfig, TokenAdvantages, advantages, linear_logps, linear_prefix_loss
+from prefixloss.detect.choose import by_name
+from prefixloss.files import write_whole_directory
 from prefixloss.rl import UsageError, checkpoint, task
 from prefixloss.rl.config import Config
 from prefixloss.rl.policy import Policy, Sampled, load_policy, tiny_policy, token_at
 from prefixloss.rl.report import Report
+from prefixloss.steps import split
 
 BAD_STEPS_IN_A_ROW = 3
 
@@ -85,24 +88,43 @@ class Checked:
     total_steps: Tensor
 
 
-def check_responses(policy: Policy, problems: list[task.Problem], sampled: Sampled) -> Checked:
+def check_responses(config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled) -> Checked:
     """Only wrong answers are searched for their first wrong step; a response that was cut off has no good prefix."""
+    finished = sampled.finished.tolist()
+    pairs = list(zip(problems, sampled.texts, strict=True))
+    correct = [done and task.check_answer(*pair) for done, pair in zip(finished, pairs, strict=True)]
+    wrong = [i for i, (done, right) in enumerate(zip(finished, correct, strict=True)) if done and not right]
+    found = dict(zip(wrong, find_errors(config, [pairs[i] for i in wrong]), strict=True))
     rows: list[tuple[bool, int, int, int]] = []
-    for i, (problem, text) in enumerate(zip(problems, sampled.texts, strict=True)):
-        finished = bool(sampled.finished[i])
-        if finished and task.check_answer(problem, text):
+    for i, right in enumerate(correct):
+        if right:
             rows.append((True, -1, 1, 1))
-            continue
-        steps = task.check_steps(problem, text)
-        if not finished or steps.wrong < 0:
-            rows.append((False, -1, 0, steps.total))
-            continue
-        ids = sampled.tokens[i][sampled.mask[i]].tolist()
-        rows.append((False, token_at(policy.tokenizer, ids, steps.offset), steps.right, steps.total))
-    correct, *counts = zip(*rows, strict=True)
+        elif i not in found or found[i].wrong < 0:
+            rows.append((False, -1, 0, task.check_steps(*pairs[i]).total))
+        else:
+            ids = sampled.tokens[i][sampled.mask[i]].tolist()
+            token = token_at(policy.tokenizer, ids, found[i].offset)
+            rows.append((False, token, found[i].right, found[i].total))
+    outcome, *counts = zip(*rows, strict=True)
     return Checked(
-        torch.tensor(correct, device=policy.device), *(torch.tensor(c, device=policy.device) for c in counts)
+        torch.tensor(outcome, device=policy.device), *(torch.tensor(c, device=policy.device) for c in counts)
     )
+
+
+def find_errors(config: Config, pairs: list[tuple[task.Problem, str]]) -> list[task.Steps]:
+    """The first wrong step of each wrong response: by the detector, or the built-in check."""
+    if config.detector is None:
+        return [task.check_steps(problem, text) for problem, text in pairs]
+    spans = [split(text, config.steps) for _, text in pairs]  # type: ignore[arg-type]
+    found = by_name(config.detector).detect_batch(
+        [problem.question for problem, _ in pairs],
+        [[span.of(text) for span in cut] for cut, (_, text) in zip(spans, pairs, strict=True)],
+        [problem.answer for problem, _ in pairs],
+    )
+    return [
+        task.Steps(-1, -1, len(cut), len(cut)) if step is None else task.Steps(step, cut[step].start, step, len(cut))
+        for cut, (step, _, _) in zip(spans, found, strict=True)
+    ]
 
 
 def assign_credit(config: Config, checked: Checked, sampled: Sampled, group_ids: Tensor) -> Tensor | TokenAdvantages:
@@ -145,7 +167,7 @@ def update(
     # sample and check
     repeated = [p for p in problems for _ in range(config.group)]
     sampled = policy.sample([p.question for p in repeated], config.max_tokens)
-    checked = check_responses(policy, repeated, sampled)
+    checked = check_responses(config, policy, repeated, sampled)
 
     # weigh every token
     group_ids = torch.arange(len(problems), device=policy.device).repeat_interleave(config.group)
@@ -342,6 +364,6 @@ def train(config: Config, run: Path, report: Report, *, overwrite: bool = False)
 
     # the trained model, the picture and the table
     if not (run / "policy").exists():
-        checkpoint.write_whole_directory(run / "policy", policy.save)
+        write_whole_directory(run / "policy", policy.save)
     report.finish(run, history, config.k)
     return history

@@ -1,0 +1,224 @@
+"""`prefixloss detect` and `detect eval`: names, file formats, scores, and errors before any work."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from prefixloss import cli
+from prefixloss.detect.base import Detector
+from prefixloss.detect.choose import by_name
+from prefixloss.detect.combine import Earliest, FirstOf, Vote
+from prefixloss.detect.evaluate import Scores, kind_of
+from prefixloss.detect.records import FormatError, read_records
+
+WRONG_AT_1 = {"problem": "(2 + 3) * 4 =", "steps": ["2 + 3 = 5.", "5 * 4 = 21.", "So the answer is 21"], "answer": "20"}
+RIGHT = {"problem": "(2 + 3) * 4 =", "response": "Step 1: 2 + 3 = 5.\nStep 2: 5 * 4 = 20.\nSo the answer is 20"}
+UNREAD = {"problem": "Who was it?", "response": "I think that it was Ann."}
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, ["detect", *map(str, arguments)])
+
+
+def written(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# names
+
+
+@pytest.mark.parametrize(
+    "name", ["auto", "maths", "code", "brackets", "swaps", "sorting", "orderings", "rules", "knights"]
+)
+def test_every_name_is_a_detector_that_can_be_pickled(name: str) -> None:
+    detector = by_name(name)
+    assert isinstance(detector, Detector)
+    assert pickle.loads(pickle.dumps(detector)) == detector
+
+
+def test_names_combine() -> None:
+    assert isinstance(by_name("maths,code"), FirstOf)
+    vote = by_name("vote(maths, earliest(code,brackets), prm:some/model)")
+    assert isinstance(vote, Vote)
+    assert isinstance(vote.detectors[1], Earliest)
+    assert vote.detectors[2].model == "some/model"  # type: ignore[attr-defined]
+    judge = by_name("judge:some-model@http://localhost:1/v1")
+    assert (judge.model, judge.url) == ("some-model", "http://localhost:1/v1")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "math", "prm", "prm:", "maths:x", "judge:model", "vote()", "maths,", "vote(maths"]
+)
+def test_other_names_are_refused_with_what_there_is(name: str) -> None:
+    with pytest.raises(ValueError, match=r"detector: got .*, expected .*(maths|judge)"):
+        by_name(name)
+
+
+def test_auto_sends_each_kind_of_problem_to_its_own_reader() -> None:
+    auto = by_name("auto")
+    row = "In a row: an owl, a crow, and a hawk.\nThe owl is the leftmost.\nThe crow is the rightmost."
+    for problem, wrong in (
+        ("Complete the rest of the sequence. Input: [ { (", "[ ; stack: {"),
+        ("Sort the following words alphabetically: List: oak elm", "So the answer is oak elm"),
+        (row, "The owl is the leftmost, so it must be the rightmost."),
+        ("(2 + 3) * 4 =", "2 + 3 = 6"),
+    ):
+        result = auto.detect(problem, [wrong])
+        assert result.step == 0, (problem, result)
+        assert auto.detect(problem, ["I think so."]).step is None
+
+
+# files
+
+
+def test_the_plain_form_takes_steps_or_cuts_a_response(tmp_path: Path) -> None:
+    first, second = read_records(written(tmp_path / "x.jsonl", WRONG_AT_1, RIGHT), "plain")
+    assert first.steps == WRONG_AT_1["steps"]
+    assert (first.answer, first.label) == ("20", None)
+    assert len(second.steps) == 2
+    assert "".join(second.steps) == RIGHT["response"]
+
+
+def test_published_sets_are_read(tmp_path: Path) -> None:
+    bigbench = {"input": "q", "steps": ["a", "b"], "answer": "1", "target": "2", "mistake_index": 1}
+    process = {"problem": "q", "steps": ["a", "b"], "label": -1, "final_answer_correct": True}
+    rated = [
+        {"completions": [{"text": "bad", "rating": -1}, {"text": "a", "rating": 1}], "chosen_completion": 1},
+        {"completions": [{"text": "c", "rating": -1}], "chosen_completion": None, "human_completion": {"text": "b"}},
+        {"completions": [{"text": "no", "rating": -1}], "chosen_completion": None},
+        {"completions": [{"text": "after", "rating": 1}], "chosen_completion": 0},
+    ]
+    prm = {"question": {"problem": "q", "ground_truth_answer": "2"}, "label": {"steps": rated}}
+    for form, row, want in (
+        ("bigbench-mistake", bigbench, (["a", "b"], "2", 1)),
+        ("bigbench-mistake", bigbench | {"mistake_index": None}, (["a", "b"], "2", -1)),
+        ("processbench", process, (["a", "b"], None, -1)),
+        ("prm800k", prm, (["a", "b", "no"], "2", 2)),
+    ):
+        (record,) = read_records(written(tmp_path / "x.jsonl", row), form)
+        assert (record.problem, record.steps, record.answer, record.label) == ("q", *want)
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "says"),
+    [
+        ("plain", {"response": "x"}, "line 2: the key 'problem'"),
+        ("plain", {"problem": "x"}, "line 2: the key 'response'"),
+        ("plain", {"problem": "x", "steps": "y"}, "line 2: the key 'steps'"),
+        ("plain", {"problem": "x", "steps": [1]}, "line 2: the key 'steps'"),
+        ("plain", {"problem": "x", "response": "y", "answer": [1]}, "line 2: the key 'answer'"),
+        ("plain", [], "line 2: expected an object"),
+        ("bigbench-mistake", {"input": "x", "steps": ["a"]}, "line 2: the key 'mistake_index' is missing"),
+        ("bigbench-mistake", {"input": "x", "steps": ["a"], "mistake_index": 1}, "the label 1 is no step of 1"),
+        ("processbench", {"problem": "x", "steps": ["a"], "label": True}, "line 2: the key 'label'"),
+        ("processbench", {"problem": "x", "steps": ["a"], "label": -2}, "the label -2 is no step"),
+        ("prm800k", {"question": "x", "label": {}}, "line 2: the key 'question'"),
+        ("prm800k", {"question": {"problem": "x"}, "label": {"steps": 3}}, "line 2: the key 'steps'"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, form: str, row: object, says: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n" + json.dumps(row), encoding="utf-8")
+    with pytest.raises(FormatError, match=says):
+        read_records(path, form)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    empty, binary, broken = (tmp_path / name for name in ("empty", "binary", "broken"))
+    empty.write_text("\n")
+    binary.write_bytes(b"\xff\xfe\x00")
+    broken.write_text('{"problem": ')
+    for path, says in (
+        (empty, "no lines"),
+        (binary, "UTF-8"),
+        (broken, "line 1: not JSON"),
+        (tmp_path / "no", "No such"),
+    ):
+        with pytest.raises(FormatError, match=says):
+            read_records(path, "plain")
+
+
+# commands
+
+
+def test_detect_annotates_each_line(tmp_path: Path) -> None:
+    source = written(tmp_path / "in.jsonl", WRONG_AT_1, RIGHT | {"id": "é"}, UNREAD)
+    out = tmp_path / "out.jsonl"
+    result = invoke(source, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "3 responses: an error in 1, nothing to say of 1" in result.output
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [line["first_error"] for line in lines] == [1, None, None]
+    assert lines[0]["reason"] == "20 = 21 is false"
+    assert [line["confidence"] > 0 for line in lines] == [True, True, False]
+    assert lines[1]["id"] == "é"
+    assert "".join(lines[1]["steps"]) == RIGHT["response"]
+    assert invoke(source).stdout.startswith(out.read_text(encoding="utf-8"))
+    assert invoke("--detector", "brackets", source).exit_code == 0  # options may come first
+
+
+def test_eval_counts_every_kind_of_outcome(tmp_path: Path) -> None:
+    def row(wrong_at: int | None, label: int | None) -> dict[str, Any]:
+        steps = [f"{k} + 1 = {k + 1 + (k == wrong_at)}" for k in range(3)]
+        return {"input": "Count.", "steps": steps, "target": None, "mistake_index": label}
+
+    rows = [row(1, 1), row(None, None), row(0, 1), row(2, 1), row(None, 2), row(0, None), row(2, 2), row(1, 1)]
+    path, figures = written(tmp_path / "x.jsonl", *rows), tmp_path / "figures.json"
+    result = invoke("eval", path, "--errors", "--json", figures)
+    assert result.exit_code == 0, result.output
+    got = json.loads(figures.read_text())
+    counts = {kind: round(share * 8) for kind, share in got["shares"].items()}
+    assert counts == {"exact": 4, "earlier": 1, "later": 1, "none found": 1, "false alarm": 1}
+    assert got["processbench_f1"] == pytest.approx(2 * 0.5 * 0.5)
+    assert got["pairs"][:3] == [[1, 1], [-1, -1], [1, 0]]
+    assert got["steps"] == 24
+    for words in (
+        "false alarm, response 6: labelled none, found step 1",
+        "later, response 4",
+        "1 = 2 is false",
+        "50.0%",
+    ):
+        assert words in " ".join(result.output.split()), words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["FILE", "--detector", "oracle"], "--detector: got 'oracle', expected auto, brackets"),
+        (["FILE", "--steps", "pages"], "--steps: got 'pages', expected one of markers"),
+        (["FILE", "--format", "csv"], "--format: got 'csv', expected one of plain"),
+        (["eval", "FILE", "--format", "plain"], "plain"),
+        (["missing.jsonl"], "cannot read missing.jsonl: No such file"),
+        (["FILE", "--out", "/no/such/place"], "cannot write /no/such/place"),
+    ],
+)
+def test_wrong_arguments_get_one_line(tmp_path: Path, arguments: list[str], says: str) -> None:
+    path = written(tmp_path / "in.jsonl", RIGHT)
+    result = invoke(*[str(path) if a == "FILE" else a for a in arguments])
+    assert result.exit_code == 2
+    assert says in result.output
+    assert "Traceback" not in result.output
+
+
+# scores
+
+
+def test_outcomes_have_names() -> None:
+    assert [kind_of(*pair) for pair in ((1, 1), (-1, None), (2, 1), (1, 2), (1, None), (-1, 0))] == [
+        "exact", "exact", "earlier", "later", "none found", "false alarm",
+    ]  # fmt: skip
+
+
+def test_f1_needs_both_kinds_of_response_and_the_table_counts_all() -> None:
+    assert Scores([(1, 1), (2, 0)], 0, 4, 1.0).f1 is None
+    assert Scores([(1, 0), (-1, 3)], 0, 4, 1.0).f1 == 0
+    scores = Scores([(1, 1), (-1, -1), (0, 5), (20, 30)], 0, 4, 1.0)
+    assert scores.f1 == pytest.approx(2 * (1 / 3) / (1 + 1 / 3))
+    table = scores.confusion(most=4)
+    assert sum(map(sum, table)) == 4
+    assert (table[0][0], table[2][2], table[1][4], table[4][4]) == (1, 1, 1, 1)
