@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[rl,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[rl,detect,dev]'
 	touch $@
 
 demo: .venv/ready

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from prefixloss.detect.choose import EXPECTED
+from prefixloss.detect.records import FormatError
+from prefixloss.files import write_whole
 from prefixloss.rl import UsageError
 from prefixloss.rl.config import GENERAL, Config
+from prefixloss.show import read_shown, to_html, to_terminal
 from prefixloss.steps import SEGMENTERS
 
 
@@ -21,6 +24,7 @@ def missing(error: ModuleNotFoundError) -> str:
 
 try:
     import typer
+    from rich.console import Console
 
     from prefixloss.detect import commands as detect
 except ModuleNotFoundError as error:
@@ -136,6 +140,27 @@ def train(
         began = (run / "config.json").exists()
         typer.echo(f"\nstopped; to go on: prefixloss train --resume {run}" if began else "\nstopped", err=True)
         raise typer.Exit(130) from None
+
+
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="JSON lines as `prefixloss detect` writes them; see the README.")],
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page there instead.")] = None,
+    most: Annotated[int | None, typer.Option(min=1, help="Responses to show. [all]")] = None,
+) -> None:
+    """Show responses: the good prefix green, what was trimmed grey, the first wrong step red."""
+    try:
+        records = read_shown(file)[:most]
+    except FormatError as error:
+        raise fail(str(error)) from None
+    if html is None:
+        to_terminal(records, Console())
+        return
+    try:
+        write_whole(html, lambda page: page.write(to_html(records, file.name).encode()))
+    except OSError as error:
+        raise fail(f"--html: cannot write {html}: {error.strerror}") from None
+    typer.echo(f"{len(records)} responses: {html}")
 
 
 def _check_room(run: Path, overwrite: bool) -> None:

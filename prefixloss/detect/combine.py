@@ -123,4 +123,7 @@ def _place(step: int | None) -> float:
 
 
 def _undecided(results: Sequence[FirstError]) -> FirstError:
-    return FirstError(None, "; ".join(dict.fromkeys(r.reason for r in results))[:200], 0.0)
+    reasons = list(dict.fromkeys(r.reason for r in results))
+    # that a problem is of another kind says nothing of the response
+    of_response = [reason for reason in reasons if not reason.startswith("problem: ")]
+    return FirstError(None, "; ".join(of_response or reasons)[:200], 0.0)
