@@ -9,7 +9,7 @@ import html
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -164,16 +164,16 @@ def to_terminal(records: Sequence[Shown], console: Any) -> None:
         console.print(Text(f"{number}. {record.verdict}", "bold"))
         console.print(Text(record.problem.strip(), "italic"))
         text = Text()
-        pieces = list(record.pieces())
-        for piece, after in zip(pieces, [*pieces[1:], None], strict=True):
-            text.append(piece.text, _STYLES[piece.part])
-            if piece.advantage is not None and (after is None or after.step != piece.step):
-                values = [p.advantage for p in pieces if p.step == piece.step and p.advantage is not None]
-                low, high = min(values), max(values)
-                said = f"{low:+.3g}" if low == high else f"{low:+.3g} to {high:+.3g}"
-                text.append(f" [{said}]", "cyan")
-                if after is not None:
-                    text.append("\n" if not piece.text.endswith("\n") else "")
+        for step, of_step in groupby(record.pieces(), key=lambda piece: piece.step):
+            pieces = list(of_step)
+            for piece in pieces:
+                text.append(piece.text, _STYLES[piece.part])
+            values = [piece.advantage for piece in pieces if piece.advantage is not None]
+            if values:
+                text.rstrip()
+                low, high = f"{min(values):+.3g}", f"{max(values):+.3g}"
+                text.append(f"  [{low}]" if low == high else f"  [{low} to {high}]", "cyan")
+                text.append("\n" if step < len(record.steps) - 1 else "")
         console.print(text)
         if record.first_error is not None and record.reason:
             console.print(Text(f"why: {record.reason}", "red"))

@@ -121,3 +121,11 @@ def step_tokens(tokenizer: Any, ids: Sequence[int], by: Segmenter = "markers") -
     text = decode(tokenizer, ids)
     spans = split(text, by)
     return [span.of(text) for span in spans], token_boundaries(tokenizer, ids, [span.start for span in spans])
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text that each token completes: joined, they are `decode(tokenizer, ids)`. A token that completes no
+    character, a special one or half a character, has none."""
+    text = decode(tokenizer, ids)
+    ends = [_shared(decode(tokenizer, ids[:count]), text) for count in range(len(ids))]
+    return [text[a:b] for a, b in pairwise([*ends, len(text)])]

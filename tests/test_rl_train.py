@@ -22,6 +22,8 @@ from prefixloss.rl import checkpoint, task, train
 from prefixloss.rl.config import Config
 from prefixloss.rl.policy import tiny_policy
 from prefixloss.rl.report import Report
+from prefixloss.rl.samples import write_samples
+from prefixloss.show import read_shown
 
 # one-step problems: after a hundred warm steps a few answers are right, enough for every update to learn something
 SMALL = {
@@ -114,6 +116,36 @@ def test_responses_are_checked_and_errors_are_placed_in_tokens(checked):
     assert result.first_error.tolist() == [-1, 8, 0, -1]
     assert result.right_steps.tolist()[1:] == [1, 0, 0]
     assert result.total_steps.tolist()[1:] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("detector", ["maths", "vote(maths,auto)"])
+def test_a_detector_can_find_the_first_errors(policy, detector):
+    sampled = policy.written([PROBLEM.question] * 4, RESPONSES)
+    sampled.finished[3] = False
+    result = train.check_responses(Config(detector=detector, steps="lines"), policy, [PROBLEM] * 4, sampled)
+    assert result.correct.tolist() == [True, False, False, False]
+    assert result.first_error.tolist() == [-1, 8, 0, -1]
+    assert result.right_steps.tolist()[1:] == [1, 0, 0]
+    assert "36 = 37 is false" in result.reasons[1]
+    assert result.reasons[3] == ""
+
+
+def test_samples_show_first_errors_reasons_and_each_token_s_advantage(policy, checked, tmp_path):
+    result, sampled = checked
+    credit = train.assign_credit(Config(), *checked, torch.zeros(4, dtype=torch.int64))
+    path = tmp_path / "responses.jsonl"
+    write_samples(path, policy, [PROBLEM] * 4, sampled, result, credit, "lines")
+    shown = read_shown(path)
+    assert ["".join(record.steps) for record in shown] == RESPONSES
+    assert [record.first_error for record in shown] == [None, 1, 0, None]
+    assert "expected 'Step 2: 12*3=36'" in shown[1].reason
+    assert [record.confidence for record in shown] == [None, None, None, 0.0]
+    for i, record in enumerate(shown):
+        count = int(sampled.mask[i].sum())
+        good = int(credit.prefix_lengths[i])
+        assert record.advantages[:good] == pytest.approx([float(credit.prefix[i])] * good, abs=1e-6)
+        assert record.advantages[good:] == pytest.approx([float(credit.suffix[i])] * (count - good), abs=1e-6)
+        assert record.prefix_tokens == good
 
 
 def test_a_correct_answer_that_was_cut_off_is_not_rewarded(policy):
@@ -250,6 +282,7 @@ def test_a_run_leaves_metrics_a_picture_a_checkpoint_and_a_policy(whole):
         "metrics.jsonl",
         "policy",
         "report.png",
+        "responses.jsonl",
     ]
 
 

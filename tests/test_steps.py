@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from prefixloss.steps import decode, split, step_tokens, token_boundaries
+from prefixloss.steps import decode, pieces, split, step_tokens, token_boundaries
 
 SEGMENTERS = ("markers", "blank-lines", "lines", "sentences")
 TEXT = "Intro.\nStep 1: 2 + 3 = 5.\n\n**Step 2: 5 * 4 = 20.** Naïve café 😀 漢字.\r\nStep 3: so 20. Answer: 20\n"
@@ -187,3 +187,17 @@ def test_steps_and_their_first_tokens_fit_together(tokenizer: PreTrainedTokenize
     assert starts == sorted(starts)
     assert starts[:1] in ([], [0])
     assert all(0 <= start < len(ids) for start in starts)
+
+
+@tokenizers
+@pytest.mark.parametrize("canonical", [True, False])
+def test_pieces_join_to_the_text_and_end_where_the_tokens_do(
+    tokenizer: PreTrainedTokenizerFast, canonical: bool
+) -> None:
+    ids = sampled(tokenizer, TEXT, random.Random(2), canonical=canonical)
+    found = pieces(tokenizer, ids)
+    assert len(found) == len(ids)
+    assert "".join(found) == decode(tokenizer, ids)
+    for count in range(len(ids)):
+        assert decode(tokenizer, ids[:count]).startswith("".join(found[:count]))
+    assert pieces(tokenizer, []) == []

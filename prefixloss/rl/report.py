@@ -87,7 +87,9 @@ class Report:
         table.add_row("skipped steps", "", str(updates[-1]["skipped"]) if updates else "0")
         table.add_row("minutes in this sitting", "", f"{(time.monotonic() - self.began) / 60:.1f}")
         self.console.print(table)
-        self.console.print(f"{run}: metrics.jsonl, report.png, checkpoint.pt, policy/", highlight=False)
+        self.console.print(
+            f"{run}: metrics.jsonl, responses.jsonl, report.png, checkpoint.pt, policy/", highlight=False
+        )
 
 
 def plot(path: Path, history: list[dict[str, Any]], k: int) -> None:

@@ -38,13 +38,14 @@ class Steps:
     """What the step checker found: `wrong` is the 0-based first wrong step and `offset` the character it starts at.
 
     Both are -1 where none was found. `right` counts the steps before it (all of them where none was found), `total`
-    the steps the response has or, for built-in problems, should have.
+    the steps the response has or, for built-in problems, should have. `reason` says what is wrong with it.
     """
 
     wrong: int
     offset: int
     right: int
     total: int
+    reason: str = ""
 
 
 # ---- built-in problems -------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ def _check_lines(expected: tuple[str, ...], response: str) -> Steps:
     lines = response.split("\n")
     for k, right in enumerate(expected):
         if k >= len(lines) or lines[k].rstrip() != right:
-            return Steps(k, min(offset, len(response)), k, len(expected))
+            return Steps(k, min(offset, len(response)), k, len(expected), f"expected {right!r}")
         offset += len(lines[k]) + 1
     return Steps(-1, -1, len(expected), len(expected))
 
@@ -222,7 +223,7 @@ def _check_equalities(problem: Problem, response: str) -> Steps:
     for k, start in enumerate(starts):
         end = starts[k + 1] if k + 1 < len(starts) else len(response)
         if not _holds(response[start:end], known):
-            return Steps(k, start, k, len(starts))
+            return Steps(k, start, k, len(starts), "an equality that is false or cannot be checked")
     return Steps(-1, -1, len(starts), len(starts))
 
 

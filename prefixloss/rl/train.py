@@ -20,6 +20,7 @@ from prefixloss.rl import UsageError, checkpoint, task
 from prefixloss.rl.config import Config
 from prefixloss.rl.policy import Policy, Sampled, load_policy, tiny_policy, token_at
 from prefixloss.rl.report import Report
+from prefixloss.rl.samples import write_samples
 from prefixloss.steps import split
 
 BAD_STEPS_IN_A_ROW = 3
@@ -80,12 +81,16 @@ def warm_start(policy: Policy, config: Config, problems: Problems, report: Repor
 
 @dataclass(frozen=True)
 class Checked:
-    """What the checker says of B responses: bool [B], and int64 [B] otherwise; first_error is -1 where not found."""
+    """What the checker says of B responses: bool [B], and int64 [B] otherwise; first_error is -1 where not found.
+
+    reasons: for each response what is wrong with its first wrong step, or an empty text.
+    """
 
     correct: Tensor
     first_error: Tensor
     right_steps: Tensor
     total_steps: Tensor
+    reasons: Sequence[str] = ()
 
 
 def check_responses(config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled) -> Checked:
@@ -105,10 +110,11 @@ def check_responses(config: Config, policy: Policy, problems: list[task.Problem]
             ids = sampled.tokens[i][sampled.mask[i]].tolist()
             token = token_at(policy.tokenizer, ids, found[i].offset)
             rows.append((False, token, found[i].right, found[i].total))
-    outcome, *counts = zip(*rows, strict=True)
-    return Checked(
-        torch.tensor(outcome, device=policy.device), *(torch.tensor(c, device=policy.device) for c in counts)
+    outcome, first_error, right_steps, total_steps = (
+        torch.tensor(c, device=policy.device) for c in zip(*rows, strict=True)
     )
+    reasons = [found[i].reason if i in found else "" for i in range(len(pairs))]
+    return Checked(outcome, first_error, right_steps, total_steps, reasons)
 
 
 def find_errors(config: Config, pairs: list[tuple[task.Problem, str]]) -> list[task.Steps]:
@@ -122,8 +128,10 @@ def find_errors(config: Config, pairs: list[tuple[task.Problem, str]]) -> list[t
         [problem.answer for problem, _ in pairs],
     )
     return [
-        task.Steps(-1, -1, len(cut), len(cut)) if step is None else task.Steps(step, cut[step].start, step, len(cut))
-        for cut, (step, _, _) in zip(spans, found, strict=True)
+        task.Steps(-1, -1, len(cut), len(cut), reason)
+        if step is None
+        else task.Steps(step, cut[step].start, step, len(cut), reason)
+        for cut, (step, reason, _) in zip(spans, found, strict=True)
     ]
 
 
@@ -161,9 +169,18 @@ class NotFiniteError(RuntimeError):
 
 
 def update(
-    config: Config, policy: Policy, reference: Policy, optimizer: Any, state: State, problems: list[task.Problem]
+    config: Config,
+    policy: Policy,
+    reference: Policy,
+    optimizer: Any,
+    state: State,
+    problems: list[task.Problem],
+    samples: Path | None = None,
 ) -> dict[str, float]:
-    """Sample a group for every problem and learn from it; the metrics are means over the update."""
+    """Sample a group for every problem and learn from it; the metrics are means over the update.
+
+    samples: where to leave the responses.
+    """
     # sample and check
     repeated = [p for p in problems for _ in range(config.group)]
     sampled = policy.sample([p.question for p in repeated], config.max_tokens)
@@ -172,6 +189,9 @@ def update(
     # weigh every token
     group_ids = torch.arange(len(problems), device=policy.device).repeat_interleave(config.group)
     credit = assign_credit(config, checked, sampled, group_ids)
+    if samples:
+        by: Any = config.steps if config.detector or not repeated[0].lines else "lines"
+        write_samples(samples, policy, repeated, sampled, checked, credit, by)
 
     # log-probs of the policy that sampled and, for the KL, of the one it started from
     groups = torch.arange(len(repeated), device=policy.device).view(len(problems), config.group)
@@ -327,9 +347,9 @@ def train(config: Config, run: Path, report: Report, *, overwrite: bool = False)
         optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
         def save() -> None:
-            models = {"model": policy.model.state_dict(), "reference": reference.model.state_dict()}
-            progress = {"state": asdict(state), "history": history}
-            checkpoint.save(run / "checkpoint.pt", {**models, "optimizer": optimizer.state_dict(), **progress})
+            modules = {"model": policy.model, "reference": reference.model, "optimizer": optimizer}
+            states = {name: module.state_dict() for name, module in modules.items()}
+            checkpoint.save(run / "checkpoint.pt", {**states, "state": asdict(state), "history": history})
 
         # resume, or evaluate the policy it starts from
         if saved is not None:
@@ -348,10 +368,13 @@ def train(config: Config, run: Path, report: Report, *, overwrite: bool = False)
         with report.phase("training", config.updates, done=state.update):
             while state.update < config.updates:
                 first = config.warm_steps * config.warm_batch * (config.model is None) + state.update * config.prompts
-                metrics = update(config, policy, reference, optimizer, state, problems(first, config.prompts))
+                last = state.update + 1 == config.updates
+                metrics = update(
+                    config, policy, reference, optimizer, state, problems(first, config.prompts),
+                    run / "responses.jsonl" if last or (state.update + 1) % config.eval_every == 0 else None,
+                )  # fmt: skip
                 state.update += 1
                 history.append({"update": state.update, **metrics})
-                last = state.update == config.updates
                 if last or state.update % config.eval_every == 0:
                     history[-1] |= evaluate(config, policy, held_out)
                     report.evaluated(history[-1])

@@ -1,0 +1,56 @@
+"""An update's responses on disk, as `prefixloss show` reads them: first errors, reasons, each token's advantage."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from prefixloss import TokenAdvantages
+from prefixloss.files import write_whole
+from prefixloss.rl import task
+from prefixloss.rl.policy import Policy, Sampled
+from prefixloss.steps import Segmenter, pieces, split
+
+if TYPE_CHECKING:
+    from prefixloss.rl.train import Checked
+
+
+def write_samples(
+    path: Path,
+    policy: Policy,
+    problems: list[task.Problem],
+    sampled: Sampled,
+    checked: Checked,
+    credit: Tensor | TokenAdvantages,
+    by: Segmenter,
+) -> None:
+    """One line a response. by: how they are cut into steps."""
+    lines = []
+    for i, (problem, text) in enumerate(zip(problems, sampled.texts, strict=True)):
+        tokens = pieces(policy.tokenizer, sampled.tokens[i][sampled.mask[i]].tolist())
+        spans = split(text, by)
+        line: dict[str, Any] = {"problem": problem.question, "steps": [span.of(text) for span in spans]}
+        line |= {"correct": bool(checked.correct[i]), "first_error": None, "tokens": tokens}
+        first = int(checked.first_error[i])
+        if first >= 0 and spans:
+            end = list(accumulate(map(len, tokens)))[first]
+            line["first_error"] = max(0, bisect_left([span.start for span in spans], end) - 1)
+            line["reason"] = checked.reasons[i]
+        line |= _advantages(credit, i, len(tokens))
+        if not line["correct"] and first < 0:
+            line |= {"confidence": 0.0, "reason": "no first wrong step was found"}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_whole(path, lambda file: file.write("".join(lines).encode()))
+
+
+def _advantages(credit: Tensor | TokenAdvantages, i: int, count: int) -> dict[str, Any]:
+    if not isinstance(credit, TokenAdvantages):
+        return {"advantages": [round(float(credit[i]), 6)] * count}
+    prefix, suffix, length = float(credit.prefix[i]), float(credit.suffix[i]), int(credit.prefix_lengths[i])
+    values = [round(prefix, 6)] * length + [round(suffix, 6)] * (count - length)
+    return {"advantages": values, "prefix_tokens": length}
