@@ -20,7 +20,7 @@ _CLASSES = {
     "swaps": "swaps.Swaps",
 }
 # each reads its own kind of problem only; what runs code, or a model, is never chosen unasked
-_AUTO = ("brackets", "swaps", "sorting", "orderings", "maths")
+_AUTO = ("brackets", "swaps", "sorting", "orderings", "knights", "maths", "rules")
 _COMBINED = {"first": "FirstOf", "earliest": "Earliest", "vote": "Vote"}
 _GROUP = re.compile(rf"({'|'.join(_COMBINED)})\((.*)\)", re.DOTALL)
 

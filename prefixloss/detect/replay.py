@@ -17,7 +17,11 @@ _PLAIN_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u2
 
 
 class WrongError(Exception):
-    """A step reports what is not so."""
+    """A step reports what is not so: why, and how sure that is."""
+
+    def __init__(self, reason: str, confidence: float = _FALSE) -> None:
+        super().__init__(reason)
+        self.confidence = confidence
 
 
 class UnreadError(Exception):
@@ -70,7 +74,8 @@ class Replay(Detector):
             try:
                 puzzle.read(step.translate(_PLAIN_QUOTES))
             except WrongError as error:
-                return FirstError(k, str(error), _FALSE if unread is None else _BEHIND)
+                confidence = error.confidence if unread is None else _BEHIND
+                return FirstError(k, str(error), confidence)
             except UnreadError as error:
                 if self.unread == "wrong":
                     return FirstError(k, f"cannot be read: {error}", _UNREAD)
