@@ -1,11 +1,8 @@
 """Bracket stacks: generated sequences, right responses in several forms, and one step made wrong."""
 
-import pickle
 import random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from prefixloss.detect.base import FirstError
 from prefixloss.detect.brackets import Brackets

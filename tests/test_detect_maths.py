@@ -302,6 +302,36 @@ def test_an_answer_in_other_words_is_the_same() -> None:
         assert step(["It is clear.", f"The answer is {stated}"], "", "7") == 1
 
 
+@pytest.mark.parametrize(
+    ("said", "same", "other"),
+    [
+        (r"$\{1, 2\}$", r"\{2,1\}", r"\{1,3\}"),
+        (r"\boxed{(2, 3)}", "(2,3)", "(2,4)"),
+        ("[0, 1).", "[0,1)", "[0,1]"),
+        (r"\pm 3", r"\{-3, 3\}", "3"),
+        (
+            r"$\begin{pmatrix} 1 \\ 2 \end{pmatrix}$",
+            r"\begin{pmatrix}1\\2\end{pmatrix}",
+            r"\begin{pmatrix}1\\3\end{pmatrix}",
+        ),
+    ],
+)
+def test_sets_intervals_points_and_matrices_are_compared(said: str, same: str, other: str) -> None:
+    steps = ["1 + 1 = 2", f"The answer is {said}"]
+    assert step(steps, "", other) == 1
+    assert step(steps, "", same) is None
+    assert detect(steps).confidence == 0  # nobody derived it
+
+
+@pytest.mark.parametrize(
+    "said", [r"\{9^{9^{9^9}}\}", "(" * 90, "(9!!!!, 2)", "[" + "9" * 90 + "]", r"\{" * 40, "(1, 2" + "," * 90]
+)
+def test_strange_collections_never_reach_the_library(said: str) -> None:
+    start = time.process_time()
+    detect(["1 + 1 = 2", f"The answer is {said}"], "", "(1, 2)")
+    assert time.process_time() - start < 2
+
+
 # ---- what cannot be read -------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from prefixloss.detect.base import Detector, FirstError
-from prefixloss.detect.maths_answers import answer_in, differ, follows, stated
+from prefixloss.detect.maths_answers import answer_in, collections_differ, differ, follows, is_collection, stated
 from prefixloss.detect.maths_claims import EQUALITIES, claims, describes, holds, rounding
 from prefixloss.detect.maths_expressions import (
     DivisionByZeroError,
@@ -104,7 +104,7 @@ class _Response:
         self.doubts: dict[int, str] = {}
         self.results: list[tuple[int, Rational]] = []  # the values that were found right, with their steps
         self.calculations: list[tuple[int, Expression]] = []  # those that were found right, with their steps
-        self.final: tuple[int, Run] | None = None  # the last answer, with its step
+        self.final: tuple[int, str] | None = None  # the last answer, with its step
         self.asserts = True  # whether the words before the chain let it contradict what was said before
         self.stated: set[str] = set()  # names for which this step has stated no more than a value
         self.last: Run | None = None  # where the next text may go on with "= ..."
@@ -151,7 +151,7 @@ class _Response:
     def _relation(self, chain: Chain, n: int) -> None:
         """The relation between run n and the next; NoValueError where it cannot be decided."""
         left, right, relation = chain.runs[n], chain.runs[n + 1], chain.relations[n]
-        if left.partial or right.partial:
+        if left.partial or right.partial or (right.worded and right.names and n + 2 < len(chain.runs)):
             raise NoValueError("a claim that cannot be read")
         if not (left.names | right.names) <= self.names.values.keys():
             if relation in EQUALITIES:
@@ -194,7 +194,7 @@ class _Response:
                 self.stated |= set() if chained else {side.name}
                 return
         derived = any(self.names.about(name) for name in left.names | right.names)
-        simplifies = chained and left.names == right.names and not (left.name or left.worded or right.worded)
+        simplifies = chained and left.names == right.names and not left.name
         try:
             refuted = self.names.refute(left.expression, right.expression)
         finally:
@@ -275,10 +275,14 @@ class _Response:
 
     def _answer(self, text: str, reading: Reading) -> None:
         """The answer that the step states; WrongError if the steps give another."""
-        run = stated(text, self.declared)
-        if run is None:
+        said = stated(text)
+        if said is None:
             return
-        self.final = self.step, run
+        self.final = self.step, said
+        run = None if is_collection(said) else answer_in(said, self.declared)
+        if run is None:
+            self._unsure("an answer that cannot be read")
+            return
         if not self.results or max(self.unread, default=-1) >= self.results[-1][0]:
             return  # the answer may follow from what could not be read
         try:
@@ -315,5 +319,9 @@ class _Response:
 
     def _is_not(self, right: str) -> bool:
         """Whether the stated answer is surely not the right one."""
-        known = answer_in(right, self.declared)
-        return self.final is not None and known is not None and differ(self.final[1], known, self.names.values)
+        if self.final is None:
+            return False
+        if is_collection(self.final[1]) or is_collection(right):
+            return collections_differ(self.final[1], right)
+        said, known = answer_in(self.final[1], self.declared), answer_in(right, self.declared)
+        return said is not None and known is not None and differ(said, known, self.names.values)
