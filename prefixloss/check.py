@@ -234,6 +234,14 @@ def needed_data(config: LossConfig, given: dict[str, Any], exact_reference: tupl
         fail("max_length", "None", 'a value, since reduction="constant" without a normalizer')
 
 
+def vocab_size(value: Any, columns: int, tp_group: Any) -> None:
+    """columns: those that are given, of this process where there are several."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
+        fail("vocab_size", repr(value), "a whole number of at least 1")
+    if tp_group is None and int(value) > columns:
+        fail("vocab_size", f"{value} with {columns} columns", "no more than there are")
+
+
 def normalizer(value: Any) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0:
@@ -260,10 +268,11 @@ def backend(name: Any, tp_group: Any, *inputs: Any) -> str:
     if name not in ("auto", "triton", "torch", "reference"):
         fail("backend", repr(name), '"auto", "triton", "torch" or "reference"')
     if tp_group is not None:
-        raise RuntimeError(
-            "tp_group: got a process group, expected None: a head split by vocabulary is not supported yet; "
-            "gather the head first (for a DTensor, pass it as it is)"
-        )
+        if not hasattr(tp_group, "rank") or not hasattr(tp_group, "size"):
+            fail("tp_group", tp_group, "a torch.distributed process group", TypeError)
+        if name not in ("auto", "torch"):
+            raise RuntimeError(f'backend: got "{name}" with tp_group, expected "auto" or "torch"')
+        return "torch"
     if name in ("torch", "reference"):
         return name
     first = inputs[0]

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefixloss import check, reference, torch_backend
+from prefixloss import check, memory, reference, torch_backend
 from prefixloss.advantages import TokenAdvantages
 from prefixloss.batch import Batch, TokenInputs, TokenValues
 from prefixloss.config import LossConfig
 from prefixloss.heads import accumulation_dtype
 from prefixloss.layout import Layout
 from prefixloss.metrics import metrics
+from prefixloss.sharded import Shard, Whole
 from prefixloss.softmax import Transform
 
 
@@ -64,6 +65,7 @@ def linear_prefix_loss(
     tp_group: Any = None,
     backend: str = "auto",
     max_learning_tokens: int | None = None,
+    vocab_size: int | None = None,
 ) -> LossOutput:
     """The policy loss from hidden states and an LM head, without ever holding [N, V].
 
@@ -86,7 +88,10 @@ def linear_prefix_loss(
         group_ids: int64 [B], for reduction="group-token-mean".
         normalizer: replaces the reduction's denominator (see `prefixloss.reduction`).
         config: see `LossConfig`.
-        tp_group: a head split by vocabulary; not supported yet, must be None.
+        tp_group: a torch.distributed group whose processes have the same tokens and hidden states and consecutive
+            rows of the head (and bias, and reference head), in the order of their ranks, not all alike many. Each gets
+            the loss, the whole gradient of hidden and that of its rows. By backend="torch", on any device.
+        vocab_size: ids from there on are padding: those columns never count. None: there is none.
         backend: "auto" | "triton" | "torch" | "reference" (`prefixloss.reference` is the method in its plainest form).
             "auto" takes the Triton kernels on CUDA, ROCm and XPU, plain torch elsewhere and for float64.
         max_learning_tokens: an upper bound on the learning tokens (on all scored ones with stats="scored" or
@@ -113,13 +118,14 @@ def linear_prefix_loss(
         tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer
     )
     exact = {"ref_hidden": ref_hidden, "ref_lm_head_weight": ref_lm_head_weight}
-    dtype, vocabulary = accumulation_dtype(hidden, lm_head_weight), len(lm_head_weight)
-    batch = inputs.checked(config, dtype, vocabulary, exact)
-    ref_head = None
+    dtype, ref_head = accumulation_dtype(hidden, lm_head_weight), None
+    columns = _columns(tp_group, len(lm_head_weight), vocab_size, tokens, dtype, 1 + (config.kl == "full"))
+    batch = inputs.checked(config, dtype, columns.vocabulary, exact)
     if config.kl == "full":
         ref_head = _reference_head(ref_hidden, ref_lm_head_weight, ref_lm_head_bias, lm_head_weight, tokens.shape)
+        ref_head = (ref_head[0], *columns.head(*ref_head[1:]))
     most = _most_tokens(max_learning_tokens, mask, batch, config)
-    head = (_rows(hidden), lm_head_weight, lm_head_bias)
+    head = (_rows(hidden), *columns.head(lm_head_weight, lm_head_bias))
     with _as_given(hidden):
         if backend == "reference":
             rows = batch.layout.scored.nonzero().squeeze(1)
@@ -129,7 +135,8 @@ def linear_prefix_loss(
         elif backend == "triton":
             result = _kernels().linear_loss(head, ref_head, batch, config, most)
         else:
-            source = torch_backend.linear_source(ref_head, _transform(config), batch.tokens, config.chunk_tokens)
+            chunk = config.chunk_tokens or columns.rows_at_once
+            source = torch_backend.linear_source(ref_head, _transform(config), batch.tokens, chunk, columns)
             result = torch_backend.loss(source, batch, config, head)
         return _output(result, batch, config, tokens.shape)
 
@@ -151,6 +158,7 @@ def prefix_loss(
     config: LossConfig = LossConfig(),
     tp_group: Any = None,
     backend: str = "auto",
+    vocab_size: int | None = None,
 ) -> LossOutput:
     """The policy loss from logits [B, T, V] or [N, V]; everything else as in `linear_prefix_loss`.
 
@@ -169,16 +177,18 @@ def prefix_loss(
     inputs = TokenInputs(
         tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer
     )
-    dtype, vocabulary = accumulation_dtype(logits), logits.shape[-1]
-    batch = inputs.checked(config, dtype, vocabulary, {"ref_logits": ref_logits})
+    dtype = accumulation_dtype(logits)
+    columns = _columns(tp_group, logits.shape[-1], vocab_size, tokens, dtype, 1 + (config.kl == "full"))
+    batch = inputs.checked(config, dtype, columns.vocabulary, {"ref_logits": ref_logits})
     if config.kl == "full":
         assert ref_logits is not None
         check.logits("ref_logits", ref_logits, tokens)
         if inplace:
             check.own_storage("ref_logits", ref_logits, logits)
         check.device("ref_logits", ref_logits, logits.device)
-        check.same_vocabulary("ref_logits", ref_logits.shape[-1], vocabulary)
-    ref_logits = ref_logits.detach() if config.kl == "full" and ref_logits is not None else None
+        check.same_vocabulary("ref_logits", ref_logits.shape[-1], logits.shape[-1])
+    ref_logits = columns.logits(ref_logits.detach()) if config.kl == "full" and ref_logits is not None else None
+    logits = columns.logits(logits)
     with _as_given(logits):
         if backend == "triton":
             return _output(
@@ -190,8 +200,8 @@ def prefix_loss(
             chosen, ref_chosen = policy[rows].to(dtype), None if ref_rows is None else ref_rows[rows].to(dtype)
             result = reference.loss(chosen, ref_chosen, rows, batch, config)
         else:
-            transform, chunk = _transform(config), config.chunk_tokens
-            source = torch_backend.logit_source(ref_rows, inplace, transform, batch.tokens, chunk)
+            transform, chunk = _transform(config), config.chunk_tokens or columns.rows_at_once
+            source = torch_backend.logit_source(ref_rows, inplace, transform, batch.tokens, chunk, columns)
             # float16 gradients are made once the incoming scale is known, or small ones would underflow before it
             later = inplace or logits.dtype == torch.float16
             result = torch_backend.loss(source, batch, config, (policy,), gradient_later=later)
@@ -212,13 +222,15 @@ def linear_logps(
     tp_group: Any = None,
     backend: str = "auto",
     max_scored_tokens: int | None = None,
+    vocab_size: int | None = None,
 ) -> LogpOutput:
     """Log-probs (and entropies) of `tokens`, differentiable, for trainers that keep their own loss.
 
     hidden: [B, T, D] or [N, D]; lm_head_weight: [V, D]; tokens, mask: [B, T] or [N]. Results are float32 (float64 for
     float64 input), 0 outside the mask. The backward skips every token whose incoming gradients are exactly 0.
     max_scored_tokens: an upper bound on the tokens in the mask, with which nothing waits for the device (and the
-    backward skips none of them; a bound that is too low makes everything NaN). Errors as in `linear_prefix_loss`.
+    backward skips none of them; a bound that is too low makes everything NaN). tp_group, vocab_size and errors as in
+    `linear_prefix_loss`.
     """
     backend = check.backend(backend, tp_group, hidden, lm_head_weight)
     check.tensor("tokens", tokens, "integer")
@@ -232,10 +244,12 @@ def linear_logps(
     check.device("tokens", tokens, hidden.device)
     layout = Layout.of(tokens.shape, tokens.device, mask, None)
     ids = tokens.reshape(-1).long()
-    check.token_ids(ids, layout.scored, len(lm_head_weight))
+    dtype = accumulation_dtype(hidden, lm_head_weight)
+    columns = _columns(tp_group, len(lm_head_weight), vocab_size, tokens, dtype, 1)
+    check.token_ids(ids, layout.scored, columns.vocabulary)
     if max_scored_tokens is not None:
         check.most_tokens("max_scored_tokens", max_scored_tokens, layout.scored)
-    head = (_rows(hidden), lm_head_weight, lm_head_bias)
+    head = (_rows(hidden), *columns.head(lm_head_weight, lm_head_bias))
     with _as_given(hidden):
         if backend == "triton":
             bound = -1 if max_scored_tokens is None else int(max_scored_tokens)
@@ -247,13 +261,26 @@ def linear_logps(
         values: tuple[Tensor, ...]
         rows = layout.scored.nonzero().squeeze(1)
         if backend == "reference":
-            logits = reference.linear_logits(head, rows, accumulation_dtype(hidden, lm_head_weight))
+            logits = reference.linear_logits(head, rows, dtype)
             values = reference.log_probs_and_entropies(logits, ids[rows], options)
         else:
-            source = torch_backend.linear_source(None, _transform(options), ids, None)
+            source = torch_backend.linear_source(None, _transform(options), ids, columns.rows_at_once, columns)
             values = torch_backend.row_statistics(source, rows, head, entropy_grad=entropy)[:2]
         logps, entropies = (v.new_zeros(len(ids)).index_copy(0, rows, v).reshape(tokens.shape) for v in values)
     return LogpOutput(logps, entropies if entropy else None)
+
+
+def _columns(
+    tp_group: Any, given: int, vocab_size: int | None, tokens: Tensor, dtype: torch.dtype, buffers: int
+) -> Whole:
+    """The part of the vocabulary that is here, of `given` columns. buffers: of logits, for a chunk."""
+    if vocab_size is not None:
+        check.vocab_size(vocab_size, given, tp_group)
+    if tp_group is None:
+        return Whole(given if vocab_size is None else int(vocab_size))
+    per_row = max(1, given) * dtype.itemsize * buffers
+    fit = memory.rows_in_budget(tokens.numel(), per_row, tokens.device)
+    return Shard.of(tp_group, given, fit, tokens.device, vocab_size)
 
 
 def _kernels() -> Any:

@@ -164,15 +164,19 @@ def logit_gradient_(
     coefficients: Coefficients,
     transform: Transform,
     ref_scores: Tensor | None = None,
+    here: Tensor | None = None,
 ) -> Tensor:
-    """Overwrites the probabilities of `row_stats` with the gradient of (before * z), coefficients times derivatives."""
+    """Overwrites the probabilities of `row_stats` with the gradient of (before * z), coefficients times derivatives.
+
+    here: bool [n], of a vocabulary that is split: whether the target is among these columns; None if all are.
+    """
     target = tokens[:, None]
     # 1 - p_t = -expm1(logp) keeps its digits where p_t is near 1
     at_target = coefficients.logp * -torch.expm1(stats.logp)
     penalised = coefficients.entropy is not None or coefficients.kl is not None
     if not penalised and transform.softcap is None:
         probs.mul_(-(coefficients.logp / stats.total)[:, None])
-        return probs.scatter_(1, target, at_target[:, None])
+        return _put_target_(probs, target, at_target, here)
     scratch = _scratch(probs)
     for rows in blocks(*probs.shape):
         p, t = probs[rows].div_(stats.total[rows, None]), target[rows]
@@ -188,8 +192,16 @@ def logit_gradient_(
             # the target's own score, which its probability may be too small to give back
             p.mul_(slope)
             at_target[rows] *= transform.slope(stats.logp[rows] + stats.lse[rows])
-        p.scatter_(1, t, at_target[rows, None])
+        _put_target_(p, t, at_target[rows], None if here is None else here[rows])
     return probs
+
+
+def _put_target_(gradient: Tensor, target: Tensor, value: Tensor, here: Tensor | None) -> Tensor:
+    """The targets' own share, where they are among these columns."""
+    value = value[:, None]
+    return gradient.scatter_(
+        1, target, value if here is None else torch.where(here[:, None], value, gradient.gather(1, target))
+    )
 
 
 def _penalty_slope_(

@@ -24,21 +24,16 @@ from prefixloss.batch import Batch, TokenValues
 from prefixloss.config import LossConfig
 from prefixloss.heads import LinearRows, LogitRows, Rows
 from prefixloss.objective import Terms, token_terms
-from prefixloss.softmax import (
-    Coefficients,
-    RowStats,
-    Transform,
-    keep_rows_,
-    live_rows,
-    logit_gradient_,
-    probabilities,
-    row_stats,
-)
+from prefixloss.sharded import Whole
+from prefixloss.softmax import Coefficients, RowStats, Transform, keep_rows_, live_rows
 
 
 @dataclass(frozen=True)
 class Source:
-    """What makes the rows of logits: `open(tensors, needs)` for the policy, `reference` for the exact KL."""
+    """What makes the rows of logits: `open(tensors, needs)` for the policy, `reference` for the exact KL.
+
+    columns: all of the vocabulary, or this process's part of it.
+    """
 
     open: Callable[[tuple[Any, ...], tuple[bool, ...]], Rows]
     transform: Transform
@@ -46,6 +41,7 @@ class Source:
     reference_tensors: tuple[Tensor | None, ...]
     tokens: Tensor
     chunk_tokens: int | None
+    columns: Whole
 
 
 def linear_source(
@@ -53,6 +49,7 @@ def linear_source(
     transform: Transform,
     tokens: Tensor,
     chunk_tokens: int | None,
+    columns: Whole,
 ) -> Source:
     """Rows from hidden states [N, D], a head [V, D] and a bias; `reference` likewise, for the exact KL."""
     buffers = 1 if reference is None else 2
@@ -63,11 +60,17 @@ def linear_source(
         () if reference is None else reference,
         tokens,
         chunk_tokens,
+        columns,
     )
 
 
 def logit_source(
-    ref_logits: Tensor | None, inplace: bool, transform: Transform, tokens: Tensor, chunk_tokens: int | None
+    ref_logits: Tensor | None,
+    inplace: bool,
+    transform: Transform,
+    tokens: Tensor,
+    chunk_tokens: int | None,
+    columns: Whole,
 ) -> Source:
     """Rows that are logits [N, V] already; with `inplace` their gradient overwrites them."""
 
@@ -75,8 +78,9 @@ def logit_source(
         return LogitRows(tensors[0], transform, needs, into=tensors[0] if inplace else None)
 
     if ref_logits is None:
-        return Source(open_rows, transform, None, (), tokens, chunk_tokens)
-    return Source(open_rows, transform, LogitRows(ref_logits, transform), (ref_logits,), tokens, chunk_tokens)
+        return Source(open_rows, transform, None, (), tokens, chunk_tokens, columns)
+    reference = LogitRows(ref_logits, transform)
+    return Source(open_rows, transform, reference, (ref_logits,), tokens, chunk_tokens, columns)
 
 
 def loss(
@@ -107,7 +111,7 @@ class _FusedLoss(torch.autograd.Function):
             for rows in policy.chunks(wanted.nonzero().squeeze(1), source.chunk_tokens):
                 scores, ref_scores = _scores(source, policy, rows)
                 probs = policy.room(rows, learning)
-                stats = row_stats(scores, batch.tokens[rows], probs, ref_scores)
+                stats = source.columns.stats(scores, batch.tokens[rows], probs, ref_scores)
                 given = batch.given.at(rows)
                 terms = token_terms(config, given, stats.logp, stats.entropy, stats.kl)
                 values.put(rows, TokenValues(terms.loss, stats.logp, stats.entropy, terms.kl, terms.ratio))
@@ -116,7 +120,7 @@ class _FusedLoss(torch.autograd.Function):
                     _add_gradient(source, policy, rows, probs, ref_scores, stats, coefficients, scale)
         total = (values.loss * batch.weights).sum() / batch.denominator
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
-        ctx.save_for_backward(*policy.gradients())
+        ctx.save_for_backward(*_gradients(source, policy))
         results = (values.loss, values.logp, values.entropy, values.kl, values.ratio)
         ctx.mark_non_differentiable(*results)
         return (total, *results)
@@ -181,12 +185,13 @@ class _RowStatistics(torch.autograd.Function):
             start += len(chunk)
             scores, ref_scores = _scores(source, policy, chunk)
             probs, tokens = policy.room(chunk, learning=False), source.tokens[chunk]
-            part = row_stats(scores, tokens, probs, ref_scores)
+            part = source.columns.stats(scores, tokens, probs, ref_scores)
             stats.put(here, part)
             if slope is not None and isinstance(policy, LinearRows):
                 ones = Coefficients(torch.ones_like(part.logp), None, None)
-                logit_gradient_(probs, tokens, part, ones, source.transform)
+                source.columns.gradient_(probs, tokens, part, ones, source.transform)
                 slope[here] = policy.hidden_gradient(probs, 1.0)
+        source.columns.sum_(slope)
         ctx.source, ctx.rows, ctx.grads, ctx.row_tolerance = source, rows, grads, row_tolerance
         # all that the backward reads again, so that autograd notices if any of it was changed in between
         ctx.save_for_backward(*tensors, slope, *stats, source.tokens, *source.reference_tensors)
@@ -220,11 +225,21 @@ class _RowStatistics(torch.autograd.Function):
             start += len(chunk)
             scores, ref_scores = _scores(source, policy, chunk)
             probs = policy.room(chunk, learning=True)
-            probabilities(scores, probs)
+            source.columns.probabilities(scores, source.tokens[chunk], probs)
             _add_gradient(source, policy, chunk, probs, ref_scores, stats.at(index), coefficients.at(index), 1.0)
         policy.clear_except(rows[live])
-        gradients = (None if g is None else g.to(t.dtype) for g, t in zip(policy.gradients(), tensors, strict=True))
+        gradients = (
+            None if g is None else g.to(t.dtype) for g, t in zip(_gradients(source, policy), tensors, strict=True)
+        )
         return (*none, *gradients)
+
+
+def _gradients(source: Source, policy: Rows) -> tuple[Tensor | None, ...]:
+    """One for each tensor the rows were made of; hidden states, which all processes have, get all of their gradient."""
+    gradients = policy.gradients()
+    if isinstance(policy, LinearRows):
+        source.columns.sum_(gradients[0])
+    return gradients
 
 
 def _scores(source: Source, policy: Rows, rows: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -259,5 +274,5 @@ def _add_gradient(
             probs = keep_rows_(probs, keep)
             ref_scores = None if ref_scores is None else keep_rows_(ref_scores, keep)
     tokens = source.tokens[rows]
-    logit_gradient_(probs, tokens, stats, coefficients, source.transform, ref_scores)
+    source.columns.gradient_(probs, tokens, stats, coefficients, source.transform, ref_scores)
     policy.add_gradient(rows, probs, scale)

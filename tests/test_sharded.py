@@ -1,0 +1,243 @@
+"""A vocabulary split over processes gives what one process gives: every option, uneven parts, padding, exact bits on
+all ranks."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from prefixloss import LossConfig, LossOutput, linear_logps, linear_prefix_loss, prefix_loss
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="the processes talk through gloo")
+
+B, T, D, V = 3, 4, 5, 11
+# columns of each rank; 13 are 2 of padding behind the vocabulary; the last of three may hold nothing else
+SPLITS = [(6, 5), (1, 10), (4, 4, 3), (7, 6), (5, 6, 2)]
+CONFIGS = [
+    LossConfig(),
+    LossConfig(objective="cispo", clip_high=3.0, entropy_coef=0.1, temperature=0.7),
+    LossConfig(kl="full", kl_coef=0.3, kl_importance=True, stats="scored"),
+    LossConfig(kl="full", kl_coef=0.3, entropy_coef=0.2, softcap=2.0, logit_scale=1.5, temperature=1.3),
+    LossConfig(ratio_level="sequence", reduction="seq-mean-token-mean", kl="k3", kl_coef=0.1),
+    LossConfig(reduction="none", entropy_coef=0.1, softcap=3.0),
+    LossConfig(row_tolerance=1e-9, entropy_coef=0.1),
+]
+
+
+def tensor(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Whole: the head and its bias, the reference's, and logits; a banned token, and one that is nearly certain."""
+    given = {
+        "hidden": tensor(B, T, D, seed=0), "weight": tensor(V, D, seed=1), "bias": tensor(V, seed=2),
+        "ref_hidden": tensor(B, T, D, seed=3), "ref_weight": tensor(V, D, seed=4), "ref_bias": tensor(V, seed=5),
+        "logits": tensor(B, T, V, seed=6, scale=2.0), "ref_logits": tensor(B, T, V, seed=7),
+    }  # fmt: skip
+    given["bias"][3] = -math.inf
+    given["logits"][..., 9] = -math.inf
+    given["logits"][0, 0, 2] = 40.0
+    return {name: x.to(dtype) for name, x in given.items()}
+
+
+TOKENS = torch.tensor([[2, 0, 10, 5], [7, 6, 1, 4], [8, 10, 0, 2]])
+ADVANTAGES = torch.tensor([[1.0, -1.0, 0.5, 0.0], [0.0, 2.0, -0.5, 1.0], [0.3, -0.3, 0.0, 1.0]])
+MASK = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 0]], dtype=torch.bool)
+
+
+def given_of(dtype: torch.dtype, config: LossConfig) -> dict[str, Any]:
+    old = tensor(B, T, seed=8, scale=0.2).to(dtype) - 2.0
+    return {"mask": MASK, "old_logps": old, "ref_logps": old + 0.1, "config": config, "normalizer": 3.0}
+
+
+def run_linear(x: dict[str, Tensor], config: LossConfig, **more: Any) -> tuple[LossOutput, dict[str, Tensor]]:
+    leaves = {name: x[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")}
+    given = given_of(x["hidden"].dtype, config)
+    if config.kl == "full":
+        del given["ref_logps"]
+        given |= {"ref_hidden": x["ref_hidden"], "ref_lm_head_weight": x["ref_weight"]}
+        given["ref_lm_head_bias"] = x["ref_bias"]
+    out = linear_prefix_loss(
+        leaves["hidden"], leaves["weight"], TOKENS, ADVANTAGES.to(x["hidden"].dtype), lm_head_bias=leaves["bias"],
+        **given, **more,
+    )  # fmt: skip
+    out.loss.sum().backward()
+    return out, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def run_logits(x: dict[str, Tensor], config: LossConfig, **more: Any) -> tuple[LossOutput, dict[str, Tensor]]:
+    leaf = x["logits"].clone().requires_grad_()
+    given = given_of(leaf.dtype, config)
+    if config.kl == "full":
+        given["ref_logits"] = x["ref_logits"]
+    out = prefix_loss(leaf, TOKENS, ADVANTAGES.to(leaf.dtype), **given, **more)
+    out.loss.sum().backward()
+    assert leaf.grad is not None
+    return out, {"logits": leaf.grad}
+
+
+def run_logps(
+    x: dict[str, Tensor], config: LossConfig, frozen: bool = False, **more: Any
+) -> tuple[Any, dict[str, Tensor]]:
+    hidden = x["hidden"].clone().requires_grad_()
+    weight = x["weight"].clone().requires_grad_(not frozen)
+    options = {"temperature": config.temperature, "softcap": config.softcap, "logit_scale": config.logit_scale}
+    entropy = not frozen and config.entropy_coef != 0
+    out = linear_logps(hidden, weight, TOKENS, mask=MASK, entropy=entropy, **options, **more)
+    total = (out.logps * ADVANTAGES).sum()
+    (total if out.entropy is None else total + 0.7 * out.entropy.sum()).backward()
+    return out, {"hidden": hidden.grad} | ({} if frozen else {"weight": weight.grad})
+
+
+CALLS: dict[str, Callable[..., tuple[Any, dict[str, Tensor]]]] = {
+    "linear": run_linear,
+    "logits": run_logits,
+    "in place": partial(run_logits, inplace=True),
+    "logps": run_logps,
+    "frozen": partial(run_logps, frozen=True),
+}
+SPLIT = ("weight", "bias", "ref_weight", "ref_bias", "logits", "ref_logits")
+
+
+def cut(x: dict[str, Tensor], counts: tuple[int, ...], rank: int) -> dict[str, Tensor]:
+    """This rank's columns; what lies behind the vocabulary is padding that would show."""
+    start, stop = sum(counts[:rank]), sum(counts[: rank + 1])
+    parts = dict(x)
+    for name in SPLIT:
+        axis = -1 if "logits" in name else 0
+        padded = torch.cat([x[name], torch.full_like(x[name].narrow(axis, 0, 2), 1e4)], axis)
+        parts[name] = padded.narrow(axis, start, stop - start).contiguous()
+    return parts
+
+
+def results(out: Any) -> list[Tensor]:
+    if isinstance(out, LossOutput):
+        fields = {f.name: getattr(out, f.name) for f in dataclasses.fields(out)}
+        return [*(x.double() for x in fields.pop("metrics").values()), *(x.double() for x in fields.values())]
+    return [x.double() for x in out if x is not None]
+
+
+@contextmanager
+def group_of(rank: int, counts: tuple[int, ...], file: str) -> Iterator[Any]:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=len(counts))
+    yield dist.group.WORLD
+    dist.barrier()  # none leaves while another still talks to it
+    dist.destroy_process_group()
+
+
+def compare(rank: int, counts: tuple[int, ...], file: str) -> None:
+    """One process of the group: every call against the same one on the whole vocabulary."""
+    with group_of(rank, counts, file) as group:
+        more = {"tp_group": group, "vocab_size": V} if sum(counts) > V else {"tp_group": group}
+        for dtype, error in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+            whole = inputs(dtype)
+            mine = cut(whole, counts, rank)
+            for config in CONFIGS:
+                for name, call in CALLS.items():
+                    note = f"{name}, {dtype}, {config}, {counts}"
+                    want, want_grads = call(whole, config, backend="torch")
+                    got, grads = call(mine, config, **more)
+                    for a, b in zip(results(got), results(want), strict=True):
+                        torch.testing.assert_close(a, b, rtol=error, atol=error, msg=lambda m, n=note: f"{n}: {m}")
+                    check_gradients(grads, want_grads, counts, rank, error, note)
+                    check_same_bits(results(got))
+
+
+def check_gradients(
+    grads: dict[str, Tensor], want: dict[str, Tensor], counts: tuple[int, ...], rank: int, error: float, note: str
+) -> None:
+    start, stop = sum(counts[:rank]), sum(counts[: rank + 1])
+    assert grads.keys() == want.keys(), note
+    for name, grad in grads.items():
+        expected = want[name]
+        if name in SPLIT:
+            axis = -1 if name == "logits" else 0
+            padding = torch.zeros_like(expected.narrow(axis, 0, 2))
+            expected = torch.cat([expected, padding], axis).narrow(axis, start, stop - start)
+        torch.testing.assert_close(grad, expected, rtol=error, atol=error, msg=lambda m, n=name: f"{note}, {n}: {m}")
+
+
+def check_same_bits(values: list[Tensor]) -> None:
+    mine = torch.cat([x.reshape(-1) for x in values])
+    others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, mine)
+    assert all(torch.equal(other, mine) for other in others)
+
+
+def in_processes(function: Callable[..., None], counts: tuple[int, ...], tmp_path: Path) -> None:
+    mp.spawn(function, (counts, str(tmp_path / "store")), nprocs=len(counts))
+
+
+@pytest.mark.parametrize("counts", SPLITS, ids=str)
+def test_a_split_vocabulary_gives_the_same_loss_and_gradients(counts: tuple[int, ...], tmp_path: Path) -> None:
+    in_processes(compare, counts, tmp_path)
+
+
+def near_certainty(rank: int, counts: tuple[int, ...], file: str) -> None:
+    with group_of(rank, counts, file) as group:
+        for gap in (20.0, 60.0, 85.0):
+            logits = torch.zeros(1, 1, sum(counts))
+            logits[..., 1] = gap
+            mine = logits.split(counts, -1)[rank].clone().requires_grad_()
+            out = prefix_loss(mine, torch.ones(1, 1, dtype=torch.int64), torch.ones(1), tp_group=group)
+            out.loss.backward()
+            odds = (sum(counts) - 1) * math.exp(-gap)
+            assert out.logps.item() == pytest.approx(-odds, rel=1e-6)
+            if rank == 0:
+                assert mine.grad is not None
+                assert mine.grad[0, 0, 1].item() == pytest.approx(-odds, rel=1e-6)
+        several_chunks = LossConfig(chunk_tokens=2)
+        x = inputs(torch.float64)
+        want = run_linear(x, several_chunks, backend="torch")[0].loss
+        os.environ["PREFIXLOSS_MEMORY"] = str(200 + 700 * rank)  # the ranks agree on the smallest
+        for config in (several_chunks, LossConfig()):
+            got = run_linear(cut(x, (6, 5), rank), config, tp_group=group)[0].loss
+            assert got.item() == pytest.approx(want.item(), rel=1e-12)
+
+
+def test_log_probs_near_0_keep_their_digits_and_chunks_are_the_same_on_all_ranks(tmp_path: Path) -> None:
+    in_processes(near_certainty, (6, 5), tmp_path)
+
+
+def test_padding_never_counts_on_one_process_either() -> None:
+    x = inputs(torch.float64)
+    want, want_grads = run_linear(x, CONFIGS[3], backend="torch")
+    got, grads = run_linear(cut(x, (13,), 0), CONFIGS[3], vocab_size=V)
+    torch.testing.assert_close(got.loss, want.loss)
+    torch.testing.assert_close(grads["weight"][:V], want_grads["weight"])
+    assert not grads["weight"][V:].any()
+    got, grads = run_logits(cut(x, (13,), 0), CONFIGS[3], vocab_size=V)
+    torch.testing.assert_close(grads["logits"][..., :V], run_logits(x, CONFIGS[3], backend="torch")[1]["logits"])
+
+
+def wrong_calls(rank: int, counts: tuple[int, ...], file: str) -> None:
+    with group_of(rank, counts, file) as group:
+        x = cut(inputs(torch.float32), counts, rank)
+        with pytest.raises(RuntimeError, match="tp_group"):
+            run_linear(x, LossConfig(), tp_group=group, backend="triton")
+        with pytest.raises(ValueError, match=r"vocab_size: got 99 with 11 columns"):
+            run_linear(x, LossConfig(), tp_group=group, vocab_size=99)
+        with pytest.raises(ValueError, match=r"tokens: got id 10.*V = 9"):
+            run_linear(x, LossConfig(), tp_group=group, vocab_size=9)
+
+
+def test_wrong_calls_say_what_is_wrong_before_any_work(tmp_path: Path) -> None:
+    in_processes(wrong_calls, (6, 5), tmp_path)
+    x = inputs(torch.float32)
+    for value in (0, 12, 2.0, True):
+        with pytest.raises(ValueError, match="vocab_size"):
+            run_linear(x, LossConfig(), vocab_size=value)
+    with pytest.raises(TypeError, match=r"tp_group: got world, expected a torch\.distributed process group"):
+        run_linear(x, LossConfig(), tp_group="world")
