@@ -11,7 +11,7 @@ import json
 import random
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +45,7 @@ class Steps:
     offset: int
     right: int
     total: int
-    reason: str = ""
+    reason: str = field(default="", compare=False)
 
 
 # ---- built-in problems -------------------------------------------------------------------------------------
