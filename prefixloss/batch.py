@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class TokenInputs:
     ref_logps: Tensor | None
     group_ids: Tensor | None
     normalizer: float | Tensor | None
+    cp_group: Any = None
 
     def checked(
         self,
@@ -85,7 +86,7 @@ class TokenInputs:
         memory.budget(self.tokens.device)  # an unusable PREFIXLOSS_MEMORY is found before any work
         check.needed_data(config, {**vars(self), **exact_reference}, tuple(exact_reference))
         shape, device = self.tokens.shape, self.tokens.device
-        layout = Layout.of(shape, device, self.mask, self.cu_seqlens)
+        layout = Layout.of(shape, device, self.mask, self.cu_seqlens, self.cp_group)
         check.token_ids(self.tokens.reshape(-1), layout.scored, vocabulary)
         for name in ("old_logps", "sampler_logps", "ref_logps"):
             value = getattr(self, name)
@@ -117,7 +118,7 @@ class TokenInputs:
         )
         return Batch(
             layout=layout,
-            tokens=self.tokens.reshape(-1).long(),
+            tokens=self.tokens.reshape(-1).long().contiguous(),
             given=given,
             weights=weights,
             denominator=denominator,

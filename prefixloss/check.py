@@ -234,6 +234,11 @@ def needed_data(config: LossConfig, given: dict[str, Any], exact_reference: tupl
         fail("max_length", "None", 'a value, since reduction="constant" without a normalizer')
 
 
+def process_group(argument: str, value: Any) -> None:
+    if value is not None and not (hasattr(value, "rank") and hasattr(value, "size")):
+        fail(argument, value, "a torch.distributed process group", TypeError)
+
+
 def vocab_size(value: Any, columns: int, tp_group: Any) -> None:
     """columns: those that are given, of this process where there are several."""
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
@@ -263,13 +268,15 @@ def most_tokens(argument: str, value: Any, computed: Tensor) -> None:
         fail(argument, f"{value} with {int(computed.sum())} tokens to compute", "at least as many")
 
 
-def backend(name: Any, tp_group: Any, *inputs: Any) -> str:
+def backend(name: Any, tp_group: Any, cp_group: Any, *inputs: Any) -> str:
     """The back-end to use for these inputs: for "auto" the kernels wherever they run as compiled code."""
     if name not in ("auto", "triton", "torch", "reference"):
         fail("backend", repr(name), '"auto", "triton", "torch" or "reference"')
+    process_group("tp_group", tp_group)
+    process_group("cp_group", cp_group)
+    if cp_group is not None and name == "reference":
+        raise RuntimeError('backend: got "reference" with cp_group, expected "auto", "torch" or "triton"')
     if tp_group is not None:
-        if not hasattr(tp_group, "rank") or not hasattr(tp_group, "size"):
-            fail("tp_group", tp_group, "a torch.distributed process group", TypeError)
         if name not in ("auto", "torch"):
             raise RuntimeError(f'backend: got "{name}" with tp_group, expected "auto" or "torch"')
         return "torch"

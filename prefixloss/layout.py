@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,25 @@ from prefixloss import check
 
 @dataclass(frozen=True)
 class Layout:
-    """scored: bool [N], the tokens in `mask`. offsets: int64 [B + 1], None for packed input without cu_seqlens."""
+    """scored: bool [N], the tokens in `mask`. offsets: int64 [B + 1], None for packed input without cu_seqlens.
+
+    group: processes that have a part of every response each, in the order of their ranks; None if all is here. What is
+    asked of a response is then asked of all of it, by a collective.
+    """
 
     scored: Tensor
     offsets: Tensor | None
+    group: Any = None
 
     @classmethod
-    def of(cls, shape: torch.Size, device: torch.device, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layout:
+    def of(
+        cls,
+        shape: torch.Size,
+        device: torch.device,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        group: Any = None,
+    ) -> Layout:
         """Checks `mask` and `cu_seqlens` against tokens of that shape ([B, T] or [N])."""
         check.layout(shape, mask, cu_seqlens)
         tokens = shape.numel()
@@ -32,7 +45,7 @@ class Layout:
             offsets = (
                 None if cu_seqlens is None else _in_bounds(cu_seqlens.to(device=device, dtype=torch.int64), tokens)
             )
-        return cls(scored, offsets)
+        return cls(scored, offsets, group)
 
     @property
     def tokens(self) -> int:
@@ -60,17 +73,36 @@ class Layout:
         """int64 [N]: how many scored tokens of the same response stand before each token."""
         starts = self.starts("advantages")
         before = torch.nn.functional.pad(self.scored.long().cumsum(0), (1, 0))
-        return before[:-1] - before[starts[:-1]][self.response_of_token("advantages")]
+        first = -before[starts[:-1]]
+        if self.group is not None:
+            rank = torch.distributed.get_rank(self.group)
+            first = first + self._of_all(before[starts].diff())[:rank].sum(0)
+        return before[:-1] + first[self.response_of_token("advantages")]
 
     def lengths(self, argument: str) -> Tensor:
         """int64 [B]: scored tokens of each response."""
         before = torch.nn.functional.pad(self.scored.long().cumsum(0), (1, 0))
-        return before[self.starts(argument)].diff()
+        return self._summed(before[self.starts(argument)].diff())
 
     def sum_by_response(self, values: Tensor, argument: str) -> Tensor:
         """[N] -> [B], summed in a fixed order on every device."""
         lengths = self.starts(argument).diff()
-        return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True, initial=0)
+        return self._summed(torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True, initial=0))
+
+    def scored_tokens(self) -> Tensor:
+        """0-d."""
+        return self._summed(self.scored.sum())
+
+    def _summed(self, values: Tensor) -> Tensor:
+        return values if self.group is None else self._of_all(values).sum(0)
+
+    def _of_all(self, values: Tensor) -> Tensor:
+        """Every process's values, [processes, ...], in the order of their ranks."""
+        rank, size = torch.distributed.get_rank(self.group), torch.distributed.get_world_size(self.group)
+        places = values.new_zeros(size, *values.shape)
+        places[rank] = values
+        torch.distributed.all_reduce(places, group=self.group)
+        return places
 
 
 def _in_bounds(offsets: Tensor, tokens: int) -> Tensor:

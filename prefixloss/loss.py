@@ -66,6 +66,7 @@ def linear_prefix_loss(
     backend: str = "auto",
     max_learning_tokens: int | None = None,
     vocab_size: int | None = None,
+    cp_group: Any = None,
 ) -> LossOutput:
     """The policy loss from hidden states and an LM head, without ever holding [N, V].
 
@@ -92,6 +93,9 @@ def linear_prefix_loss(
             rows of the head (and bias, and reference head), in the order of their ranks, not all alike many. Each gets
             the loss, the whole gradient of hidden and that of its rows. By backend="torch", on any device.
         vocab_size: ids from there on are padding: those columns never count. None: there is none.
+        cp_group: a torch.distributed group whose processes have consecutive parts of every response, in the order of
+            their ranks: lengths, prefixes, sequence ratios and denominators are those of whole responses. A process's
+            loss is its share: the shares, and their gradients, add up to the whole. Metrics are of the part alone.
         backend: "auto" | "triton" | "torch" | "reference" (`prefixloss.reference` is the method in its plainest form).
             "auto" takes the Triton kernels on CUDA, ROCm and XPU, plain torch elsewhere and for float64.
         max_learning_tokens: an upper bound on the learning tokens (on all scored ones with stats="scored" or
@@ -106,7 +110,7 @@ def linear_prefix_loss(
         ValueError, TypeError: before any work, naming the argument, what it got and what it expects.
         RuntimeError: for a back-end that cannot run here, saying why.
     """
-    backend = check.backend(backend, tp_group, hidden, lm_head_weight)
+    backend = check.backend(backend, tp_group, cp_group, hidden, lm_head_weight)
     check.config(config, LossConfig)
     check.tensor("tokens", tokens, "integer")
     lm_head_weight, lm_head_bias = _whole(lm_head_weight), _whole(lm_head_bias)
@@ -115,7 +119,7 @@ def linear_prefix_loss(
     check.head(hidden, lm_head_weight, lm_head_bias, names, tokens.shape)
     check.device("tokens", tokens, hidden.device)
     inputs = TokenInputs(
-        tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer
+        tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer, cp_group
     )
     exact = {"ref_hidden": ref_hidden, "ref_lm_head_weight": ref_lm_head_weight}
     dtype, ref_head = accumulation_dtype(hidden, lm_head_weight), None
@@ -159,6 +163,7 @@ def prefix_loss(
     tp_group: Any = None,
     backend: str = "auto",
     vocab_size: int | None = None,
+    cp_group: Any = None,
 ) -> LossOutput:
     """The policy loss from logits [B, T, V] or [N, V]; everything else as in `linear_prefix_loss`.
 
@@ -170,12 +175,12 @@ def prefix_loss(
             ever held. backend="torch" does so in the backward; "triton" does it in this call, where each logit is
             read and written once: do not use the logits afterwards (autograd reports it if a backward needs them).
     """
-    backend = check.backend(backend, tp_group, logits)
+    backend = check.backend(backend, tp_group, cp_group, logits)
     check.config(config, LossConfig)
     check.tensor("tokens", tokens, "integer")
     check.logits("logits", logits, tokens)
     inputs = TokenInputs(
-        tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer
+        tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer, cp_group
     )
     dtype = accumulation_dtype(logits)
     columns = _columns(tp_group, logits.shape[-1], vocab_size, tokens, dtype, 1 + (config.kl == "full"))
@@ -232,7 +237,7 @@ def linear_logps(
     backward skips none of them; a bound that is too low makes everything NaN). tp_group, vocab_size and errors as in
     `linear_prefix_loss`.
     """
-    backend = check.backend(backend, tp_group, hidden, lm_head_weight)
+    backend = check.backend(backend, tp_group, None, hidden, lm_head_weight)
     check.tensor("tokens", tokens, "integer")
     # checks the three; a coefficient says that the entropy has a gradient
     options = LossConfig(
@@ -243,7 +248,7 @@ def linear_logps(
     check.head(hidden, lm_head_weight, lm_head_bias, names, tokens.shape)
     check.device("tokens", tokens, hidden.device)
     layout = Layout.of(tokens.shape, tokens.device, mask, None)
-    ids = tokens.reshape(-1).long()
+    ids = tokens.reshape(-1).long().contiguous()
     dtype = accumulation_dtype(hidden, lm_head_weight)
     columns = _columns(tp_group, len(lm_head_weight), vocab_size, tokens, dtype, 1)
     check.token_ids(ids, layout.scored, columns.vocabulary)

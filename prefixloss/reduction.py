@@ -27,7 +27,7 @@ def token_weights(
     weights = layout.scored.to(dtype)
     denominator: Tensor | float = 1.0
     if reduction == "token-mean":
-        denominator = layout.scored.sum().clamp(min=1)
+        denominator = layout.scored_tokens().clamp(min=1)
     elif reduction == "group-token-mean":
         assert group_ids is not None
         group, groups = _groups(group_ids)

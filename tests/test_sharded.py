@@ -4,8 +4,7 @@ all ranks."""
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import group_of, in_processes
 from torch import Tensor
 
 from prefixloss import LossConfig, LossOutput, linear_logps, linear_prefix_loss, prefix_loss
@@ -128,18 +127,9 @@ def results(out: Any) -> list[Tensor]:
     return [x.double() for x in out if x is not None]
 
 
-@contextmanager
-def group_of(rank: int, counts: tuple[int, ...], file: str) -> Iterator[Any]:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=len(counts))
-    yield dist.group.WORLD
-    dist.barrier()  # none leaves while another still talks to it
-    dist.destroy_process_group()
-
-
-def compare(rank: int, counts: tuple[int, ...], file: str) -> None:
+def compare(rank: int, size: int, file: str, counts: tuple[int, ...]) -> None:
     """One process of the group: every call against the same one on the whole vocabulary."""
-    with group_of(rank, counts, file) as group:
+    with group_of(rank, size, file) as group:
         more = {"tp_group": group, "vocab_size": V} if sum(counts) > V else {"tp_group": group}
         for dtype, error in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
             whole = inputs(dtype)
@@ -176,17 +166,13 @@ def check_same_bits(values: list[Tensor]) -> None:
     assert all(torch.equal(other, mine) for other in others)
 
 
-def in_processes(function: Callable[..., None], counts: tuple[int, ...], tmp_path: Path) -> None:
-    mp.spawn(function, (counts, str(tmp_path / "store")), nprocs=len(counts))
-
-
 @pytest.mark.parametrize("counts", SPLITS, ids=str)
 def test_a_split_vocabulary_gives_the_same_loss_and_gradients(counts: tuple[int, ...], tmp_path: Path) -> None:
-    in_processes(compare, counts, tmp_path)
+    in_processes(compare, len(counts), tmp_path, counts)
 
 
-def near_certainty(rank: int, counts: tuple[int, ...], file: str) -> None:
-    with group_of(rank, counts, file) as group:
+def near_certainty(rank: int, size: int, file: str, counts: tuple[int, ...]) -> None:
+    with group_of(rank, size, file) as group:
         for gap in (20.0, 60.0, 85.0):
             logits = torch.zeros(1, 1, sum(counts))
             logits[..., 1] = gap
@@ -208,7 +194,7 @@ def near_certainty(rank: int, counts: tuple[int, ...], file: str) -> None:
 
 
 def test_log_probs_near_0_keep_their_digits_and_chunks_are_the_same_on_all_ranks(tmp_path: Path) -> None:
-    in_processes(near_certainty, (6, 5), tmp_path)
+    in_processes(near_certainty, 2, tmp_path, (6, 5))
 
 
 def test_padding_never_counts_on_one_process_either() -> None:
@@ -222,8 +208,8 @@ def test_padding_never_counts_on_one_process_either() -> None:
     torch.testing.assert_close(grads["logits"][..., :V], run_logits(x, CONFIGS[3], backend="torch")[1]["logits"])
 
 
-def wrong_calls(rank: int, counts: tuple[int, ...], file: str) -> None:
-    with group_of(rank, counts, file) as group:
+def wrong_calls(rank: int, size: int, file: str, counts: tuple[int, ...]) -> None:
+    with group_of(rank, size, file) as group:
         x = cut(inputs(torch.float32), counts, rank)
         with pytest.raises(RuntimeError, match="tp_group"):
             run_linear(x, LossConfig(), tp_group=group, backend="triton")
@@ -234,7 +220,7 @@ def wrong_calls(rank: int, counts: tuple[int, ...], file: str) -> None:
 
 
 def test_wrong_calls_say_what_is_wrong_before_any_work(tmp_path: Path) -> None:
-    in_processes(wrong_calls, (6, 5), tmp_path)
+    in_processes(wrong_calls, 2, tmp_path, (6, 5))
     x = inputs(torch.float32)
     for value in (0, 12, 2.0, True):
         with pytest.raises(ValueError, match="vocab_size"):

@@ -652,6 +652,16 @@ def test_statistics_of_any_strides_and_integer_types(level: str) -> None:
             assert torch.equal(grad, want_grads[name]), name
 
 
+def test_tokens_may_be_one_column_of_a_longer_batch() -> None:
+    """Flat, such a column is still strided."""
+    logits, ids = torch.randn(6, 1, 9, device=DEVICE), torch.randint(9, (6, 4), device=DEVICE)
+    for column in (ids[:, :1], ids[:, :1].contiguous()):
+        logps = prefix_loss(logits, column, torch.ones(6, device=DEVICE), backend="triton").logps
+        torch.testing.assert_close(logps, logits.log_softmax(-1).gather(-1, column[..., None]).squeeze(-1))
+        hidden, weight = logits, torch.eye(9, device=DEVICE)
+        torch.testing.assert_close(linear_logps(hidden, weight, column, backend="triton").logps, logps)
+
+
 def test_rows_may_lie_beyond_two_to_the_31_elements() -> None:
     # 4 GiB of addresses, of which only the two rows are ever touched on a CPU
     case = representable(without_ref(small_case("logits", batch=1, length=2, vocab=9)).but(mask=None), torch.float16)

@@ -1,0 +1,66 @@
+"""Data parallel: the denominator of the whole batch, so that the ranks' gradients are those of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixloss import check
+from prefixloss.config import LossConfig
+from prefixloss.layout import Layout
+
+
+def global_normalizer(
+    config: LossConfig,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    group: Any = None,
+    averaged: bool = True,
+) -> Tensor:
+    """What to pass as `normalizer` on every rank: 0-d, float64. A collective over `group` (None: all processes).
+
+    tokens, mask, cu_seqlens, group_ids: this rank's, as for the loss; a rank may have no token. averaged: whether the
+    ranks' gradients are averaged, as DDP and FSDP do, or summed. With gradient accumulation pass the sum of the
+    micro-batches' results, and let each backward run without averaging by their number.
+
+    ValueError: reduction="group-token-mean" with a group on several ranks, whose tokens no rank could count.
+    """
+    check.config(config, LossConfig)
+    check.tensor("tokens", tokens, "integer")
+    layout = Layout.of(tokens.shape, tokens.device, mask, cu_seqlens)
+    argument = f'reduction="{config.reduction}"'
+    if config.reduction == "token-mean":
+        count = float(layout.scored.sum())
+    elif config.reduction == "group-token-mean":
+        if group_ids is None:
+            check.fail("group_ids", "None", f"int64 [B], since {argument}")
+        assert group_ids is not None
+        count = float(_own_groups(group_ids, group))
+    elif config.reduction == "none":
+        count = 1 / torch.distributed.get_world_size(group)
+    else:
+        count = float(layout.responses(argument))
+        if config.reduction == "constant":
+            if config.max_length is None:
+                check.fail("max_length", "None", f"a number of tokens, since {argument}")
+            count *= config.max_length or 1
+    total = torch.tensor(count, dtype=torch.float64, device=tokens.device)
+    torch.distributed.all_reduce(total, group=group)
+    total.clamp_(min=1)
+    return total / torch.distributed.get_world_size(group) if averaged else total
+
+
+def _own_groups(group_ids: Tensor, group: Any) -> int:
+    """How many groups are here, none of which may be elsewhere too."""
+    mine = set(group_ids.tolist())
+    ranks: list[set[int]] = [set()] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(ranks, mine, group=group)
+    shared = [label for label in mine if sum(label in others for others in ranks) > 1]
+    if shared:
+        check.fail("group_ids", f"group {min(shared)} on several ranks", "all responses of a group on one rank")
+    return len(mine)
