@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice, zip_longest
+from itertools import count, groupby, islice, zip_longest
 from typing import NamedTuple
 
 from prefixloss.detect.replay import Puzzle, Replay, UnreadError, WrongError
@@ -135,9 +135,12 @@ class _Words(Puzzle):
             raise WrongError("goes on after the words are sorted")
         return self.order[self.place]
 
-    def _next_comparison(self) -> tuple[_Tie, int]:
+    def _next_comparison(self, splits: bool) -> tuple[_Tie, int]:
+        """Of the leftmost tie: by the next letter, or if it splits the tie by the next that does."""
         tie = self._next()
-        return tie, tie.letters
+        first, last = tie.words[0], tie.words[-1]
+        differs = next(k for k in count(tie.letters) if first[k : k + 1] != last[k : k + 1])
+        return tie, differs if splits else tie.letters
 
     def _check_letters(self, text: str, looked_at: Sequence[re.Match[str]]) -> None:
         which = {_ORDINALS.index(m[1].lower()) if m[1] else int(m[2]) - 1 for m in looked_at}
@@ -180,18 +183,22 @@ class _Words(Puzzle):
             )
 
     def _check_orders(self, chains: Sequence[Sequence[_Piece]]) -> None:
-        """First the words compared, split, or all words; then all words. A comparison may be left to the reader."""
-        if not chains or (self.compared is None and self._is_whole(chains[0])):
-            return
-        tie, letter = self.compared or self._next_comparison()
-        split = tie.split(letter)
-        self.order[self.place : self.place + 1] = split
-        self.compared = None
-        for number, chain in enumerate(chains):
-            if number == 0 and not self._is_whole(chain):
-                self._check_order(chain, split, range(letter, letter + 1))
-            else:
-                self._check_order(chain, self.order, range(letter + 1))
+        """First the words compared, split, or all words; then all words. A comparison may be left to the reader, and
+        an order may be said again before the next."""
+        split: list[_Tie] | None = None
+        letter = 0
+        for chain in chains:
+            if split is None:
+                if self.compared is None and self._is_whole(chain):
+                    continue
+                tie, letter = self.compared or self._next_comparison(splits=len(chain) > 1)
+                split = tie.split(letter)
+                self.order[self.place : self.place + 1] = split
+                self.compared = None
+                if not self._is_whole(chain):
+                    self._check_order(chain, split, range(letter, letter + 1))
+                    continue
+            self._check_order(chain, self.order, range(letter + 1))
 
     def _is_whole(self, chain: Sequence[_Piece]) -> bool:
         """Whether a chain is the order of all words, as far as it is known."""

@@ -49,9 +49,10 @@ class _Things:
     def __init__(self, texts: Sequence[str]) -> None:
         self.all = [_words(text) for text in texts]
         self.known: dict[str, Thing | None] = {}
-        # last words such as "ball", where the words before them tell the things apart
+        # last words such as "ball", or "one" for them, where the words before them tell the things apart
         short = {thing[:-1] for thing in self.all}
-        self.kinds = {thing[-1] for thing in self.all} if len(short) == len(texts) and () not in short else set()
+        distinct = len(short) == len(texts) and () not in short
+        self.kinds = {"one", *(thing[-1] for thing in self.all)} if distinct else set()
 
     def find(self, text: str) -> Thing | None:
         """The thing a text names, None if that is none or may be several."""
