@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -78,6 +79,9 @@ def train(
     device: Annotated[str | None, option("device", "cpu, cuda or cuda:N.")] = None,
     threads: Annotated[int | None, option("threads", "CPU threads, 0: as many as PyTorch likes.")] = None,
     seed: Annotated[int | None, option("seed", "Of everything random.")] = None,
+    timeout: Annotated[
+        float | None, option("timeout", "Seconds that a process waits for the others, under torchrun.")
+    ] = None,
     updates: Annotated[int | None, option("updates", "Batches of rollouts to learn from.")] = None,
     prompts: Annotated[int | None, option("prompts", "Prompts an update.")] = None,
     group: Annotated[int | None, option("group", "Responses a prompt.")] = None,
@@ -128,8 +132,11 @@ def train(
             if "shorten" in given:
                 given["shorten"] = _number(given["shorten"])
             config = Config(**{**(GENERAL if model else {}), **given})
+            if out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise UsageError("--out: got None, expected a directory: under torchrun all processes share one")
             run = out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-            _check_room(run, overwrite)
+            if int(os.environ.get("RANK", "0")) == 0:
+                _check_room(run, overwrite)
         train_run(config, run, Report(), overwrite=overwrite)
     except UsageError as error:
         raise fail(str(error)) from None

@@ -31,6 +31,7 @@ class Config:
     device: str = "cpu"
     threads: int = 1  # 0: one a core. One is as fast for the tiny model, and its results do not depend on the machine's
     seed: int = 0
+    timeout: float = 600.0  # seconds that a process waits for the others, under torchrun
     # credit
     advantage: str = "vppo"
     detector: str | None = None  # of first wrong steps, see `prefixloss.detect.choose`; None: the built-in check
@@ -73,7 +74,7 @@ class Config:
             self._expect(name, getattr(self, name) >= 1, "a whole number of at least 1")
         for name in ("seed", "threads", "warm_steps", "lr_warmup"):
             self._expect(name, getattr(self, name) >= 0, "a whole number of at least 0")
-        for name in ("lr", "warm_lr", "warm_loss", "max_grad_norm"):
+        for name in ("timeout", "lr", "warm_lr", "warm_loss", "max_grad_norm"):
             self._expect(name, 0 < getattr(self, name) < math.inf, "a number above 0")
         for name in ("clip", "kl_coef"):
             self._expect(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from prefixloss import LossConfig, TokenAdvantages, advantages, linear_logps, linear_prefix_loss
@@ -21,6 +22,7 @@ from prefixloss.rl.config import Config
 from prefixloss.rl.policy import Policy, Sampled, load_policy, tiny_policy, token_at
 from prefixloss.rl.report import Report
 from prefixloss.rl.samples import write_samples
+from prefixloss.rl.team import Team
 from prefixloss.steps import split
 
 BAD_STEPS_IN_A_ROW = 3
@@ -176,12 +178,14 @@ def update(
     state: State,
     problems: list[task.Problem],
     samples: Path | None = None,
+    team: Team = Team(),
 ) -> dict[str, float]:
     """Sample a group for every problem and learn from it; the metrics are means over the update.
 
-    samples: where to leave the responses.
+    problems: of all processes together. samples: where to leave the responses.
     """
-    # sample and check
+    # sample and check this process's share
+    problems = team.share(problems)
     repeated = [p for p in problems for _ in range(config.group)]
     sampled = policy.sample([p.question for p in repeated], config.max_tokens)
     checked = check_responses(config, policy, repeated, sampled)
@@ -213,7 +217,7 @@ def update(
         # groups stay whole, so each minibatch's loss is the mean over its groups
         for minibatch in groups[torch.randperm(len(groups))].tensor_split(config.minibatches):
             optimizer.zero_grad()
-            total = 0.0
+            total, (everywhere,) = 0.0, team.sum([len(minibatch)])
             for micro in minibatch.split(config.micro_prompts):
                 rows = micro.flatten()
                 part = sampled.rows(rows)
@@ -228,7 +232,7 @@ def update(
                     ref_logps=None if ref_logps is None else ref_logps[rows],
                     lm_head_bias=policy.bias,
                     group_ids=group_ids[rows],
-                    normalizer=float(len(minibatch)),  # the micro-batches' losses add up to the minibatch's
+                    normalizer=everywhere,  # the micro-batches' and processes' losses add up to the minibatch's
                     config=loss_config,
                 )
                 out.loss.backward()
@@ -238,19 +242,27 @@ def update(
                 if math.isfinite(total):
                     for name, value in (("tokens", 1.0), ("kl", float(out.metrics["kl"])), ("clip_share", clipped)):
                         sums[name] += weight * value
+            team.sum_gradients(policy.model.parameters())
+            (total,) = team.sum([total])  # if it is not finite anywhere, no process takes the step
             norm = float(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm))
             take_step(config, optimizer, state, math.isfinite(total) and math.isfinite(norm))
 
     found = checked.first_error >= 0
-    per_token = max(sums["tokens"], 1.0)
+    lengths = sampled.mask.sum(1)
+    local: dict[str, Any] = {
+        "responses": len(repeated), "reward": checked.correct.sum(), "found": found.sum(),
+        "good_prefix": checked.first_error[found].sum(), "good_steps": checked.right_steps[found].sum(),
+        "length": lengths.sum(), **sums,
+    }  # fmt: skip
+    of = dict(zip(local, team.sum([float(value) for value in local.values()]), strict=True))
     return {
-        "reward": checked.correct.double().mean().item(),
-        "good_prefix": mean(checked.first_error[found]),
-        "good_steps": mean(checked.right_steps[found]),
-        "length": mean(sampled.mask.sum(1)),
-        "kl": sums["kl"] / per_token,
-        "clip_share": sums["clip_share"] / per_token,
-        "learning_tokens": sums["tokens"] / (int(sampled.mask.sum()) * config.epochs),
+        "reward": of["reward"] / of["responses"],
+        "good_prefix": of["good_prefix"] / max(of["found"], 1),
+        "good_steps": of["good_steps"] / max(of["found"], 1),
+        "length": of["length"] / of["responses"],
+        "kl": of["kl"] / max(of["tokens"], 1.0),
+        "clip_share": of["clip_share"] / max(of["tokens"], 1.0),
+        "learning_tokens": of["tokens"] / (of["length"] * config.epochs),
         "skipped": state.skipped,
     }
 
@@ -287,10 +299,6 @@ def learning_rate(config: Config, step: int) -> float:
     return config.lr * min(1.0, step / max(config.lr_warmup, 1)) * (1.0 - 0.9 * progress)
 
 
-def mean(values: Tensor) -> float:
-    return values.double().mean().item() if len(values) else 0.0
-
-
 # ---- evaluation --------------------------------------------------------------------------------------------
 
 
@@ -299,23 +307,23 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(config: Config, policy: Policy, problems: list[task.Problem]) -> dict[str, float]:
+def evaluate(config: Config, policy: Policy, problems: list[task.Problem], team: Team = Team()) -> dict[str, float]:
     """pass@1 and pass@k on held-out problems, with random numbers of its own, the same at each evaluation."""
+    problems = team.share(problems)
     repeated = [p for p in problems for _ in range(config.eval_samples)]
     size = config.prompts * config.group
     correct: list[bool] = []
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed + team.rank)
         for start in range(0, len(repeated), size):
             chunk = repeated[start : start + size]
             texts = policy.sample([p.question for p in chunk], config.max_tokens).texts
             correct += [task.check_answer(p, text) for p, text in zip(chunk, texts, strict=True)]
     counts = torch.tensor(correct).view(len(problems), config.eval_samples).sum(1).tolist()
-    return {
-        f"pass@{k}": sum(pass_at_k(config.eval_samples, c, k) for c in counts) / len(counts)
-        for k in dict.fromkeys((1, config.k))
-    }
+    ks = list(dict.fromkeys((1, config.k)))
+    count, *rates = team.sum([len(counts), *(sum(pass_at_k(config.eval_samples, c, k) for c in counts) for k in ks)])
+    return {f"pass@{k}": rate / count for k, rate in zip(ks, rates, strict=True)}
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -324,7 +332,7 @@ def evaluate(config: Config, policy: Policy, problems: list[task.Problem]) -> di
 def train(config: Config, run: Path, report: Report, *, overwrite: bool = False) -> list[dict[str, Any]]:
     """Train in the directory `run`, from its checkpoint if it has one. Returns a dict of metrics an update.
 
-    overwrite: remove what is in `run` first.
+    overwrite: remove what is in `run` first. Under torchrun every process calls this, and the first one writes.
 
     UsageError: an argument cannot work. NotFiniteError: see there. KeyboardInterrupt: stopped, and saved if there was
     an update to save.
@@ -332,36 +340,31 @@ def train(config: Config, run: Path, report: Report, *, overwrite: bool = False)
     stop = checkpoint.Stop()
     with stop.listening():
         # the policy, a frozen copy of it, and the problems
+        team = Team.join(config.device, config.timeout)
+        if config.prompts // team.size < config.minibatches:
+            raise UsageError(f"--prompts: got {config.prompts}, expected at least one a minibatch and process")
+        report = report if team.leads else Report(Console(quiet=True))
         torch.set_num_threads(config.threads or torch.get_num_threads())
         torch.manual_seed(config.seed)
         problems, held_out = open_problems(config)
-        policy = load_policy(config.model) if config.model else tiny_policy(config.hidden_size, config.layers)
-        policy.model.to(config.device)
-        checkpoint.open_run(run, asdict(config), overwrite)
-        saved = checkpoint.load(run / "checkpoint.pt", config.device)
-        state, history = State(), list[dict[str, Any]]()
+        policy = open_policy(config, team.device)
+        saved = open_run(config, run, overwrite, team)
         if saved is None and config.model is None:
             warm_start(policy, config, problems, report, stop)
-        reference = copy.deepcopy(policy)
-        reference.model.requires_grad_(False)
+        team.start_alike(policy.model.state_dict().values())
+        reference = frozen(policy)
         optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-
-        def save() -> None:
-            modules = {"model": policy.model, "reference": reference.model, "optimizer": optimizer}
-            states = {name: module.state_dict() for name, module in modules.items()}
-            checkpoint.save(run / "checkpoint.pt", {**states, "state": asdict(state), "history": history})
+        modules = {"model": policy.model, "reference": reference.model, "optimizer": optimizer}
 
         # resume, or evaluate the policy it starts from
+        state, history = State(), list[dict[str, Any]]()
         if saved is not None:
-            policy.model.load_state_dict(saved["model"])
-            reference.model.load_state_dict(saved["reference"])
-            optimizer.load_state_dict(saved["optimizer"])
-            state, history = State(**saved["state"]), saved["history"]
-            checkpoint.restore_random(saved["random"])
+            state, history = restore(saved, modules)
         else:
-            history = [{"update": 0, **evaluate(config, policy, held_out)}]
-            save()
-        checkpoint.rewrite_metrics(run / "metrics.jsonl", history)
+            history = [{"update": 0, **evaluate(config, policy, held_out, team)}]
+            save(run, modules, state, history, team)
+        if team.leads:
+            checkpoint.rewrite_metrics(run / "metrics.jsonl", history)
         report.evaluated(next(m for m in reversed(history) if "pass@1" in m))
 
         # the loop: problems follow on from the warm start's
@@ -369,24 +372,68 @@ def train(config: Config, run: Path, report: Report, *, overwrite: bool = False)
             while state.update < config.updates:
                 first = config.warm_steps * config.warm_batch * (config.model is None) + state.update * config.prompts
                 last = state.update + 1 == config.updates
+                evaluates = last or (state.update + 1) % config.eval_every == 0
+                team.seed(config.seed, state.update)
                 metrics = update(
                     config, policy, reference, optimizer, state, problems(first, config.prompts),
-                    run / "responses.jsonl" if last or (state.update + 1) % config.eval_every == 0 else None,
+                    run / "responses.jsonl" if evaluates and team.leads else None, team,
                 )  # fmt: skip
                 state.update += 1
                 history.append({"update": state.update, **metrics})
-                if last or state.update % config.eval_every == 0:
-                    history[-1] |= evaluate(config, policy, held_out)
+                if evaluates:
+                    history[-1] |= evaluate(config, policy, held_out, team)
                     report.evaluated(history[-1])
-                checkpoint.append_metrics(run / "metrics.jsonl", history[-1])
-                if last or stop.asked or state.update % config.save_every == 0:
-                    save()
+                if team.leads:
+                    checkpoint.append_metrics(run / "metrics.jsonl", history[-1])
+                stopped = team.any(stop.asked)
+                if last or stopped or state.update % config.save_every == 0:
+                    save(run, modules, state, history, team)
                 report.advance(**history[-1])
-                if stop.asked and not last:
+                if stopped and not last:
                     raise KeyboardInterrupt
 
     # the trained model, the picture and the table
+    if team.leads:
+        finish(config, run, policy, report, history)
+    return history
+
+
+def open_policy(config: Config, device: str) -> Policy:
+    policy = load_policy(config.model) if config.model else tiny_policy(config.hidden_size, config.layers)
+    policy.model.to(device)
+    return policy
+
+
+def frozen(policy: Policy) -> Policy:
+    """A copy that stays as it is."""
+    reference = copy.deepcopy(policy)
+    reference.model.requires_grad_(False)
+    return reference
+
+
+def open_run(config: Config, run: Path, overwrite: bool, team: Team) -> dict[str, Any] | None:
+    """The run's checkpoint, None if it has none yet."""
+    if team.leads:
+        checkpoint.open_run(run, asdict(config), overwrite)
+    team.wait()
+    return checkpoint.load(run / "checkpoint.pt", team.device)
+
+
+def restore(saved: dict[str, Any], modules: dict[str, Any]) -> tuple[State, list[dict[str, Any]]]:
+    """Puts back what `save` kept, by however many processes."""
+    for name, module in modules.items():
+        module.load_state_dict(saved[name])
+    checkpoint.restore_random(saved["random"])
+    return State(**saved["state"]), saved["history"]
+
+
+def finish(config: Config, run: Path, policy: Policy, report: Report, history: list[dict[str, Any]]) -> None:
     if not (run / "policy").exists():
         write_whole_directory(run / "policy", policy.save)
     report.finish(run, history, config.k)
-    return history
+
+
+def save(run: Path, modules: dict[str, Any], state: State, history: list[dict[str, Any]], team: Team) -> None:
+    if team.leads:
+        states = {name: module.state_dict() for name, module in modules.items()}
+        checkpoint.save(run / "checkpoint.pt", {**states, "state": asdict(state), "history": history})
