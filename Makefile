@@ -6,14 +6,15 @@ BIN := .venv/bin
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[rl,detect,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[rl,detect,trl,dev]'
 	touch $@
 
 demo: .venv/ready
 	$(BIN)/prefixloss train --out runs/demo --overwrite
 
+# a process a core, each with one thread
 test: lint types wheel
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --dist loadfile
 
 slow: .venv/ready
 	$(BIN)/pytest -m slow

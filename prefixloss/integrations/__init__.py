@@ -1,0 +1,1 @@
+"""prefixloss inside other trainers: one module for each, imported only when asked for."""

@@ -1,0 +1,128 @@
+"""SkyRL 0.3: policy losses and advantage estimators through its registries, and log-probs under its fused LM head.
+
+In the script that starts a run, before Ray does (SkyRL sends what is registered to its workers, which need prefixloss
+installed):
+
+    from prefixloss.integrations import skyrl
+    skyrl.register()
+
+    trainer.algorithm.advantage_estimator=vppo trainer.algorithm.policy_loss_type=prefix_clip
+
+That command line needs Ray and GPUs and was not run here. The Megatron back-end's fused head (`fused_lm_head_logprob`)
+is replaced where a worker calls `patch_head()`. A trajectory's reward has to be a signed score
+(`token_loss.signed_score`): 1 for a correct response, -(first_error + 1) for a wrong one, 0 where no error was found.
+So `use_kl_in_reward` has to stay off.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, get_args
+
+from torch import Tensor
+
+from prefixloss.config import LossConfig, Objective
+from prefixloss.integrations.token_loss import logged, token_advantages
+from prefixloss.integrations.token_loss import policy_loss as loss_of
+from prefixloss.loss import linear_logps
+
+
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    config: Any,
+    loss_mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    *,
+    objective: Objective = "clip",
+) -> tuple[Tensor, dict[str, float]]:
+    """A policy loss in SkyRL's signature, registered as prefix_clip, prefix_cispo, ...; tensors [B, T].
+
+    config: its AlgorithmConfig. eps_clip_low and eps_clip_high are those of "clip"; 1 + cispo.cispo_eps_clip_high is
+    the cap on the ratio of "cispo" (which has no lower one); sapo.tau_pos and tau_neg are those of "sapo". SkyRL has
+    put the reduction into the advantages, so this is a sum over the mask; entropy and KL terms are added by SkyRL, its
+    off-policy correction is made by its own function.
+    """
+    cispo, sapo = getattr(config, "cispo", None), getattr(config, "sapo", None)
+    options = LossConfig(
+        objective=objective,
+        clip_low=float(config.eps_clip_low),
+        clip_high=1.0 + cispo.cispo_eps_clip_high if objective == "cispo" and cispo else float(config.eps_clip_high),
+        sapo_tau=(float(sapo.tau_pos), float(sapo.tau_neg)) if sapo else (1.0, 1.05),
+        reduction="none",
+    )
+    mask = None if loss_mask is None else loss_mask != 0
+    out = loss_of(log_probs, old_log_probs, advantages, mask, options)
+    seen = logged(out.metrics)
+    losses, correction = out.loss, getattr(config, "off_policy_correction", None)
+    if correction is not None:
+        from skyrl.backends.skyrl_train.utils.off_policy_correction_utils import (  # noqa: PLC0415
+            apply_off_policy_correction,
+        )
+
+        losses, loss_mask, extra = apply_off_policy_correction(
+            losses, old_log_probs, rollout_logprobs, loss_mask, correction
+        )
+        seen |= extra
+    return (losses if loss_mask is None else losses * loss_mask).sum(), seen
+
+
+def advantage_estimator(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    config: Any = None,
+    *,
+    estimator: str = "vppo",
+    options: dict[str, Any] | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """An advantage estimator in SkyRL's signature: (advantages, returns), [B, T] both.
+
+    token_level_rewards: [B, T], a response's sum is its signed score. index: [B], equal for answers to one prompt.
+    """
+    spread = token_advantages(
+        token_level_rewards.sum(-1), response_mask.bool().sum(-1), index, estimator, **(options or {})
+    )
+    of_token = spread.per_token(response_mask, response_mask)
+    return of_token, of_token.clone()
+
+
+def fused_logps(
+    backend: str,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    vocab_start_index: int,
+    vocab_end_index: int,
+    chunk_size: int,
+    tp_group: Any,
+    inference_only: bool,
+) -> Tensor:
+    """Log-probs [B, S] in the signature of SkyRL's `_fused_lm_head_logprob_apply`.
+
+    hidden: [B, S, D]; weight: [V / ranks, D], already divided by the temperature; target: [B, S].
+    """
+    return linear_logps(hidden, weight, target, tp_group=tp_group).logps
+
+
+def patch_head() -> None:
+    """Puts `fused_logps` under SkyRL's fused LM head, in this process."""
+    from skyrl.backends.skyrl_train.distributed.megatron import model_utils  # noqa: PLC0415
+
+    model_utils._fused_lm_head_logprob_apply = fused_logps
+
+
+def register(**options: Any) -> None:
+    """Adds the losses and the estimators "vppo", "cliff" and "neutral_prefix"; options: of the estimators."""
+    from skyrl.backends.skyrl_train.utils.ppo_utils import (  # noqa: PLC0415
+        AdvantageEstimatorRegistry,
+        PolicyLossRegistry,
+    )
+
+    for objective in get_args(Objective):
+        PolicyLossRegistry.register(f"prefix_{objective}", partial(policy_loss, objective=objective))
+    for estimator in ("vppo", "cliff", "neutral_prefix"):
+        compute = partial(advantage_estimator, estimator=estimator, options=options)
+        AdvantageEstimatorRegistry.register(estimator, compute)

@@ -1,0 +1,194 @@
+"""What trainers with log-probs and registries of their own share: the loss from log-probs, credit from plain rewards.
+
+`prefixloss.two_stages` holds the maths; here are the checks, the layout and the metrics of `linear_prefix_loss`. With
+log-probs from `linear_logps` the model's gradient is that of `linear_prefix_loss`: the backward there skips every token
+whose coefficient is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefixloss import advantages as credit
+from prefixloss import check, two_stages
+from prefixloss.advantages import TokenAdvantages
+from prefixloss.batch import TokenInputs
+from prefixloss.config import LossConfig
+from prefixloss.detect.choose import by_name
+from prefixloss.heads import accumulation_dtype
+from prefixloss.loss import linear_logps
+from prefixloss.metrics import metrics
+from prefixloss.steps import Segmenter, step_tokens
+
+
+class PolicyLoss(NamedTuple):
+    """loss: 0-d (shaped like `logps` for reduction="none"), differentiable. metrics: see `prefixloss.metrics`."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def policy_loss(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor | TokenAdvantages,
+    mask: Tensor | None,
+    config: LossConfig,
+    *,
+    entropy: Tensor | None = None,
+    sampler_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> PolicyLoss:
+    """The loss that `linear_prefix_loss` gives for tokens with these log-probs.
+
+    logps: float [B, T], or [N] with `cu_seqlens`; values outside the mask are never read. entropy: like `logps`,
+    needed by entropy_coef. Gradients reach both. The other arguments are those of `linear_prefix_loss`. Temperature,
+    softcap and logit scale are already in the log-probs; kl="full" needs logits and is refused.
+    """
+    check.config(config, LossConfig)
+    check.tensor("logps", logps, "float")
+    if config.kl == "full":
+        check.fail("kl", "'full'", "'k1', 'k2' or 'k3': the exact KL needs logits, and these are log-probs")
+    if entropy is not None:
+        check.tensor("entropy", entropy, "float")
+        check.shape("entropy", entropy, logps.shape, "the shape of logps")
+    elif config.entropy_coef != 0:
+        check.fail("entropy", "None", f"a value, since entropy_coef={config.entropy_coef!r}")
+    # which token was sampled no longer matters: any id will do
+    tokens = torch.zeros_like(logps, dtype=torch.int64)
+    dtype = accumulation_dtype(logps)
+    batch = TokenInputs(
+        tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer
+    ).checked(config, dtype, 1, {})
+
+    def statistics(needed: Tensor) -> two_stages.Statistics:
+        def at(values: Tensor | None) -> Tensor:
+            if values is None:
+                return torch.zeros_like(batch.weights)
+            return torch.where(needed, values.reshape(-1).to(dtype), 0.0)
+
+        return two_stages.Statistics(at(logps), at(entropy), None)
+
+    total, values = two_stages.loss(statistics, batch, config)
+    return PolicyLoss(
+        total.reshape(logps.shape) if config.reduction == "none" else total,
+        metrics(config, batch, values, total.detach()),
+    )
+
+
+def logged(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """What trainers log of `prefixloss.metrics`, as numbers, after one synchronisation."""
+    shares = {
+        "clip_ratio": metrics["clip_low"] + metrics["clip_high"],
+        "learning_share": metrics["learning_tokens"] / metrics["scored_tokens"].clamp(min=1),
+        "ratio_mean": metrics["ratio_mean"],
+        "ratio_max": metrics["ratio_max"],
+    }
+    return dict(zip(shares, torch.stack([x.double() for x in shares.values()]).tolist(), strict=True))
+
+
+def signed_score(correct: bool, first_error: int) -> float:
+    """An outcome and a first error as the one number that a trainer's reward is.
+
+    1 for a correct response; -(first_error + 1) for a wrong one, first_error being the 0-based index among the scored
+    tokens of the first token of the first wrong step; 0 for a wrong one without a known first error (-1).
+    """
+    return 1.0 if correct else -(first_error + 1.0)
+
+
+def outcomes(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """`correct` and `first_error` [B] of `prefixloss.advantages`, from signed scores, float [B].
+
+    Raises ValueError for a score that is none: rewards with a KL penalty or shaping in them have lost the outcome.
+    """
+    scores = scores.detach().double()
+    wrong = (scores != 1) & ((scores > 0) | (scores != scores.round()))
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        check.fail("scores", f"{scores[at]:g} for response {at}", "1, 0 or -(first_error + 1), nothing added to it")
+    return scores == 1, torch.where(scores < 0, -scores - 1, -1).long()
+
+
+def token_advantages(
+    scores: Tensor, lengths: Tensor, group_labels: Any, estimator: str = "vppo", **options: Any
+) -> TokenAdvantages:
+    """Advantages from signed scores, float [B]. lengths: scored tokens, int64 [B]. group_labels: any B labels.
+
+    estimator: "vppo", "cliff" or "neutral_prefix" (GRPO, 0 on good prefixes), with their options in
+    `prefixloss.advantages`. Trainers do not hand over the prompts' lengths: `shorten` is 0 unless set.
+    """
+    correct, first_error = outcomes(scores)
+    first_error = torch.where(lengths > 0, first_error, -1)  # a response that a trainer has masked altogether
+    numbers = np.unique(np.asarray(group_labels), return_inverse=True)[1]
+    group_ids = torch.as_tensor(numbers, dtype=torch.int64, device=scores.device)
+    if estimator == "vppo":
+        return credit.vppo(correct, lengths, first_error, group_ids, **{"shorten": 0, **options})
+    if estimator == "cliff":
+        return credit.cliff(correct, lengths, first_error, group_ids, **options)
+    if estimator == "neutral_prefix":
+        return credit.neutral_prefix(credit.grpo(correct.float(), group_ids, **options), correct, first_error)
+    check.fail("estimator", repr(estimator), "'vppo' | 'cliff' | 'neutral_prefix'")
+    raise AssertionError
+
+
+def first_error_of(
+    tokenizer: Any,
+    tokens: Sequence[int],
+    problem: str,
+    answer: str | None,
+    detector: str = "auto",
+    steps: Segmenter = "markers",
+) -> int:
+    """The index of the first token of the first wrong step of a sampled response, -1 where the detector finds none."""
+    texts, starts = step_tokens(tokenizer, tokens, steps)
+    step = by_name(detector).detect(problem, texts, answer).step
+    return -1 if step is None else starts[step]
+
+
+@contextmanager
+def head_of_logps(
+    model: Any, tokens: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
+) -> Iterator[None]:
+    """Within it the LM head of a transformers model returns log-probs, and entropies if asked, in place of logits.
+
+    The model's "logits" are then float32 [B, T, 1] ([B, T, 2] with entropies): of `tokens` [B, T], tokens[b, t] being
+    what position t predicts; 0 outside `mask`. The head is called where it always is, so that FSDP and ZeRO gather its
+    weight, but nothing of [tokens, vocabulary] is made.
+    """
+    inner = model
+    while not hasattr(inner, "get_output_embeddings") and hasattr(inner, "module"):
+        inner = inner.module  # DeepSpeed's and DDP's wrappers
+    head = inner.get_output_embeddings()
+    after = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+    if hasattr(head, "base_layer") or any(getattr(inner.config, name, None) not in (None, 1) for name in after):
+        check.fail("model", type(inner).__name__, "one whose logits are its head's, without an adapter on it")
+    before = vars(head).get("forward")
+
+    def forward(hidden: Tensor) -> Tensor:
+        out = linear_logps(
+            hidden,
+            head.weight,
+            tokens,
+            mask=mask,
+            lm_head_bias=getattr(head, "bias", None),
+            temperature=temperature,
+            entropy=entropy,
+        )
+        return torch.stack([x for x in out if x is not None], -1)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before

@@ -1,0 +1,210 @@
+"""verl 0.9: policy losses, advantage estimators, a reward manager and the fused head, through its own registries.
+
+Loaded by verl itself in every process through the entry point group "verl.plugins"; a user then writes
+
+    python -m verl.trainer.main_ppo \\
+        algorithm.adv_estimator=vppo +algorithm.vppo.alpha=0.5 \\
+        actor_rollout_ref.actor.policy_loss.loss_mode=prefix_clip \\
+        reward.reward_manager.name=prefixloss +reward.prefixloss.detector=maths +reward.prefixloss.steps=markers \\
+        actor_rollout_ref.model.use_fused_kernels=True \\
+        actor_rollout_ref.model.fused_kernel_options.impl_backend=torch \\
+        ...
+
+with PREFIXLOSS_VERL_HEAD=1 in the environment of the workers to have our head under `use_fused_kernels`. That command
+needs Ray and GPUs and was not run here.
+
+verl hands an estimator one reward a response. The reward manager puts the first error into it: 1 for a correct
+response, -(first_error + 1) for a wrong one, 0 where no error was found (`token_loss.signed_score`); a reward function
+of your own may return the same. So `algorithm.use_kl_in_reward` has to stay off.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, get_args
+
+from torch import Tensor
+
+from prefixloss.config import LossConfig, Objective
+from prefixloss.integrations.token_loss import first_error_of, logged, signed_score, token_advantages
+from prefixloss.integrations.token_loss import policy_loss as loss_of
+from prefixloss.loss import linear_logps
+
+
+def policy_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+    *,
+    objective: Objective = "clip",
+) -> tuple[Tensor, dict[str, float]]:
+    """A policy loss in verl's signature, registered as prefix_clip, prefix_cispo, ...; tensors [B, T].
+
+    config: verl's ActorConfig. clip_ratio_low, clip_ratio_high and clip_ratio_c (dual clip) are those of "clip", and
+    1 + clip_ratio_high is the cap on the ratio of "cispo" (which has no lower one); tau_pos and tau_neg those of
+    "sapo". Entropy and KL terms are added by verl.
+    """
+    shape = log_prob.shape
+    reduction, normalizer = _reduction(loss_agg_mode, response_mask, config.global_batch_info)
+    if rollout_is_weights is not None:
+        advantages = advantages * rollout_is_weights  # every objective is linear in its advantage
+    out = loss_of(
+        log_prob,
+        old_log_prob,
+        advantages.expand(shape),
+        response_mask,
+        _loss_config(objective, config, reduction),
+        normalizer=normalizer,
+    )
+    seen = logged(out.metrics)
+    return out.loss, {"actor/pg_clipfrac": seen.pop("clip_ratio")} | {f"actor/{k}": v for k, v in seen.items()}
+
+
+def _loss_config(objective: Objective, config: Any, reduction: Any) -> LossConfig:
+    low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
+    high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
+    return LossConfig(
+        objective=objective,
+        clip_low=float(low),
+        clip_high=float(high) + (objective == "cispo"),
+        dual_clip=float(config.get("clip_ratio_c", 3.0)) if objective == "clip" else None,
+        sapo_tau=(float(config.get("tau_pos", 1.0)), float(config.get("tau_neg", 1.05))),
+        reduction=reduction,
+    )
+
+
+def _reduction(mode: str, mask: Tensor, info: Any) -> tuple[str, float | Tensor]:
+    """verl's aggregation as our reduction and normalizer. verl averages over ranks, so theirs is a rank's share."""
+    ranks = info.get("dp_size") or 1
+    tokens, responses = info.get("batch_num_tokens"), info.get("global_batch_size")
+    if ranks > 1 and (tokens if mode == "token-mean" else responses if mode.startswith("seq-mean") else 1) is None:
+        raise ValueError(f"global_batch_info: got no count of the whole batch, expected one for {mode!r} on many ranks")
+    if responses is None:
+        responses = mask.bool().any(1).sum().clamp(min=1)  # an empty response is none
+    if mode == "token-mean":
+        return mode, (mask.sum().clamp(min=1) if tokens is None else tokens) / ranks
+    if mode == "token-sum":
+        return "token-mean", 1 / ranks
+    if mode in ("seq-mean-token-mean", "seq-mean-token-sum"):
+        return mode, responses / ranks
+    if mode == "seq-mean-token-sum-norm":
+        return "constant", responses / ranks * (info.get("loss_scale_factor") or mask.shape[-1])
+    raise ValueError(f"loss_agg_mode: got {mode!r}, expected one of verl's")
+
+
+def advantage_estimator(
+    token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, *, index: Any, estimator: str, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """An advantage estimator in verl's signature: (advantages, returns), [B, T] both, the same tensor.
+
+    token_level_rewards: [B, T], a response's sum is its signed score. index: [B], equal for answers to one prompt.
+    config: verl's AlgoConfig; `algorithm.<estimator>` holds the options of `prefixloss.advantages`. A prompt's length
+    does not reach an estimator: `shorten` is a number here, 0 unless set.
+    """
+    options = dict((config.get(estimator) if config is not None else None) or {})
+    scores = (token_level_rewards * response_mask).sum(-1)
+    spread = token_advantages(scores, response_mask.bool().sum(-1), index, estimator, **options)
+    of_token = spread.per_token(response_mask, response_mask)
+    return of_token, of_token
+
+
+def fused_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies in the signature of verl's `linear_cross_entropy`, shaped like `labels`.
+
+    hidden: [.., D] over the tokens of `labels`; weight: [V, D], or this rank's rows of it with `dist_process_group`.
+    """
+    if reduction != "none":
+        raise ValueError(f"reduction: got {reduction!r}, expected 'none': verl reduces per token")
+    out = linear_logps(
+        hidden, weight, labels, temperature=float(temperature), entropy=True, tp_group=dist_process_group
+    )
+    assert out.entropy is not None
+    return out.logps, out.entropy
+
+
+def patch_head() -> None:
+    """Puts `fused_logps` under verl's `use_fused_kernels`, for impl_backend "torch", "liger" and "triton" alike."""
+    from verl.utils.experimental import torch_functional  # noqa: PLC0415
+    from verl.utils.kernel import linear_cross_entropy as kernel  # noqa: PLC0415
+
+    def forward(
+        self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        return fused_logps(hidden_states, vocab_weights, input_ids, temperature)
+
+    torch_functional.FusedLinearForPPO.forward = forward
+    theirs, kernel.linear_cross_entropy = kernel.linear_cross_entropy, fused_logps
+    for name, module in list(sys.modules.items()):
+        # the Megatron models bind the name when they are imported
+        if name.startswith("verl.models.mcore.") and getattr(module, "linear_cross_entropy", None) is theirs:
+            module.linear_cross_entropy = fused_logps  # type: ignore[attr-defined]
+
+
+def register() -> None:
+    """Adds everything here to verl's registries; more than once does no harm."""
+    from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss  # noqa: PLC0415
+
+    for objective, loss in POLICY_LOSSES.items():
+        register_policy_loss(f"prefix_{objective}")(loss)
+    for estimator, compute in ESTIMATORS.items():
+        register_adv_est(estimator)(compute)
+    _register_reward_manager()
+    if os.environ.get("PREFIXLOSS_VERL_HEAD") == "1":
+        patch_head()
+
+
+def _register_reward_manager() -> None:
+    from verl.experimental.reward_loop.reward_manager import register as register_manager  # noqa: PLC0415
+    from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager  # noqa: PLC0415
+    from verl.experimental.reward_loop.reward_manager.registry import REWARD_MANAGER  # noqa: PLC0415
+
+    if "prefixloss" in REWARD_MANAGER:
+        return
+
+    @register_manager("prefixloss")
+    class PrefixRewardManager(NaiveRewardManager):  # type: ignore[misc]
+        """verl's own reward, turned into a signed score: above 0 is correct, else a detector finds the first error."""
+
+        async def run_single(self, data: Any) -> dict[str, Any]:
+            result = await super().run_single(data)
+            item = data[-1:][0]
+            correct = result["reward_score"] > 0
+            find = partial(_first_error, self.tokenizer, item, **dict(self.config.reward.get("prefixloss") or {}))
+            first_error = -1 if correct else await self.loop.run_in_executor(None, find)
+            extra = {**result["reward_extra_info"], "correct": float(correct), "first_error": first_error}
+            return {"reward_score": signed_score(correct, first_error), "reward_extra_info": extra}
+
+
+def _first_error(tokenizer: Any, item: Any, **options: Any) -> int:
+    """Among the scored tokens of a response. item: a DataProtoItem of verl."""
+    ids = item.batch["responses"]
+    valid = int(item.batch["attention_mask"][-len(ids) :].sum())
+    problem = next((m["content"] for m in reversed(item.non_tensor_batch["raw_prompt"]) if m["role"] == "user"), "")
+    answer = str(item.non_tensor_batch["reward_model"]["ground_truth"])
+    found = first_error_of(tokenizer, ids[:valid].tolist(), problem, answer, **options)
+    if found < 0 or "response_mask" not in item.batch:
+        return found
+    scored = item.batch["response_mask"][:valid]  # what tools wrote is not
+    return min(int(scored[:found].sum()), max(0, int(scored.sum()) - 1))
+
+
+POLICY_LOSSES = {name: partial(policy_loss, objective=name) for name in get_args(Objective)}
+ESTIMATORS = {name: partial(advantage_estimator, estimator=name) for name in ("vppo", "cliff", "neutral_prefix")}
+
+# verl only loads an entry point: whoever imports this with verl at hand wants it registered
+if find_spec("verl") is not None:
+    register()
