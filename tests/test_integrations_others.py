@@ -7,6 +7,8 @@ tested without its trainer. The tests named `..._itself` need the trainer's pack
 from __future__ import annotations
 
 import asyncio
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -276,6 +278,15 @@ def test_a_detector_names_the_first_token_of_the_first_wrong_step() -> None:
     ids = [ord(c) for c in WRONG]
     assert token_loss.first_error_of(Characters(), ids, "", None, "maths") == WRONG.index("Step 2")
     assert token_loss.first_error_of(Characters(), [ord(c) for c in RIGHT], "", None, "maths") == -1
+
+
+def test_a_group_of_one_process_is_no_group(tmp_path: Any) -> None:
+    assert token_loss.shared_by_many(None) is None
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert token_loss.shared_by_many(torch.distributed.group.WORLD) is None
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # --- a model's own head ---
@@ -692,25 +703,40 @@ def test_openrlhf_actor_makes_log_probs_of_action_tokens_alone() -> None:
     assert forward(actor, **call) == "theirs"
 
 
+class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports packages that are not installed as empty ones, whose every name is an empty class."""
+
+    def __init__(self, *packages: str) -> None:
+        self.packages = [name for name in packages if importlib.util.find_spec(name) is None]
+
+    def find_spec(self, name: str, *_: Any) -> Any:
+        wanted = name.partition(".")[0] in self.packages and not name.startswith("flash_attn.ops")  # has a fallback
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if wanted else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        def absent(name: str) -> type:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {})
+
+        module.__getattr__ = absent  # type: ignore[method-assign]
+
+
 @pytest.fixture(scope="module")
 def openrlhf_itself() -> Any:
-    """Its own modules; DeepSpeed and flash-attn, which they import and these tests do not call, may be missing."""
+    """Its own modules; what they import for GPUs, and these tests do not call, may be missing."""
     pytest.importorskip("openrlhf")
     pytest.importorskip("transformers").PreTrainedModel  # noqa: B018 (looks for DeepSpeed: before it is stood in for)
-    absent = ["deepspeed"] if importlib.util.find_spec("deepspeed") is None else []
-    if importlib.util.find_spec("flash_attn") is None:
-        absent += ["flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed"]
-    for name in absent:
-        sys.modules[name] = type("Absent", (types.ModuleType,), {"__getattr__": lambda self, item: None})(name)
-        sys.modules[name].__path__ = []
-    without_init("openrlhf.models")
-    try:
-        from openrlhf.models import actor, loss  # noqa: PLC0415
+    absent = Absent("deepspeed", "flash_attn", "vllm")
+    sys.meta_path.append(absent)
+    from openrlhf.models import actor, loss  # noqa: PLC0415
+    from openrlhf.trainer.ppo_utils import experience_maker  # noqa: PLC0415
+    from openrlhf.trainer.ray import ppo_actor  # noqa: PLC0415
 
-        yield SimpleNamespace(actor=actor, loss=loss)
-    finally:
-        for name in absent:
-            del sys.modules[name]
+    yield SimpleNamespace(actor=actor, loss=loss, experience_maker=experience_maker, ppo_actor=ppo_actor)
+    sys.meta_path.remove(absent)
+    for name in [name for name in sys.modules if name.partition(".")[0] in absent.packages]:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize("options", OPENRLHF_KINDS, ids=str)
@@ -742,6 +768,25 @@ def test_openrlhf_log_probs_are_those_of_its_actor_itself(openrlhf_itself: Any) 
         actor, call["sequences"], attention_mask=call["attention_mask"], return_logprobs=True
     )
     assert again.shape == (2, 6)
+
+
+def test_openrlhf_itself_trains_with_what_patch_puts_there(openrlhf_itself: Any, monkeypatch: Any) -> None:
+    actor, maker = openrlhf_itself.actor.Actor, openrlhf_itself.experience_maker.RemoteExperienceMaker
+    monkeypatch.setattr(openrlhf_itself.ppo_actor, "PolicyLoss", openrlhf_itself.ppo_actor.PolicyLoss)
+    monkeypatch.setattr(actor, "forward", actor.forward)
+    monkeypatch.setattr(maker, "compute_advantages_and_returns", maker.compute_advantages_and_returns)
+    openrlhf.patch("sapo", "cliff", keep=0.5)
+    assert openrlhf_itself.ppo_actor.PolicyLoss(clip_eps_low=0.2).config.objective == "sapo"
+    stand_in, call = actor_call()
+    assert actor.forward(stand_in, **call).shape == (2, 4)
+    mask = reward_case()[1]
+    experience = openrlhf_itself.experience_maker.Experience(
+        rewards=torch.tensor(SCORES), action_mask=mask, index=list(range(6)), info={}
+    )
+    strategy = SimpleNamespace(args=SimpleNamespace(rollout=SimpleNamespace(n_samples_per_prompt=3)))
+    maker.compute_advantages_and_returns(SimpleNamespace(strategy=strategy), [experience])
+    want = token_loss.token_advantages(torch.tensor(SCORES), LENGTHS, [0, 0, 0, 1, 1, 1], "cliff", keep=0.5)
+    assert torch.equal(experience.advantages, want.per_token(mask, mask))
 
 
 # --- SkyRL ---
@@ -799,6 +844,7 @@ def skyrl_itself() -> Any:
     from skyrl.backends.skyrl_train.utils import ppo_utils  # noqa: PLC0415
 
     skyrl.register(alpha=0.25)
+    skyrl.register()  # a second time: no harm
     yield ppo_utils
     for registry, prefix in ((ppo_utils.PolicyLossRegistry, "prefix_"), (ppo_utils.AdvantageEstimatorRegistry, "")):
         for name in registry.list_available():

@@ -612,7 +612,12 @@ def test_a_response_without_any_reward_teaches_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("correct", "expected"),
-    [(0.7, [True, False, True]), ("right", [True, False, False]), (lambda r: r[:, 1] > 0, [False, True, True])],
+    [
+        (0.7, [True, False, True]),
+        (1.5, [False] * 3),
+        ("right", [True, False, False]),
+        (lambda r: r[:, 1] > 0, [False, True, True]),
+    ],
 )
 def test_rewards_become_right_or_wrong_as_asked(correct, expected, tmp_path):
     def form(completions, **_):
@@ -633,7 +638,12 @@ def test_which_reward_says_right_has_to_be_said(tmp_path):
 
 @pytest.mark.parametrize(
     ("extra", "name"),
-    [({"segmenter": "words"}, "segmenter"), ({"advantage": "gae"}, "advantage"), ({"detector": None}, "detector")],
+    [
+        ({"segmenter": "words"}, "segmenter"),
+        ({"advantage": "gae"}, "advantage"),
+        ({"detector": None}, "detector"),
+        ({"alpha": 2}, "alpha"),
+    ],
 )
 def test_wrong_arguments_are_named(extra, name, tmp_path):
     with pytest.raises(ValueError, match=f"^{name}: got "):

@@ -1,13 +1,13 @@
 """OpenRLHF 0.11: its policy loss, its advantages and its actor's log-probs, replaced in place; it has no registries.
 
-In every process that trains, before the trainer starts (an agent or reward file that each process imports will do):
+`patch()` has to run in every process before the trainer does. Ray can call it wherever it starts one:
 
-    from prefixloss.integrations import openrlhf
-    openrlhf.patch()
+    ray job submit --runtime-env-json='{"worker_process_setup_hook": "prefixloss.integrations.openrlhf.patch"}' \\
+        -- python3 -m openrlhf.cli.train_ppo_ray ...
 
-OpenRLHF's command line stays as it is (`--actor.loss_agg_mode`, `--actor.eps_clip_low_high`, ...; it needs Ray and GPUs
-and was not run here). The reward has to be a signed score (`token_loss.signed_score`): 1 for a correct response,
--(first_error + 1) for a wrong one, 0 where no error was found; reward shaping and KL in the reward are refused.
+OpenRLHF's own command line stays as it is. That command needs Ray and GPUs and was not run here. The reward has to be a
+signed score (`token_loss.signed_score`): 1 for a correct response, -(first_error + 1) for a wrong one, 0 where no error
+was found; anything added to it is refused.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ installed):
 
     trainer.algorithm.advantage_estimator=vppo trainer.algorithm.policy_loss_type=prefix_clip
 
-That command line needs Ray and GPUs and was not run here. The Megatron back-end's fused head (`fused_lm_head_logprob`)
-is replaced where a worker calls `patch_head()`. A trajectory's reward has to be a signed score
-(`token_loss.signed_score`): 1 for a correct response, -(first_error + 1) for a wrong one, 0 where no error was found.
-So `use_kl_in_reward` has to stay off.
+That command line needs Ray and GPUs and was not run here. `patch_head` replaces the fused head of the Megatron back-end
+(`fused_lm_head_logprob`); it has to run in every worker, as Ray's `worker_process_setup_hook` for one. A trajectory's
+reward has to be a signed score (`token_loss.signed_score`): 1 for a correct response, -(first_error + 1) for a wrong
+one, 0 where no error was found. So `use_kl_in_reward` has to stay off.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from prefixloss.config import LossConfig, Objective
-from prefixloss.integrations.token_loss import logged, token_advantages
+from prefixloss.integrations.token_loss import logged, shared_by_many, token_advantages
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 from prefixloss.loss import linear_logps
 
@@ -81,6 +81,7 @@ def advantage_estimator(
     """An advantage estimator in SkyRL's signature: (advantages, returns), [B, T] both.
 
     token_level_rewards: [B, T], a response's sum is its signed score. index: [B], equal for answers to one prompt.
+    `generator.step_wise_trajectories` is not for this: SkyRL gives every step the credit of the last one's positions.
     """
     spread = token_advantages(
         token_level_rewards.sum(-1), response_mask.bool().sum(-1), index, estimator, **(options or {})
@@ -104,7 +105,7 @@ def fused_logps(
 
     hidden: [B, S, D]; weight: [V / ranks, D], already divided by the temperature; target: [B, S].
     """
-    return linear_logps(hidden, weight, target, tp_group=tp_group).logps
+    return linear_logps(hidden, weight, target, tp_group=shared_by_many(tp_group)).logps
 
 
 def patch_head() -> None:
@@ -115,14 +116,17 @@ def patch_head() -> None:
 
 
 def register(**options: Any) -> None:
-    """Adds the losses and the estimators "vppo", "cliff" and "neutral_prefix"; options: of the estimators."""
+    """Adds the losses and the estimators "vppo", "cliff" and "neutral_prefix", once; options: of the estimators."""
     from skyrl.backends.skyrl_train.utils.ppo_utils import (  # noqa: PLC0415
         AdvantageEstimatorRegistry,
         PolicyLossRegistry,
     )
 
-    for objective in get_args(Objective):
-        PolicyLossRegistry.register(f"prefix_{objective}", partial(policy_loss, objective=objective))
-    for estimator in ("vppo", "cliff", "neutral_prefix"):
-        compute = partial(advantage_estimator, estimator=estimator, options=options)
-        AdvantageEstimatorRegistry.register(estimator, compute)
+    losses = {f"prefix_{name}": partial(policy_loss, objective=name) for name in get_args(Objective)}
+    estimators = {
+        name: partial(advantage_estimator, estimator=name, options=options)
+        for name in ("vppo", "cliff", "neutral_prefix")
+    }
+    for registry, ours in ((PolicyLossRegistry, losses), (AdvantageEstimatorRegistry, estimators)):
+        for name in ours.keys() - set(registry.list_available()):
+            registry.register(name, ours[name])

@@ -85,6 +85,11 @@ def policy_loss(
     )
 
 
+def shared_by_many(group: Any) -> Any:
+    """A tensor-parallel group, or None where it has one process: the Triton back-end takes no group."""
+    return None if group is None or torch.distributed.get_world_size(group) == 1 else group
+
+
 def logged(metrics: dict[str, Tensor]) -> dict[str, float]:
     """What trainers log of `prefixloss.metrics`, as numbers, after one synchronisation."""
     shares = {

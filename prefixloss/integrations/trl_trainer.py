@@ -11,7 +11,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.trainer.grpo_trainer import is_peft_model
 
-from prefixloss import LossConfig, TokenAdvantages, advantages
+from prefixloss import LossConfig, TokenAdvantages, advantages, check
 from prefixloss.detect.base import Detector
 from prefixloss.detect.choose import by_name
 from prefixloss.integrations.trl_logps import FusedLoss, LogProbs, add_fused_loss, check_version, scored_by
@@ -44,7 +44,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         alpha, shorten: as in `advantages.vppo`.
         correct: which responses are right. A number: those whose weighted sum of rewards is above it. The name of a
             reward function: those to which it alone gives more than 0.5. A function: rewards [B, functions] -> bool
-            [B]. None: more than 0.5 from the only reward function; with several an error asks which one it is.
+            [B]. None: the only reward function; with several an error asks which one it is.
         answer: the dataset's column with the right answer, for the detector; rows may lack it.
         fused_loss: make loss and gradient in one pass over the head (`linear_prefix_loss`), where TRL's `loss_type` is
             grpo, bnpo, dr_grpo, dapo, luspo, cispo or sapo with token-level ratios. Same loss; every log-prob of
@@ -80,8 +80,12 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 raise ValueError(f"{name}: got {value!r}, expected {' | '.join(map(repr, known))}")
         if detector is None and advantage != "grpo":
             raise ValueError(f'detector: got None, expected a detector or its name for advantage="{advantage}"')
+        check.number("alpha", alpha, 0.0, 1.0)
+        if advantage == "grpo":
+            self.detector = None
+        else:
+            self.detector = by_name(detector) if isinstance(detector, str) else detector
         super().__init__(*args, **kwargs)
-        self.detector = by_name(detector) if isinstance(detector, str) else detector
         self.segmenter, self.advantage, self.alpha, self.shorten = segmenter, advantage, alpha, shorten
         self.correct = self._checked_correct(correct)
         self.answer, self.stats, self.backend = answer, stats, backend
@@ -99,7 +103,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 f"correct: got None with {len(names)} reward functions, expected which one says that a response is "
                 f"right ({', '.join(names)}), a threshold on their weighted sum, or a function"
             )
-        return 0.5 if correct is None else correct
+        return names[0] if correct is None else correct
 
     # ---- first errors ----
 

@@ -29,7 +29,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from prefixloss.config import LossConfig, Objective
-from prefixloss.integrations.token_loss import first_error_of, logged, signed_score, token_advantages
+from prefixloss.integrations.token_loss import first_error_of, logged, shared_by_many, signed_score, token_advantages
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 from prefixloss.loss import linear_logps
 
@@ -130,7 +130,12 @@ def fused_logps(
     if reduction != "none":
         raise ValueError(f"reduction: got {reduction!r}, expected 'none': verl reduces per token")
     out = linear_logps(
-        hidden, weight, labels, temperature=float(temperature), entropy=True, tp_group=dist_process_group
+        hidden,
+        weight,
+        labels,
+        temperature=float(temperature),
+        entropy=True,
+        tp_group=shared_by_many(dist_process_group),
     )
     assert out.entropy is not None
     return out.logps, out.entropy
