@@ -22,9 +22,11 @@ _IN_CACHE = 2**22
 
 
 class Rows(Protocol):
-    """N rows of V logits, worked on in `dtype`. `compacts`: whether rows without gradient had better leave a chunk."""
+    """N rows of V logits, worked on in `dtype`. `multiplies`: whether products follow the logits' gradient. Then rows
+    without gradient had better leave a chunk, and factors wait for the end, where nothing can underflow."""
 
-    compacts: bool
+    multiplies: bool
+    transform: Transform
     dtype: torch.dtype
 
     def chunks(self, rows: Tensor, chosen: int | None) -> Iterator[Tensor]:
@@ -38,7 +40,8 @@ class Rows(Protocol):
         are `learning` will stay."""
 
     def add_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
-        """gradient: [n, V], with respect to `transform.before` times the logits; `scale` comes after the products."""
+        """gradient: [n, V], with respect to `transform.before` times the logits, still to be multiplied by `scale`; of
+        rows that do not multiply, with all factors in it."""
 
     def clear_except(self, rows: Tensor) -> None:
         """Makes sure that the gradient of every other row is 0."""
@@ -67,7 +70,7 @@ def as_slice(rows: Tensor) -> Tensor | slice:
 class LinearRows:
     """Logits of hidden [N, D] under a head weight [V, D] and bias [V] (or None)."""
 
-    compacts = True  # the products are what costs
+    multiplies = True
 
     def __init__(
         self,
@@ -149,7 +152,7 @@ class LinearRows:
 class LogitRows:
     """Logits [N, V] as they are. `into`: where the gradient goes; `logits` itself overwrites them."""
 
-    compacts = False
+    multiplies = False
 
     def __init__(
         self, logits: Tensor, transform: Transform, needs: tuple[bool, ...] = (False,), into: Tensor | None = None
@@ -187,8 +190,6 @@ class LogitRows:
     def add_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
         if self.d_logits is None:
             return
-        if self.transform.before * scale != 1:
-            gradient.mul_(self.transform.before * scale)
         where = as_slice(rows)
         made_in_place = isinstance(where, slice) and gradient.data_ptr() == self.d_logits[where].data_ptr()
         if not made_in_place:
@@ -198,7 +199,7 @@ class LogitRows:
         if self.d_logits is self.logits:  # overwritten in place: the others still hold logits
             others = torch.ones(len(self.logits), dtype=torch.bool, device=rows.device)
             others[rows] = False
-            self.logits[others] = 0
+            self.logits.index_fill_(0, others.nonzero().squeeze(1), 0)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         return (self.d_logits,)

@@ -95,6 +95,9 @@ class Coefficients(NamedTuple):
     def at(self, index: Tensor) -> Coefficients:
         return Coefficients(self.logp[index], *(None if x is None else x[index] for x in self[1:]))
 
+    def times(self, factor: float) -> Coefficients:
+        return Coefficients(*(None if x is None else x * factor for x in self))  # type: ignore[arg-type]
+
     def live(self) -> Tensor:
         """Rows with any gradient: bool [n]."""
         live = self.logp != 0

@@ -265,7 +265,7 @@ def _add_gradient(
     scale: float,
 ) -> None:
     """Turns a chunk's probabilities into the gradient and hands it on; rows without gradient leave the products."""
-    if policy.compacts:
+    if policy.multiplies:
         keep = coefficients.live().nonzero().squeeze(1)
         if len(keep) == 0:
             return
@@ -273,6 +273,8 @@ def _add_gradient(
             rows, stats, coefficients = rows[keep], stats.at(keep), coefficients.at(keep)
             probs = keep_rows_(probs, keep)
             ref_scores = None if ref_scores is None else keep_rows_(ref_scores, keep)
+    else:
+        coefficients = coefficients.times(policy.transform.before * scale)
     tokens = source.tokens[rows]
     source.columns.gradient_(probs, tokens, stats, coefficients, source.transform, ref_scores)
     policy.add_gradient(rows, probs, scale)
