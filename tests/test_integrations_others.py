@@ -10,9 +10,11 @@ import asyncio
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import subprocess
 import sys
 import types
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -227,7 +229,7 @@ LABELS = ["b", "a", "b", "a", "b", "a"]
 LENGTHS = torch.tensor([6, 7, 3, 5, 4, 2])
 
 
-def vppo(shorten: int = 0, alpha: float = 0.5) -> advantages.TokenAdvantages:
+def vppo(shorten: float = 0, alpha: float = 0.5) -> advantages.TokenAdvantages:
     return advantages.vppo(
         torch.tensor([True, False, False, True, False, False]),
         LENGTHS,
@@ -513,6 +515,23 @@ def test_verl_itself_computes_our_advantages_from_its_batch(verl_itself: Any) ->
     config = OmegaConf.create({"adv_estimator": "vppo", "vppo": {"alpha": 0.25}})
     batch = compute_advantage(data, adv_estimator="vppo", config=config).batch
     assert torch.equal(batch["advantages"], vppo(alpha=0.25).per_token(mask, mask))
+
+
+def test_verl_itself_composes_the_configuration_file(verl_itself: Any, verl: Any) -> None:
+    from omegaconf import OmegaConf  # noqa: PLC0415
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn  # noqa: PLC0415
+
+    here = str(Path(verl.__file__).parent)
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", here, "--config-name", "verl_vppo"]
+    shown = subprocess.run([*command, "--cfg", "job"], check=True, capture_output=True, text=True, timeout=120)
+    config = OmegaConf.create(shown.stdout)
+    loss = get_policy_loss_fn(config.actor_rollout_ref.actor.policy_loss.loss_mode)
+    assert loss is verl.POLICY_LOSSES["clip"]
+    rewards, mask = reward_case()
+    estimator = get_adv_estimator_fn(config.algorithm.adv_estimator)
+    got, _ = estimator(rewards, mask.long(), config=config.algorithm, index=np.array(LABELS, dtype=object))
+    assert torch.equal(got, vppo(shorten=0.1).per_token(mask, mask))
+    assert config.reward.prefixloss.detector == "maths"
 
 
 def test_verl_itself_calls_the_loss_from_its_worker(verl_itself: Any) -> None:

@@ -10,8 +10,8 @@ Loaded by verl itself in every process through the entry point group "verl.plugi
         actor_rollout_ref.model.fused_kernel_options.impl_backend=torch \\
         ...
 
-with PREFIXLOSS_VERL_HEAD=1 in the environment of the workers to have our head under `use_fused_kernels`. That command
-needs Ray and GPUs and was not run here.
+with PREFIXLOSS_VERL_HEAD=1 in the environment of the workers to have our head under `use_fused_kernels`. The same
+settings are in `verl_vppo.yaml` beside this file. The command needs Ray and GPUs and was not run here.
 
 verl hands an estimator one reward a response. The reward manager puts the first error into it: 1 for a correct
 response, -(first_error + 1) for a wrong one, 0 where no error was found (`token_loss.signed_score`); a reward function
