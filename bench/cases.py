@@ -96,20 +96,15 @@ SHARES = ("solved-0", "solved-25", "solved-50", "solved-75")
 def default_cases(device: str) -> list[Case]:
     """About ten minutes on two CPU cores; on a GPU the same questions at its own sizes."""
     if device == "cpu":
-        model, tokens, swept, lengths, share_tokens = HEADS["qwen3-0.6b"], 2**10, SMALL, range(10, 15), 2**12
+        model, tokens, swept, swept_tokens, lengths = HEADS["qwen3-0.6b"], 2**10, SMALL, 2**12, range(10, 15)
     else:
-        model, tokens, swept, lengths, share_tokens = (
-            HEADS["qwen3-4b"],
-            2**14,
-            HEADS["qwen3-0.6b"],
-            range(10, 21, 2),
-            2**15,
-        )
+        model, tokens = HEADS["qwen3-4b"], 2**14
+        swept, swept_tokens, lengths = HEADS["qwen3-0.6b"], 2**15, range(10, 21, 2)
     return [
         *FLOOR,
         *(Case("models", model, tokens, "bfloat16", setting) for setting in REAL_SETTINGS),
         *(Case("length", swept, 2**power, "bfloat16", "grpo") for power in lengths),
-        *(Case("share", swept, share_tokens, "bfloat16", setting) for setting in SHARES),
+        *(Case("share", swept, swept_tokens, "bfloat16", setting) for setting in SHARES),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,11 +34,11 @@ class Clock:
             part()
             event.record()
         events[-1].synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in zip(events, events[1:], strict=False)]
+        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
 
     def _on_host(self, parts: tuple[Callable[[], Any], ...]) -> list[float]:
         times = [time.perf_counter()]
         for part in parts:
             part()
             times.append(time.perf_counter())
-        return [end - start for start, end in zip(times, times[1:], strict=False)]
+        return [end - start for start, end in pairwise(times)]

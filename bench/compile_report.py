@@ -35,8 +35,9 @@ import triton
 from prefixloss._kernels import rows, scale
 from triton.backends.compiler import GPUTarget
 
-from bench.files import write_whole
 from prefixloss import LossConfig, operators
+
+from .files import write_whole
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

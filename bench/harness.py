@@ -200,11 +200,10 @@ class Bench:
         rows: dict[str, Row] = {
             name: {"method": name, "label": methods[name].label, "floor": methods[name].floor} for name in methods
         }
-        for name, row in rows.items():
-            if name in names:
-                row |= self._known(methods[name], case, credit, learning)
-            else:
-                row |= {"status": "left out", "why": "not asked for"}
+        for name in rows:
+            asked = name in names
+            left_out = {"status": "left out", "why": "not asked for"}
+            rows[name] |= self._known(methods[name], case, credit, learning) if asked else left_out
         runnable = [name for name, row in rows.items() if row["status"] == "ok"]
         errors = self._truth(case) if runnable else None
         for number, shift in enumerate(self._shifts(case, runnable)):

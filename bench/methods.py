@@ -89,8 +89,8 @@ class Linear:
         ref = old + 0.1 * torch.randn(count, generator=generator, device=device)
         by_response = None if response_advantages is None else response_advantages.to(device)
         return cls(
-            hidden.requires_grad_(), weight.requires_grad_(), ids, advantages.to(device), old, ref, lengths, by_response,
-            kl_coef, softcap,
+            hidden.requires_grad_(), weight.requires_grad_(), ids, advantages.to(device), old, ref, lengths,
+            by_response, kl_coef, softcap,
         )  # fmt: skip
 
     @classmethod
@@ -172,7 +172,7 @@ class Logits:
         self.given.scatter_add_(-1, self.tokens[..., None], sure.to(dtype))
         self.advantages = torch.randn(responses, generator=generator, device=device)
         rows, ids = self.given.flatten(0, 1), self.tokens.flatten()
-        own = [token_logps(rows[here].float(), ids[here]) for here in torch.arange(len(ids), device=device).split(64)]
+        own = [token_logps(r.float(), i) for r, i in zip(rows.split(64), ids.split(64), strict=True)]
         self.old = (torch.cat(own) + 0.1 * torch.randn(len(ids), generator=generator, device=device)).view(shape)
         self.ref = self.old + 0.1 * torch.randn(shape, generator=generator, device=device)
         self.kl_coef = kl_coef
@@ -200,7 +200,8 @@ def ours(data: Linear, backend: str = "auto", advantages: Tensor | None = None, 
 
     def forward() -> Result:
         out = linear_prefix_loss(
-            data.hidden, data.weight, data.tokens, given, old_logps=data.old, ref_logps=data.ref, backend=backend, **options
+            data.hidden, data.weight, data.tokens, given, old_logps=data.old, ref_logps=data.ref, backend=backend,
+            **options,
         )  # fmt: skip
         return Result(out.loss, out.logps)
 
@@ -344,7 +345,8 @@ def liger(data: Linear, compiled: bool = True) -> Step:
     tokens, old, ref = (x[index] for x in (data.tokens, data.old, data.ref))
     hidden = data.hidden.detach()[index].requires_grad_()
     loss = LigerFusedLinearGRPOLoss(
-        beta=data.kl_coef, compiled=compiled, use_ref_model=bool(data.kl_coef), chunk_size=max(1, LIGER_TOKENS // index.shape[1])
+        beta=data.kl_coef, compiled=compiled, use_ref_model=bool(data.kl_coef),
+        chunk_size=max(1, LIGER_TOKENS // index.shape[1]),
     )  # fmt: skip
 
     def forward() -> Result:
@@ -370,8 +372,8 @@ def our_logps(data: Linear, backend: str, weight: Tensor | None = None) -> Calla
     return lambda: linear_logps(data.hidden, head, data.tokens, backend=backend).logps
 
 
-def with_gradient(logps: Callable[[], Tensor], gradient: Tensor) -> Step:
-    return Step(lambda: Result(logps=logps()), (), lambda result: _given(result.logps).backward(gradient))
+def with_gradient(logps: Callable[[], Tensor], gradient: Tensor, leaves: tuple[Tensor, ...]) -> Step:
+    return Step(lambda: Result(logps=logps()), leaves, lambda result: _given(result.logps).backward(gradient))
 
 
 def _given(logps: Tensor | None) -> Tensor:

@@ -46,10 +46,8 @@ def times(case: dict[str, Any]) -> Grid:
         notes.append(f"left out: {', '.join(left_out)}")
     head = case["head"]
     size = f"D {head['width']:,}, V {head['vocabulary']:,}"
-    title = (
-        f"{head['name']} ({size}), {case['tokens']:,} tokens, {case['dtype']}, from {case['start']}; {case['setting']}: "
-        f"{case['learning_share']:.1%} learn"
-    )
+    where = f"{case['dtype']}, from {case['start']}; {case['setting']}"
+    title = f"{head['name']} ({size}), {case['tokens']:,} tokens, {where}: {case['learning_share']:.1%} learn"
     return Grid(title, columns, rows, notes)
 
 

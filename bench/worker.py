@@ -37,7 +37,7 @@ class Worker:
         self.device = torch.device(order["device"])
         self.clock = Clock(self.device)
         self.case = Case.of(order["case"])
-        self.method = METHODS[self.case.start].get(order.get("method"))
+        self.method = METHODS[self.case.start].get(order["method"])
         if order.get("memory") and self.device.type == "cpu":
             # malloc then says no, where the kernel would kill
             resource.setrlimit(resource.RLIMIT_DATA, (order["memory"], resource.getrlimit(resource.RLIMIT_DATA)[1]))
