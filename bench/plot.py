@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
 from .harness import ratio
 from .methods import FLOOR, OURS
@@ -76,7 +77,9 @@ def length(record: Record) -> Figure | None:
         ticks = [case["tokens"] for case in cases]
         ax.set_xticks(ticks, [_tokens(n) for n in ticks])
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
     axes[1].set_title("above the inputs, gradients included", loc="left", color="#555555", fontsize=9)
     _legend(figure, cases)
     return figure
@@ -91,17 +94,14 @@ def share(record: Record) -> Figure | None:
     one = cases[-1]
     _title(figure, record, f"Forward and backward against the learning share: {_shape(one)}, {one['tokens']:,} tokens")
     _lines(ax, cases, lambda c: c["learning_share"], _milliseconds)
-    ours = next((row for row in one["rows"] if row["method"] == OURS and row["status"] == "ok"), None)
-    if ours:
-        full = _milliseconds(ours) / one["learning_share"]
-        ax.plot([0, 1], [0, full], ":", color=LOOKS[OURS][0], linewidth=1.2, zorder=1)
-        ax.annotate(
-            "ideal: in proportion", (0.14, 0.14 * full), xytext=(6, -12), textcoords="offset points", fontsize=9,
-            color=LOOKS[OURS][0],
-        )  # fmt: skip
+    ideal: list[Line2D] = []
+    for row in _ok(one):
+        if row["method"] == OURS:
+            full = _milliseconds(row) / one["learning_share"]
+            ideal = ax.plot([0, 1], [0, full], ":", color=LOOKS[OURS][0], linewidth=1.3, label="ideal: in proportion")
     ax.set(xlabel="tokens that learn", ylabel="time, ms", xlim=(0, 1.03), ylim=(0, None))
     ax.xaxis.set_major_formatter(PercentFormatter(1))
-    _legend(figure, cases)
+    _legend(figure, cases, tuple(ideal))
     return figure
 
 
@@ -129,11 +129,13 @@ def errors(record: Record) -> Figure | None:
         ax.set_title(case["dtype"], loc="left")
         ax.set_yticks(range(len(labels)), labels)
         ax.set_ylim(-0.6, len(labels) - 0.4)
+        low, high = ax.get_xlim()
+        ax.set_xlim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
         ax.xaxis.set_minor_formatter(NullFormatter())
     _embolden(axes[0][0])
     handles = [Line2D([], [], marker=m, color=c, linestyle="", label=ERRORS[k]) for k, (m, c) in kinds.items()]
     figure.legend(handles=handles, loc="lower center", ncols=3)
-    figure.tight_layout(rect=(0, 0.07, 1, 0.9))
+    _place(figure, 0.3)
     return figure
 
 
@@ -146,7 +148,7 @@ def floor(record: Record) -> Figure | None:
     grid = [cases[at : at + columns] for at in range(0, len(cases), columns)]
     heights = [max(len(_ratios(case)) for case in row) for row in grid]
     figure, axes = plt.subplots(
-        len(grid), columns, figsize=(WIDTH, 1.0 + sum(0.24 * h + 0.75 for h in heights)), squeeze=False,
+        len(grid), columns, figsize=(WIDTH, 0.6 + sum(0.24 * h + 0.75 for h in heights)), squeeze=False,
         height_ratios=[h + 2 for h in heights],
     )  # fmt: skip
     _title(figure, record, "Forward and backward: times the floor (bare matrix products, or a copy of the logits)")
@@ -155,7 +157,7 @@ def floor(record: Record) -> Figure | None:
             ax.axis("off")
             continue
         _bars(ax, cases[number])
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.75 / figure.get_figheight()))
+    _place(figure)
     return figure
 
 
@@ -177,7 +179,8 @@ def _bars(ax: Axes, case: Case) -> None:
 def _ratios(case: Case) -> dict[str, float]:
     names = [row["method"] for row in case["rows"] if row["status"] == "ok" and row["method"] != FLOOR]
     found = {name: ratio(case["rows"], name, FLOOR) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
+    known = {name: value for name, value in found.items() if value is not None}
+    return dict(sorted(known.items(), key=lambda pair: pair[1]))
 
 
 # What they share
@@ -194,7 +197,7 @@ def _largest(record: Record, group: str, key: Callable[[Case], Any], x: Callable
 
 
 def _lines(ax: Axes, cases: list[Case], x: Callable[[Case], float], y: Callable[[Row], float | None]) -> None:
-    """A line a method, its quartiles where it has them."""
+    """A line a method."""
     for name in _names(cases):
         points = [(x(case), y(row)) for case in cases for row in _ok(case) if row["method"] == name]
         known = [(at, value) for at, value in points if value is not None and value > 0]
@@ -226,6 +229,8 @@ def _mebibytes(row: Row) -> float | None:
 
 def _shape(case: Case) -> str:
     head = case["head"]
+    if case["start"] == "logits":
+        return f"V {head['vocabulary']:,}, {case['dtype']}"
     name = "" if "x" in head["name"] and head["name"][0].isdigit() else f"{head['name']}, "
     return f"{name}D {head['width']:,}, V {head['vocabulary']:,}, {case['dtype']}"
 
@@ -238,20 +243,27 @@ def _tokens(count: int) -> str:
 
 def _title(figure: Figure, record: Record, text: str) -> None:
     """What it says, and on which machine."""
-    figure.suptitle(text, x=0.01, y=0.985, ha="left", va="top", fontsize=11, fontweight="bold")
-    versions = f"torch {record['versions']['torch']}, {record['made'][:10]}"
-    top = 0.985 - 0.24 / figure.get_figheight()
-    figure.text(0.01, top, f"{machine_line(record)}, {versions}", ha="left", va="top", fontsize=9, color="#555555")
+    height = figure.get_figheight()
+    below = f"{machine_line(record)}; torch {record['versions']['torch']}; {record['made'][:10]}"
+    figure.text(0.01, 1 - 0.06 / height, text, ha="left", va="top", fontsize=11, fontweight="bold")
+    figure.text(0.01, 1 - 0.28 / height, below, ha="left", va="top", fontsize=9, color="#555555")
 
 
-def _legend(figure: Figure, cases: list[Case]) -> None:
+def _place(figure: Figure, below: float = 0.0) -> None:
+    """Axes between the title and so many inches at the bottom."""
+    height = figure.get_figheight()
+    figure.tight_layout(rect=(0, below / height, 1, 1 - 0.5 / height))
+
+
+def _legend(figure: Figure, cases: list[Case], more: tuple[Line2D, ...] = ()) -> None:
     labels = {row["method"]: row["label"] for case in cases for row in _ok(case)}
     handles = [
         Line2D([], [], color=LOOKS[n][0], marker=LOOKS[n][1], linestyle="--" if n == FLOOR else "-", label=labels[n])
         for n in _names(cases)
     ]
+    handles += more
     figure.legend(handles=handles, loc="lower center", ncols=3, fontsize=9)
-    figure.tight_layout(rect=(0, 0.02 + 0.055 * -(-len(handles) // 3), 1, 0.9))
+    _place(figure, 0.1 + 0.2 * -(-len(handles) // 3))
 
 
 def _embolden(ax: Axes) -> None:
