@@ -23,10 +23,10 @@ PASS_RATE, FIRST_STEP_WRONG, MEAN_PREFIX = 0.37, 0.12, 0.34
 
 
 class Batch(NamedTuple):
-    """B responses: lengths and first errors in tokens (-1 for a right one), int64 [B]; outcomes, bool [B]."""
+    """B responses: outcomes, bool [B]; lengths and first errors in tokens (-1 for a right one), int64 [B]."""
 
-    lengths: Tensor
     correct: Tensor
+    lengths: Tensor
     first_error: Tensor
     group_ids: Tensor
 
@@ -85,7 +85,7 @@ def generate(tokens: int, setting: Setting, seed: int = 0) -> Batch:
     share = torch.rand(len(lengths), generator=generator) * 2 * MEAN_PREFIX / (1 - FIRST_STEP_WRONG)
     share[torch.rand(len(lengths), generator=generator) < FIRST_STEP_WRONG] = 0
     first_error = torch.where(correct, -1, (share * lengths).long())
-    return Batch(lengths, correct, first_error, torch.arange(groups).repeat_interleave(GROUP))
+    return Batch(correct, lengths, first_error, torch.arange(groups).repeat_interleave(GROUP))
 
 
 def _lengths(total: int, responses: int, equal: bool, generator: torch.Generator) -> Tensor:
