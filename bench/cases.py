@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .methods import METHODS
-from .settings import SETTINGS, is_setting
+from .settings import GROUP, SETTINGS, is_setting
 
 DTYPES = ("float32", "bfloat16", "float16")
 STARTS = ("hidden", "logits")
@@ -137,6 +137,8 @@ def custom_cases(
     for value in settings:
         if not is_setting(value):
             raise ValueError(f"--settings: got {value!r}, expected one of {', '.join(SETTINGS)}, solved-PERCENT")
+    if min(tokens) < GROUP:
+        raise ValueError(f"--tokens: got {min(tokens)}, expected at least {GROUP}, one for each response of a group")
     if "logits" in starts and "dense" not in settings:
         raise ValueError(f"--starts: got 'logits' with the settings {', '.join(settings)}, expected 'dense' among them")
     return [

@@ -54,9 +54,13 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A minute instead of ten.")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="At most. [5, with --quick 2]")] = None,
     case_seconds: Annotated[
-        float | None, typer.Option(min=0, help="No round of a case begins later, from the third on. [15]")
+        float | None,
+        typer.Option(min=0, help="No round of a case begins later, from the third on. [15, with --quick 5]"),
     ] = None,
-    call_seconds: Annotated[float | None, typer.Option(min=0.1, help="Longest call. [60]")] = None,
+    call_seconds: Annotated[float | None, typer.Option(min=0.1, help="Longest call. [60, with --quick 10]")] = None,
+    turn_seconds: Annotated[
+        float | None, typer.Option(min=0, help="How long a turn repeats a short call. [1, with --quick 0.2]")
+    ] = None,
     memory: Annotated[
         float | None, typer.Option(min=0.1, help="GiB for all workers. [14, or 80 % of what is free if less]")
     ] = None,
@@ -73,27 +77,29 @@ def bench(
     chosen = {"heads": heads, "tokens": tokens, "dtypes": dtypes, "settings": settings, "starts": starts}
     cases = _cases(chosen, sets, quick, where)
     only = _methods(methods)
-    given = {"rounds": rounds, "case_seconds": case_seconds, "call_seconds": call_seconds}
+    given = {"rounds": rounds, "case_seconds": case_seconds, "call_seconds": call_seconds, "turn_seconds": turn_seconds}
     base = asdict(QUICK if quick else Limits()) | {name: value for name, value in given.items() if value is not None}
     limits = Limits(**{**base, "memory": int(memory * GIB) if memory else _free(where)})
     console = wide_console()
-    with _telling() as tell, bench_on(where, threads, limits, tell) as runner:
+    names = {case: only or methods_for(case, quick) for case in cases}
+    used = dict.fromkeys(name for some in names.values() for name in some)
+    with _telling() as tell, bench_on(where, threads, limits, tell, used) as runner:
         try:
-            _run(runner, cases, lambda case: only or methods_for(case, quick), json_file, console)
+            _run(runner, names, json_file, console)
         except GoneError as error:
             raise _fail(f"cannot compute on {where}: {error}") from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
 
-def _run(
-    runner: Bench, cases: list[Case], names: Callable[[Case], list[str]], json_file: Path | None, console: Console
-) -> None:
+def _run(runner: Bench, names: dict[Case, list[str]], json_file: Path | None, console: Console) -> None:
+    """Every case with the methods named for it."""
+    cases = list(names)
     machine = runner.probe(sorted({case.dtype for case in cases}), cases[0])
     command = " ".join(["prefixloss", *sys.argv[1:]])
     record = records.new_record(command, machine, runner.threads, asdict(runner.limits))
     for case in cases:
-        record["cases"].append(runner.run(case, names(case)))
+        record["cases"].append(runner.run(case, names[case]))
         show_grid(next(grids({**record, "cases": record["cases"][-1:]})), console)
         if json_file:
             _write(json_file, record)

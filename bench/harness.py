@@ -15,7 +15,7 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from .settings import Credit, credit_of, setting_of
 
 GIB = 2**30
 PARTS = ("forward", "backward", "both")
-# a process that has imported torch, on top of its inputs
+# what a process that has imported torch holds, on top of its inputs
 BASE = 2**28
 # what chunked methods may hold beside their gradients
 CHUNKS = 2**28
@@ -335,14 +335,18 @@ def ratio(rows: list[Row], mine: str, base: str, part: str = "both") -> float | 
 
 
 @contextmanager
-def bench_on(device: str, threads: int, limits: Limits, tell: Callable[[str], None]) -> Iterator[Bench]:
-    """Scratch files and the workers' environment, for as long as it lasts."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+def bench_on(
+    device: str, threads: int, limits: Limits, tell: Callable[[str], None], names: Iterable[str] = ()
+) -> Iterator[Bench]:
+    """Scratch files and the workers' environment, for as long as it lasts. names: methods that will run."""
+    given = {"OMP_NUM_THREADS": str(threads), "PREFIXLOSS_BENCH_METHODS": ",".join(names)}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
     try:
         with tempfile.TemporaryDirectory(prefix="prefixloss-bench-") as scratch:
             yield Bench(device, threads, limits, Path(scratch), tell)
     finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value

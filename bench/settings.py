@@ -75,11 +75,9 @@ def is_setting(name: str) -> bool:
 
 
 def generate(tokens: int, setting: Setting, seed: int = 0) -> Batch:
-    """Responses of `tokens` tokens in all, each at least one; `dense` is a single group."""
+    """Responses of `tokens` tokens in all, each at least one of the 8 that there must be; `dense` is a single group."""
     generator = torch.Generator().manual_seed(seed)
     groups = 1 if setting.equal else max(min(FEWEST_GROUPS, tokens // GROUP), tokens // (GROUP * LONGEST_MEAN))
-    if tokens < GROUP:
-        raise ValueError(f"got {tokens} tokens, expected at least {GROUP}, one for each response of a group")
     lengths = _lengths(tokens, groups * GROUP, setting.equal, generator)
     correct = torch.stack([_outcomes(g < round(setting.solved * groups), generator) for g in range(groups)]).flatten()
     share = torch.rand(len(lengths), generator=generator) * 2 * MEAN_PREFIX / (1 - FIRST_STEP_WRONG)

@@ -101,7 +101,7 @@ def test_a_worker_that_takes_too_long_is_stopped(bench: Bench) -> None:
 
 
 def test_a_worker_that_fails_says_why(bench: Bench, tmp_path: Path) -> None:
-    with bench.peer(CASE, "ours") as peer, pytest.raises(GoneError, match="truth: .*nowhere") as raised:
+    with bench.peer(CASE, "ours") as peer, pytest.raises(GoneError, match=r"truth: .*nowhere") as raised:
         peer.ask("truth", 60, file=str(tmp_path / "nowhere" / "file"))
     assert raised.value.status == "failed"
 

@@ -180,7 +180,7 @@ def test_the_command_measures_writes_and_prints(tmp_path: Path) -> None:
     options = (
         "--heads 16x64 --tokens 64,128 --dtypes float32 --settings half-solved,vppo-relu --methods floor,ours,naive"
     )
-    limits = f"--rounds 1 --threads 1 --memory 2 --json {path}"
+    limits = f"--rounds 1 --turn-seconds 0 --threads 1 --memory 2 --json {path}"
     done = subprocess.run(
         [*command, *options.split(), *limits.split()], cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
