@@ -13,9 +13,11 @@ import torch
 import typer
 from rich.console import Console
 
+from prefixloss.files import write_whole
+
 from . import record as records
 from .cases import Case, count_of, custom_cases, default_cases, head_of, methods_for, quick_cases
-from .files import write_whole
+from .files import write_json
 from .harness import GIB, Bench, GoneError, Limits, bench_on
 from .methods import NAMES
 from .record import FormatError, Record
@@ -28,6 +30,7 @@ app = typer.Typer(
 )
 QUICK = Limits(rounds=2, case_seconds=5.0, call_seconds=10.0, turn_seconds=0.2)
 WIDTH = 120
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
 def listed(values: str) -> str:
@@ -119,22 +122,43 @@ def plot(
     except ModuleNotFoundError as error:
         raise _fail(f'plot needs matplotlib: pip install "prefixloss[bench]" ({error.name} is not installed)') from None
     record = _read(file)
-    out.mkdir(parents=True, exist_ok=True)
-    for path in draw(record, out):
-        typer.echo(path)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in draw(record, out):
+            typer.echo(path)
+    except OSError as error:
+        raise _fail(f"--out: cannot write into {out}: {error.strerror}") from None
 
 
 @app.command()
 def table(
     file: Annotated[Path, typer.Argument(help="What `prefixloss bench --json` wrote.")],
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="For a README.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown.")] = False,
+    short: Annotated[bool, typer.Option("--summary", help="A table a set instead.")] = False,
+    into: Annotated[
+        Path | None, typer.Option(help=f"Put the summary between {BEGIN} and {END} in that file, a README.")
+    ] = None,
 ) -> None:
     """Print a file's tables."""
     record = _read(file)
-    if as_markdown:
-        typer.echo(markdown(record), nl=False)
+    if into is not None:
+        _put(into, markdown(record, short=True))
+    elif as_markdown:
+        typer.echo(markdown(record, short), nl=False)
     else:
-        show(record, wide_console())
+        show(record, wide_console(), short)
+
+
+def _put(path: Path, text: str) -> None:
+    """Between the marks; nothing is written where they are not there."""
+    try:
+        before, _, rest = path.read_text().partition(BEGIN)
+        _, mark, after = rest.partition(END)
+        if not mark:
+            raise _fail(f"--into: {path} does not have {BEGIN} and then {END}")
+        write_whole(path, lambda file: file.write(f"{before}{BEGIN}\n{text}{END}{after}".encode()))
+    except OSError as error:
+        raise _fail(f"--into: cannot write {path}: {error.strerror}") from None
 
 
 def wide_console() -> Console:
@@ -221,7 +245,7 @@ def _read(file: Path) -> Record:
 
 def _write(path: Path, record: Record) -> None:
     try:
-        write_whole(path, record)
+        write_json(path, record)
     except OSError as error:
         raise _fail(f"--json: cannot write {path}: {error.strerror}") from None
 

@@ -37,7 +37,7 @@ from triton.backends.compiler import GPUTarget
 
 from prefixloss import LossConfig, operators
 
-from .files import write_whole
+from .files import write_json
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -409,7 +409,7 @@ def main() -> None:
     print(f"compile report: {count}, triton {triton.__version__}, {took:.0f} s")
     if arguments.json:
         record = {"triton": triton.__version__, "seconds": round(took), "rows": [asdict(row) for row in found]}
-        write_whole(arguments.json, record)
+        write_json(arguments.json, record)
     sys.exit(1 if findings else 0)
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from prefixloss import LossConfig, linear_prefix_loss, prefix_loss
 
 from .clock import Clock
-from .files import write_whole
+from .files import write_json
 from .methods import (
     BF16,
     Linear,
@@ -688,7 +688,7 @@ def main() -> None:
         if arguments.json:
             setting = {"backend": bench.backend, "small": arguments.small, "dtype": "bfloat16"}
             verdicts = [bench.verdict(target) for target in TARGETS]
-            write_whole(arguments.json, {**machine, **setting, "targets": verdicts, "rows": bench.cases})
+            write_json(arguments.json, {**machine, **setting, "targets": verdicts, "rows": bench.cases})
 
     run(bench, arguments.only, save)
     show_verdicts([bench.verdict(target) for target in TARGETS])

@@ -28,12 +28,12 @@ from .settings import Credit, credit_of, setting_of
 
 GIB = 2**30
 PARTS = ("forward", "backward", "both")
-# what a process that has imported torch holds, on top of its inputs
-BASE = 2**28
+# what a process holds on its device on top of its inputs: torch, a CUDA context
+BASE = {"cpu": 2**28, "cuda": 2**29}
 # what chunked methods may hold beside their gradients
 CHUNKS = 2**28
-# how much slower than bare products a method may be before a call outlasts the limit; the first call may compile
-SLOWEST, COMPILE_SECONDS = 20, 300.0
+# a first call may compile
+COMPILE_SECONDS = 300.0
 
 Row = dict[str, Any]
 
@@ -63,7 +63,7 @@ class Peer:
 
     def __init__(self, name: str, order: dict[str, Any], log: Path) -> None:
         self.name, self.order, self.log = name, order, log
-        context = _context()
+        context = _context(order["device"])
         self.line, end = context.Pipe()
         self.process = context.Process(target=worker.serve, args=(end, str(log)), daemon=True)
         self.process.start()
@@ -101,9 +101,9 @@ class Peer:
         self.process.join()
 
 
-def _context() -> Any:
-    """Forked from a process that has loaded the libraries and computed nothing, where the system can."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+def _context(device: str) -> Any:
+    """Forked from a process that has loaded the libraries and computed nothing; CUDA wants new processes instead."""
+    if device != "cpu" or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", f"{__package__}.preload"])
@@ -222,7 +222,7 @@ class Bench:
         if why := refusal(method, case, credit, self.device):
             return {"status": "cannot run", "why": why}
         rows = learning if method.skips else case.tokens
-        needed = BASE * (self.device == "cpu") + input_bytes(case) + least_bytes(method, case, rows)
+        needed = BASE[self.device] + input_bytes(case) + least_bytes(method, case, rows)
         if needed > self.limits.memory:
             why = f"needs at least {needed / GIB:.1f} GiB of {self.limits.memory / GIB:.1f}"
             return {"status": "does not fit", "why": why}
@@ -251,7 +251,7 @@ class Bench:
         """Methods whose inputs fit together with the neediest one's call; ours is in each."""
         if not names:
             return []
-        held = input_bytes(case) + BASE * (self.device == "cpu")
+        held = input_bytes(case) + BASE[self.device]
         most = input_bytes(case) + CHUNKS + max(least_bytes(METHODS[case.start][n], case, case.tokens) for n in names)
         room = max(2, (self.limits.memory - most) // held)
         others = [name for name in names if name != OURS]

@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
+from prefixloss.files import write_whole
+
 from .harness import ratio
 from .methods import FLOOR, OURS
 from .record import Record, machine_line
@@ -54,10 +56,8 @@ def draw(record: Record, out: Path) -> list[Path]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=DPI, format="png")
+    write_whole(path, lambda file: figure.savefig(file, dpi=DPI, format="png"))
     plt.close(figure)
-    temporary.replace(path)
 
 
 # The pictures

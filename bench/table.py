@@ -87,10 +87,70 @@ def errors(case: dict[str, Any]) -> Grid:
     return Grid(title, ("method", *(ERRORS[kind] for kind in kinds)), rows, [note])
 
 
-def show(record: Record, console: Console) -> None:
-    for grid in grids(record):
+def summary(record: Record) -> Iterator[Grid]:
+    """A table a group of cases, for a README: a column a case, with times, and times the floor or peak memory."""
+    for group, title in GROUPS.items():
+        for start in ("hidden", "logits"):
+            cases = [case for case in record["cases"] if (case["group"], case["start"]) == (group, start)]
+            if cases:
+                yield _pivot(cases, title if start == "hidden" else f"{title}, from logits")
+
+
+# of each set: what its table shows
+GROUPS = {
+    "floor": "Beside the floor: ms (times the floor)",
+    "models": "A real model's head: ms (times the floor of that setting)",
+    "length": "Against length: ms, peak MiB above the inputs",
+    "share": "Against the learning share: ms (times the floor of that share)",
+    "custom": "ms (times the floor)",
+}
+
+
+def _pivot(cases: list[dict[str, Any]], title: str) -> Grid:
+    """Methods down, cases across: headings have only what differs between cases, the title has the rest."""
+    described = [_described(case) for case in cases]
+    alike = [values[0] for values in zip(*described, strict=True) if len(set(values)) == 1]
+    differ = [at for at, values in enumerate(zip(*described, strict=True)) if len(set(values)) > 1]
+    columns = ["; ".join(values[at] for at in differ) or "ms" for values in described]
+    labels = {row["method"]: row["label"] for case in cases for row in case["rows"] if row["status"] != "left out"}
+    rows = [(label, *(_cell(case, name) for case in cases)) for name, label in labels.items()]
+    why = [f"{row['label']}: {row['why']}" for case in cases for row in case["rows"] if row["status"] not in SILENT]
+    return Grid(f"{title}. {'; '.join(alike)}", ("method", *columns), rows, [*dict.fromkeys(why)])
+
+
+def _described(case: dict[str, Any]) -> tuple[str, ...]:
+    head = case["head"]
+    size = (
+        f"V {head['vocabulary']:,}" if case["start"] == "logits" else f"D {head['width']:,}, V {head['vocabulary']:,}"
+    )
+    setting = f"{case['setting']}: {case['learning_share']:.0%} learn"
+    return head["name"], size, f"{case['tokens']:,} tokens", case["dtype"], setting
+
+
+def _cell(case: dict[str, Any], name: str) -> str:
+    row = next((row for row in case["rows"] if row["method"] == name), None)
+    if row is None or row["status"] == "left out":
+        return ""
+    if row["status"] != "ok":
+        return str(row["status"])
+    milliseconds = 1e3 * row["seconds"]["both"]["median"]
+    text = f"{milliseconds:,.0f}" if milliseconds >= 10 else f"{milliseconds:.1f}"
+    if case["group"] == "length":
+        return text if row.get("peak_bytes") is None else f"{text}, {row['peak_bytes'] / 2**20:,.0f}"
+    times_floor = None if row["floor"] else ratio(case["rows"], name, FLOOR)
+    return text if times_floor is None else f"{text} ({times_floor:.2f})"
+
+
+def show(record: Record, console: Console, short: bool = False) -> None:
+    for grid in chosen(record, short):
         show_grid(grid, console)
     console.print(made_on(record), markup=False)
+
+
+def chosen(record: Record, short: bool) -> list[Grid]:
+    """Every table, or the summaries and the errors."""
+    every = list(grids(record))
+    return [*summary(record), *every[len(record["cases"]) :]] if short else every
 
 
 def show_grid(grid: Grid, console: Console) -> None:
@@ -105,22 +165,15 @@ def show_grid(grid: Grid, console: Console) -> None:
         console.print(f"  {note}", markup=False, highlight=False)
 
 
-def markdown(record: Record) -> str:
-    parts = []
-    for grid in grids(record):
-        columns = tuple(
-            column.replace("\n", ", " if column.endswith(("ms", "MiB")) else " ") for column in grid.columns
-        )
-        lines = [
-            f"**{grid.title}**",
-            "",
-            _markdown_row(columns),
-            _markdown_row(("---",) + ("---:",) * (len(columns) - 1)),
-        ]
-        lines += [_markdown_row(row) for row in grid.rows]
-        lines += ["", *(f"{note}  " for note in grid.notes)] if grid.notes else []
-        parts.append("\n".join(lines))
-    return "\n\n".join([*parts, made_on(record)]) + "\n"
+def markdown(record: Record, short: bool = False) -> str:
+    return "\n\n".join([*map(_markdown_grid, chosen(record, short)), made_on(record)]) + "\n"
+
+
+def _markdown_grid(grid: Grid) -> str:
+    columns = tuple(column.replace("\n", ", " if column.endswith(("ms", "MiB")) else " ") for column in grid.columns)
+    rule = ("---",) + ("---:",) * (len(columns) - 1)
+    lines = [f"**{grid.title}**", "", *map(_markdown_row, (columns, rule, *grid.rows))]
+    return "\n".join([*lines, *([""] if grid.notes else []), *(f"- {note}" for note in grid.notes)])
 
 
 def _markdown_row(cells: tuple[str, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -104,6 +105,14 @@ def test_a_worker_that_fails_says_why(bench: Bench, tmp_path: Path) -> None:
     with bench.peer(CASE, "ours") as peer, pytest.raises(GoneError, match=r"truth: .*nowhere") as raised:
         peer.ask("truth", 60, file=str(tmp_path / "nowhere" / "file"))
     assert raised.value.status == "failed"
+
+
+def test_workers_can_be_processes_of_their_own(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as on a GPU, whose driver outlives no fork
+    monkeypatch.setattr(harness, "_context", lambda _: multiprocessing.get_context("spawn"))
+    with bench.peer(CASE, "ours") as peer:
+        assert peer.ask("load", 60) == {}
+        assert peer.ask("turn", 60)["both"] > 0
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="Linux counts what malloc gives against RLIMIT_DATA")

@@ -120,13 +120,49 @@ def test_markdown_has_a_table_a_case(file: Path, record: dict[str, Any]) -> None
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     assert lines[0] == "**wide (D 1,024, V 32,768), 1,024 tokens, float32, from hidden; grpo: 100.0% learn**"
-    assert (
-        lines[2]
-        == "| method | forward, ms | backward, ms | both, ms | quartiles, ms | ours / it | it / floor | peak, MiB | same bits |"
-    )
+    ratios = "ours / it | it / floor | peak, MiB | same bits"
+    assert lines[2] == f"| method | forward, ms | backward, ms | both, ms | quartiles, ms | {ratios} |"
     assert lines[3] == "| --- |" + " ---: |" * 8
     assert sum(line.startswith("| method") for line in lines) == len(record["cases"]) + 3
     assert invoke("table", file).exit_code == 0
+
+
+def test_a_summary_has_methods_down_and_cases_across(record: dict[str, Any]) -> None:
+    floor, from_logits, length, share = table.summary(record)
+    assert (
+        floor.title == "Beside the floor: ms (times the floor). wide; D 1,024, V 32,768; 1,024 tokens; grpo: 100% learn"
+    )
+    assert floor.columns == ("method", "float32", "bfloat16")
+    assert floor.rows[1] == ("prefixloss", "113 (1.10)", "113 (1.10)")
+    assert floor.rows[-1] == ("Liger", "died", "died")
+    assert floor.notes == ["Liger: warm: signal SIGSEGV"]
+    assert from_logits.columns == ("method", "ms")
+    assert length.columns == ("method", "1,024 tokens", "2,048 tokens", "4,096 tokens")
+    # 2 x 0.1024 s; 0.2048 x 2^24 bytes
+    assert length.rows[2] == ("PyTorch", "205, 3", "410, 7", "819, 13")
+    assert share.columns[1:] == ("solved-75: 25% learn", "solved-50: 50% learn", "solved-0: 100% learn")
+
+
+def test_the_summary_goes_between_the_marks_of_a_readme(file: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench: begin -->\nold\n<!-- bench: end -->\nafter\n")
+    for _ in range(2):  # the second time changes nothing
+        done = invoke("table", file, "--into", readme)
+        assert done.exit_code == 0, done.output
+        text = readme.read_text()
+        assert text.startswith("before\n<!-- bench: begin -->\n**Beside the floor")
+        assert text.endswith("`prefixloss bench`\n<!-- bench: end -->\nafter\n")
+        assert "old" not in text
+    readme.write_text("no marks")
+    done = invoke("table", file, "--into", readme)
+    assert done.exit_code == 2
+    assert "does not have <!-- bench: begin -->" in done.output
+    assert readme.read_text() == "no marks"
+
+
+def test_the_projects_readme_has_the_marks() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.index("<!-- bench: begin -->") < text.index("<!-- bench: end -->")
 
 
 def test_pictures_are_drawn_from_the_file(file: Path, tmp_path: Path) -> None:
