@@ -177,7 +177,7 @@ class Bench:
 
     @contextmanager
     def peer(self, case: Case, name: str) -> Iterator[Peer]:
-        peer = Peer(name, {**self.order(case), "method": name}, self.scratch / "log")
+        peer = Peer(name, {**self.order(case), "method": name}, self.scratch / f"{name}.log")
         try:
             yield peer
         finally:
@@ -228,8 +228,7 @@ class Bench:
             return {"status": "does not fit", "why": why}
         seconds = least_seconds(method, case, rows, self.speeds[case.dtype])
         if seconds > self.limits.call_seconds:
-            why = f"a call takes at least {seconds:.0f} s, the limit is {self.limits.call_seconds:.0f} s"
-            return {"status": "too slow", "why": why}
+            return {"status": "too slow", "why": self._too_long(f"takes at least {seconds:.0f}")}
         return {"status": "ok", "why": ""}
 
     def _truth(self, case: Case) -> str | None:
@@ -267,9 +266,12 @@ class Bench:
                 again = "shift" in rows[name]
                 self.tell(f"{case.name}: {rows[name]['label']} warms up")
                 peer = stack.enter_context(self.peer(case, name))
+                rows[name] |= {"status": "ok", "why": ""}
                 with self._row(rows[name]):
                     peer.ask("load", self._first_limit())
                     warmed = peer.ask("warm", self._first_limit())
+                    if warmed["call_seconds"] > self.limits.call_seconds:
+                        raise GoneError("too slow", self._too_long(f"took {warmed['call_seconds']:.0f}"))
                     if not again:
                         rows[name] |= {"shift": number, **warmed}
                         if truth and not rows[name]["floor"]:
@@ -279,6 +281,9 @@ class Bench:
         for name, answers in turns.items():
             if answers:
                 summarise(rows[name], answers, number)
+
+    def _too_long(self, so_long: str) -> str:
+        return f"a call {so_long} s, the limit is {self.limits.call_seconds:.0f} s"
 
     def _first_limit(self) -> float:
         return COMPILE_SECONDS + self.limits.call_seconds

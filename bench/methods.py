@@ -473,7 +473,7 @@ def liger_inplace(data: Logits) -> Step:
 class Method:
     """How to make a method's step from `Linear` or `Logits`, and what it needs.
 
-    needs: the distribution and the module that must be installed. gpu_only: why it runs on no CPU. by_token: whether
+    needs: what must be installed, and the module that shows it. gpu_only: why it runs on no CPU. by_token: whether
     it takes an advantage a token. skips: whether tokens that cannot learn are left out of its products. products: of
     N x D x V, in a call. whole: what it must hold at once of [N, V], bytes an entry. compiles: by torch.compile, at its
     first call.
@@ -492,6 +492,7 @@ class Method:
     compiles: bool = False
 
 
+TORCH = ("torch >= 2.13", "torch.nn.modules.linear_cross_entropy")
 TRL, LIGER, CCE = ("trl", "trl"), ("liger-kernel", "liger_kernel"), ("cut-cross-entropy", "cut_cross_entropy")
 KERNELS = "its Triton kernels need a GPU"
 OURS, FLOOR = "ours", "floor"
@@ -503,7 +504,7 @@ METHODS: dict[str, dict[str, Method]] = {
         "naive": Method("PyTorch", naive, whole=8),
         "picked": Method("PyTorch, learning rows only", picked, skips=True, whole=8),
         "compiled": Method("PyTorch, compiled", compiled, whole=4, compiles=True),
-        "torch": Method("torch linear_cross_entropy", torch_fused, softcap=False, products=4),
+        "torch": Method("torch linear_cross_entropy", torch_fused, needs=TORCH, softcap=False, products=4),
         "trl": Method("TRL chunked log-probs", trl, needs=TRL, products=4),
         "liger": Method(
             "Liger chunked GRPO", liger, needs=LIGER, by_token=False, softcap=False, products=4, compiles=True

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,13 @@ def test_what_is_not_installed_cannot_run_or_does_not_fit_is_named(
     assert 512 < float(huge["why"].split()[3]) < 560
     slow = known(methods["ours"], BIG, credit, 4096)
     assert slow["status"] == ("too slow" if 3 * 4096 * 2**28 / bench.speeds["float32"] > 60 else "ok")
+
+
+def test_a_call_over_the_limit_is_too_slow(bench: Bench) -> None:
+    hasty = replace(bench, limits=replace(bench.limits, call_seconds=1e-6), speeds={"float32": 1e30})
+    rows = by_name(hasty.run(CASE, ["floor", "ours"]))
+    assert rows["ours"]["status"] == "too slow"
+    assert rows["ours"]["why"] == "a call took 0 s, the limit is 0 s"
 
 
 def test_inputs_that_do_not_fit_together_make_shifts_with_ours_in_each(bench: Bench) -> None:
