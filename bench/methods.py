@@ -19,7 +19,9 @@ from prefixloss import LossConfig, linear_logps, linear_prefix_loss, prefix_loss
 BF16 = torch.bfloat16
 IGNORED = -100
 TRL_TILE = 32_768  # columns at a time, TRL's own choice
-LIGER_TOKENS = 1024  # responses are put together until they have so many
+# tokens at a time for those that ask: more than Liger's own single response or PyTorch's own 4 rows (D 128, V 32,768),
+# with which they take several times as long
+AT_ONCE = 1024
 
 
 class Result(NamedTuple):
@@ -301,7 +303,7 @@ def torch_fused(data: Linear) -> Step:
     from torch.nn.functional import linear_cross_entropy  # noqa: PLC0415 (since 2.13)
 
     targets = torch.where(data.learning, data.tokens, IGNORED)
-    options = LinearCrossEntropyOptions()
+    options = LinearCrossEntropyOptions(batch_chunk_size=min(AT_ONCE, len(targets)))
     return around(
         data, lambda: -linear_cross_entropy(data.hidden, data.weight, targets, reduction="none", options=options)
     )
@@ -337,7 +339,7 @@ def cut_cross_entropy(data: Linear) -> Step:
 
 
 def liger(data: Linear, compiled: bool = True) -> Step:
-    """Padded, as it wants its input; responses are put together up to `LIGER_TOKENS` tokens."""
+    """Padded, as it wants its input; responses are put together up to `AT_ONCE` tokens."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss  # noqa: PLC0415 (an optional peer)
 
     assert data.response_advantages is not None
@@ -346,7 +348,7 @@ def liger(data: Linear, compiled: bool = True) -> Step:
     hidden = data.hidden.detach()[index].requires_grad_()
     loss = LigerFusedLinearGRPOLoss(
         beta=data.kl_coef, compiled=compiled, use_ref_model=bool(data.kl_coef),
-        chunk_size=max(1, LIGER_TOKENS // index.shape[1]),
+        chunk_size=max(1, AT_ONCE // index.shape[1]),
     )  # fmt: skip
 
     def forward() -> Result:
