@@ -70,8 +70,11 @@ def length(record: Record) -> Figure | None:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.4))
     one = cases[0]
-    _title(figure, record, f"Forward and backward against length: {_shape(one)}, {one['setting']}")
-    for ax, value, label in ((axes[0], _milliseconds, "time, ms"), (axes[1], _mebibytes, "peak memory, MiB")):
+    _title(figure, record, f"Time and memory against length: {_shape(one)}, {one['setting']}")
+    for ax, value, label in (
+        (axes[0], _milliseconds, "time, forward and backward, ms"),
+        (axes[1], _mebibytes, "peak memory, MiB"),
+    ):
         _lines(ax, cases, lambda c: c["tokens"], value)
         ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         ticks = [case["tokens"] for case in cases]
@@ -92,15 +95,16 @@ def share(record: Record) -> Figure | None:
         return None
     figure, ax = plt.subplots(figsize=(WIDTH, 4.6))
     one = cases[-1]
-    _title(figure, record, f"Forward and backward against the learning share: {_shape(one)}, {one['tokens']:,} tokens")
+    _title(figure, record, f"Time against the learning share: {_shape(one)}, {_tokens(one['tokens'])} tokens")
     _lines(ax, cases, lambda c: c["learning_share"], _milliseconds)
     ideal: list[Line2D] = []
     for row in _ok(one):
         if row["method"] == OURS:
             full = _milliseconds(row) / one["learning_share"]
             ideal = ax.plot([0, 1], [0, full], ":", color=LOOKS[OURS][0], linewidth=1.3, label="ideal: in proportion")
-    ax.set(xlabel="tokens that learn", ylabel="time, ms", xlim=(0, 1.03), ylim=(0, None))
+    ax.set(xlabel="tokens that learn", ylabel="time, forward and backward, ms", xlim=(0, 1.03), ylim=(0, None))
     ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
     _legend(figure, cases, tuple(ideal))
     return figure
 
