@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types wheel bench slow clean
+.PHONY: demo test lint types wheel bench bench-track slow clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,11 +32,23 @@ wheel: .venv/ready
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
 	$(PYTHON) -m venv build/empty
 	build/empty/bin/pip install --quiet --constraint constraints.txt dist/*.whl
-	cd build && empty/bin/python -c "import prefixloss, prefixloss._kernels as k; print('wheel:', prefixloss.__version__, k.__name__)"
+	cd build && empty/bin/python -c "import prefixloss, prefixloss._kernels as k, prefixloss._bench as b; print('wheel:', prefixloss.__version__, k.__name__, b.__name__)"
 
-bench: .venv/ready
+.venv/bench: .venv/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/python -m bench.cpu
+	touch $@
+
+# about ten minutes on two cores: tables, figures, pictures and the README's section
+bench: .venv/bench
+	$(BIN)/prefixloss bench --json bench/results/cpu.json
+	$(BIN)/prefixloss bench plot bench/results/cpu.json --out bench/results
+	$(BIN)/prefixloss bench table bench/results/cpu.json --into README.md
+
+# saves this commit's times and compares them with those saved before; TRACK chooses cases, as pytest's -k does
+TRACK ?= floor
+bench-track: .venv/bench
+	$(BIN)/pytest bench/test_speed.py -k '$(TRACK)' --benchmark-autosave
+	$(BIN)/pytest-benchmark compare --group-by fullname --columns median,iqr --sort fullname
 
 clean:
 	rm -rf .venv build dist runs

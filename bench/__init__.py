@@ -1,1 +1,1 @@
-"""Benchmarks: every figure beside its floor, every ratio from one run."""
+"""Benchmarks: every figure beside its floor, every ratio from one run. Installed as `prefixloss._bench`."""

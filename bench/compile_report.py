@@ -35,8 +35,9 @@ import triton
 from prefixloss._kernels import rows, scale
 from triton.backends.compiler import GPUTarget
 
-from bench.files import write_whole
 from prefixloss import LossConfig, operators
+
+from .files import write_json
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -408,7 +409,7 @@ def main() -> None:
     print(f"compile report: {count}, triton {triton.__version__}, {took:.0f} s")
     if arguments.json:
         record = {"triton": triton.__version__, "seconds": round(took), "rows": [asdict(row) for row in found]}
-        write_whole(arguments.json, record)
+        write_json(arguments.json, record)
     sys.exit(1 if findings else 0)
 
 

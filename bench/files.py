@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from prefixloss.files import write_whole
 
-def write_whole(path: Path, record: Any) -> None:
-    """JSON, through a temporary file beside it."""
+
+def write_json(path: Path, record: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))

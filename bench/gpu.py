@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +32,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.files import write_whole
-from bench.methods import (
+from prefixloss import LossConfig, linear_prefix_loss, prefix_loss
+
+from .clock import Clock
+from .files import write_json
+from .methods import (
     BF16,
     Linear,
     Logits,
+    Result,
     Step,
     bare_products,
     chunked_products,
@@ -46,19 +51,13 @@ from bench.methods import (
     our_logps,
     ours,
     ours_from_logits,
-    policy_loss,
     trl,
     trl_logps,
     with_gradient,
     without_gradient,
 )
-from prefixloss import LossConfig, linear_prefix_loss, prefix_loss
 
 GIB = 2**30
-# cycles for which the device is kept busy before a timed call: some milliseconds
-HEAD_START = 10_000_000
-# bytes written before a timed call, more than any cache holds
-CACHE = 2**28
 # draws of random data whose errors are taken together: one loss alone can be right by luck
 DRAWS = 8
 Make = Callable[[], Step]
@@ -160,36 +159,14 @@ TARGETS = (
 # Measuring
 
 
-class Clock:
-    """Seconds of one call: the device's, or the host's where there is none."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.elsewhere = torch.empty(CACHE if self.cuda else 0, dtype=torch.uint8, device=device)
-
-    def __call__(self, step: Step) -> float:
-        if not self.cuda:
-            begun = time.perf_counter()
-            step()
-            return time.perf_counter() - begun
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.elsewhere.fill_(1)  # nothing of the inputs stays in the cache
-        torch.cuda._sleep(HEAD_START)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-
-def extra_bytes(step: Step, leaves: tuple[Tensor, ...]) -> int:
+def extra_bytes(step: Step) -> int:
     """The peak of one call above what was there before and above the gradients it leaves."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - sum(map(gradient_bytes, leaves))
+    return torch.cuda.max_memory_allocated() - before - sum(map(gradient_bytes, step.leaves))
 
 
 def gradient_bytes(leaf: Tensor) -> int:
@@ -264,21 +241,8 @@ class Bench:
             return
         clean()
 
-    def measure(
-        self,
-        case: str,
-        methods: dict[str, Make],
-        leaves: tuple[Tensor, ...],
-        renew: Callable[[], None] = lambda: None,
-        seconds: float = 25,
-    ) -> None:
-        """Times and memory of methods that take turns, for so many seconds at most; `renew` comes before each call."""
-
-        def start_again() -> None:
-            for leaf in leaves:
-                leaf.grad = None
-            renew()
-
+    def measure(self, case: str, methods: dict[str, Make], seconds: float = 25) -> None:
+        """Times and memory of methods that take turns, for so many seconds at most."""
         steps: dict[str, Step] = {}
         for name, make in methods.items():
             figures = self.method(case, name)
@@ -287,13 +251,14 @@ class Bench:
                 continue
             with self.guarded(case, name):
                 step = make()
-                start_again()
+                step.start_again()
                 loss = step()  # compiles, loads libraries and makes their buffers
-                start_again()
+                step.start_again()
                 if self.clock.cuda:
-                    figures["extra_bytes"] = extra_bytes(step, leaves)
+                    figures["extra_bytes"] = extra_bytes(step)
                 if loss is not None:
                     figures["loss"] = loss.item()
+                step.start_again()
                 steps[name] = step
         times: dict[str, list[float]] = {name: [] for name in steps}
         until = time.monotonic() + min(seconds, self.left())
@@ -301,13 +266,13 @@ class Bench:
             if turn >= 1 and time.monotonic() > until:
                 break
             for name in list(steps)[:: -1 if turn % 2 else 1]:
-                start_again()
-                times[name].append(self.clock(steps[name]))
+                steps[name].start_again()
+                times[name].append(self.clock(steps[name])[0])
+                steps[name].start_again()
         for name, seconds_of in times.items():
             low, middle, high = torch.tensor(seconds_of).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
             self.method(case, name).update(seconds=middle, p10=low, p90=high, rounds=len(seconds_of))
             self.times[case, name] = seconds_of
-        start_again()
 
     def value(self, target: Target) -> float | None:
         """What the target speaks of, None where it was not measured."""
@@ -372,9 +337,9 @@ def from_hidden(bench: Bench) -> None:
         SPARSE: lambda: ours(data, bench.backend, some),
         BOUNDED: lambda: ours(data, bench.backend, some, max_learning_tokens=count),
         "TRL": lambda: trl(data),
-        "Liger": lambda: liger(data),
+        "Liger": lambda: liger(data, compiled=False),
     }
-    bench.measure("hidden", methods, data.leaves, seconds=60)
+    bench.measure("hidden", methods, seconds=60)
     weight = data.weight.numel()
     summed = f"the head's gradient is summed in float32: {4 * weight} bytes, of which {2 * weight} are returned"
     bench.case("hidden")["notes"].append(summed)
@@ -382,28 +347,20 @@ def from_hidden(bench: Bench) -> None:
 
 def more_tokens(bench: Bench) -> None:
     data = bench.linear("memory", bench.shapes.tokens_for_memory)
-    bench.measure("memory", {"ours": lambda: ours(data, bench.backend)}, data.leaves, seconds=5)
+    bench.measure("memory", {"ours": lambda: ours(data, bench.backend)}, seconds=5)
 
 
 def from_logits(bench: Bench) -> None:
     data = bench.logits("logits", bench.shapes.responses, bench.shapes.length)
-    shape = (bench.shapes.responses, bench.shapes.length + 1, bench.shapes.vocabulary)
-    longer = torch.randn(shape, device=bench.device, dtype=BF16).requires_grad_()
-
-    @torch.no_grad()
-    def renew() -> None:
-        data.renew()
-        longer[:, :-1].copy_(data.given)
-
     methods: dict[str, Make] = {
         "copy": lambda: copy_logits(data),
         "ours in place": lambda: ours_from_logits(data, bench.backend, inplace=True),
         "ours": lambda: ours_from_logits(data, bench.backend, inplace=False),
         "naive": lambda: naive_from_logits(data),
-        "Liger in place": lambda: liger_from_logits(data, longer, inplace=True),
-        "Liger": lambda: liger_from_logits(data, longer, inplace=False),
+        "Liger in place": lambda: liger_from_logits(data, inplace=True),
+        "Liger": lambda: liger_from_logits(data, inplace=False),
     }
-    bench.measure("logits", methods, (data.leaf, longer), renew)
+    bench.measure("logits", methods)
     add_bandwidth(bench, "logits", 4 * data.given.numel())
 
 
@@ -421,16 +378,16 @@ def log_probs(bench: Bench) -> None:
     frozen = data.weight.detach()
     methods: dict[str, Make] = {
         "three products": lambda: bare_products(data),
-        "ours": lambda: with_gradient(our_logps(data, bench.backend), gradient),
-        "TRL": lambda: with_gradient(trl_logps(data), gradient),
+        "ours": lambda: with_gradient(our_logps(data, bench.backend), gradient, data.leaves),
+        "TRL": lambda: with_gradient(trl_logps(data), gradient, data.leaves),
         "one product": lambda: bare_products(data, 1),
         "ours, forward": lambda: without_gradient(our_logps(data, bench.backend)),
         "TRL, forward": lambda: without_gradient(trl_logps(data)),
         "two products": lambda: bare_products(data, 2),
-        "ours, frozen head": lambda: with_gradient(our_logps(data, bench.backend, frozen), gradient),
-        "TRL, frozen head": lambda: with_gradient(trl_logps(data, frozen), gradient),
+        "ours, frozen head": lambda: with_gradient(our_logps(data, bench.backend, frozen), gradient, data.leaves),
+        "TRL, frozen head": lambda: with_gradient(trl_logps(data, frozen), gradient, data.leaves),
     }
-    bench.measure("logps", methods, data.leaves)
+    bench.measure("logps", methods)
 
 
 def long_response(bench: Bench) -> None:
@@ -445,12 +402,11 @@ def long_response(bench: Bench) -> None:
     advantages[::20] = torch.randn(len(advantages[::20]), device=bench.device)
     offsets = torch.tensor([0, tokens], device=bench.device)
 
-    def step() -> Tensor:
+    def forward() -> Result:
         out = linear_prefix_loss(hidden, weight, ids, advantages, cu_seqlens=offsets, backend=bench.backend)
-        out.loss.backward()
-        return out.loss.detach()
+        return Result(out.loss, out.logps)
 
-    bench.measure("long", {"ours": lambda: step}, (hidden, weight), seconds=5)
+    bench.measure("long", {"ours": lambda: Step(forward, (hidden, weight))}, seconds=5)
 
 
 def many_logits(bench: Bench) -> None:
@@ -492,7 +448,7 @@ def answer(data: Linear, logps_of: Callable[[Tensor, Tensor], Tensor], dtype: to
     """By autograd through log-probs of hidden states and head, which are leaves of this dtype."""
     hidden, weight = (x.detach().to(dtype).requires_grad_() for x in data.leaves)
     logps = logps_of(hidden, weight)
-    loss = policy_loss(logps, data.old, data.advantages)
+    loss = data.loss(logps)
     d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight))
     return Answer(loss.detach(), logps.detach(), d_hidden, d_weight)
 
@@ -555,26 +511,26 @@ def few_rows(bench: Bench) -> None:
         "ours in place": lambda: ours_from_logits(data, bench.backend, inplace=True),
         "ours": lambda: ours_from_logits(data, bench.backend, inplace=False),
     }
-    bench.measure("few", methods, (data.leaf,), data.renew)
+    bench.measure("few", methods)
     add_bandwidth(bench, "few", 4 * data.given.numel())
 
 
 def kernels(bench: Bench) -> None:
     """Where our time goes: the kernels of one call, by their names. Late, since profiling slows later launches."""
 
-    def profile(name: str, step: Step, leaf: Tensor) -> None:
+    def profile(name: str, step: Step) -> None:
         with bench.guarded("kernels", name):
             step()
-            leaf.grad = None
+            step.start_again()
             bench.method("kernels", name)["device_microseconds"] = device_times(step, bench.clock.cuda)
 
     linear = bench.linear("kernels", bench.shapes.tokens)
-    profile("ours, hidden", ours(linear, bench.backend), linear.hidden)
+    profile("ours, hidden", ours(linear, bench.backend))
     del linear
     logits = bench.logits("kernels", bench.shapes.responses, bench.shapes.length)
-    profile("ours, logits in place", ours_from_logits(logits, bench.backend, inplace=True), logits.leaf)
+    profile("ours, logits in place", ours_from_logits(logits, bench.backend, inplace=True))
     few = Logits(bench.device, 1, bench.shapes.few_rows, bench.shapes.vocabulary)
-    profile("ours, few rows", ours_from_logits(few, bench.backend, inplace=False), few.leaf)
+    profile("ours, few rows", ours_from_logits(few, bench.backend, inplace=False))
 
 
 def launches(bench: Bench) -> None:
@@ -588,7 +544,7 @@ def launches(bench: Bench) -> None:
     for num_warps, size in itertools.product((8, 16, 4, 32), (64, 32, 128)):
         name = f"{num_warps} warps, {size} bytes a thread"
         methods[name] = partial(with_launch, step, num_warps, size)
-    bench.measure("launches", methods, (data.leaf,), data.renew)
+    bench.measure("launches", methods)
     note_fastest(bench, "launches")
 
 
@@ -598,14 +554,14 @@ def with_launch(step: Step, num_warps: int, bytes_a_thread: int) -> Step:
     def chosen(vocabulary: int, *dtypes: torch.dtype, heavy: bool = False, aligned: bool = True) -> Any:
         return launch.launch_with(num_warps, bytes_a_thread, vocabulary, *dtypes)
 
-    def changed() -> Tensor | None:
+    def forward() -> Result:
         shipped, launch.launch_for = launch.launch_for, chosen
         try:
-            return step()
+            return step.forward()
         finally:
             launch.launch_for = shipped
 
-    return changed
+    return replace(step, forward=forward)
 
 
 def chunk_sizes(bench: Bench) -> None:
@@ -615,7 +571,7 @@ def chunk_sizes(bench: Bench) -> None:
     for size in bench.shapes.chunks:
         config = LossConfig(chunk_tokens=size)
         methods[f"{size} tokens a chunk"] = partial(ours, data, bench.backend, config=config)
-    bench.measure("chunks", methods, data.leaves)
+    bench.measure("chunks", methods)
     note_fastest(bench, "chunks")
 
 
@@ -732,7 +688,7 @@ def main() -> None:
         if arguments.json:
             setting = {"backend": bench.backend, "small": arguments.small, "dtype": "bfloat16"}
             verdicts = [bench.verdict(target) for target in TARGETS]
-            write_whole(arguments.json, {**machine, **setting, "targets": verdicts, "rows": bench.cases})
+            write_json(arguments.json, {**machine, **setting, "targets": verdicts, "rows": bench.cases})
 
     run(bench, arguments.only, save)
     show_verdicts([bench.verdict(target) for target in TARGETS])

@@ -27,6 +27,7 @@ try:
     import typer
     from rich.console import Console
 
+    from prefixloss._bench import commands as bench
     from prefixloss.detect import commands as detect
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("prefixloss"):
@@ -44,6 +45,7 @@ app = typer.Typer(
 
 
 app.add_typer(detect.app, name="detect")
+app.add_typer(bench.app, name="bench")
 
 
 def fail(message: str) -> typer.Exit:

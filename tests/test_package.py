@@ -31,6 +31,11 @@ def test_kernels_are_installed_inside_the_package() -> None:
     assert run_python("import prefixloss._kernels as k; print(k.__name__)").strip() == "prefixloss._kernels"
 
 
+def test_the_benchmark_is_installed_inside_the_package() -> None:
+    code = "import prefixloss._bench.worker as w; print(w.__name__, w.Worker.__module__)"
+    assert run_python(code).strip() == "prefixloss._bench.worker prefixloss._bench.worker"
+
+
 def test_package_is_typed_and_knows_its_version() -> None:
     assert resources.files("prefixloss").joinpath("py.typed").is_file()
     assert metadata.version("prefixloss") == prefixloss.__version__
