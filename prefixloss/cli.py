@@ -13,7 +13,7 @@ from prefixloss.detect.choose import EXPECTED
 from prefixloss.detect.records import FormatError
 from prefixloss.files import write_whole
 from prefixloss.rl import UsageError
-from prefixloss.rl.config import GENERAL, Config
+from prefixloss.rl.config import ADVANTAGES, GENERAL, Config
 from prefixloss.show import read_shown, to_html, to_terminal
 from prefixloss.steps import SEGMENTERS
 
@@ -69,7 +69,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="New or empty directory for the run. [runs/DATE-TIME]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --out replace an earlier run.")] = False,
     resume: Annotated[Path | None, typer.Option(help="Run to go on with, with its own settings.")] = None,
-    advantage: Annotated[str | None, option("advantage", "vppo, grpo, cliff, neutral or rts.")] = None,
+    advantage: Annotated[str | None, option("advantage", f"One of {', '.join(ADVANTAGES)}.")] = None,
     detector: Annotated[
         str | None, option("detector", f"Finds first wrong steps, instead of the built-in check: {EXPECTED}.")
     ] = None,

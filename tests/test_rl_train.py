@@ -9,7 +9,6 @@ import sys
 import time
 from itertools import combinations
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -163,7 +162,7 @@ def test_vppo_credit_of_a_group(checked):
     assert float(credit.prefix[1]) == pytest.approx(0.5 - mean)
 
 
-@pytest.mark.parametrize("name", ["grpo", "rts", "neutral", "cliff"])
+@pytest.mark.parametrize("name", ["grpo", "dr-grpo", "rts", "neutral", "cliff", "mixed"])
 def test_the_other_advantages_raise_the_correct_and_lower_the_wrong(checked, name):
     credit = train.assign_credit(Config(advantage=name), *checked, torch.zeros(4, dtype=torch.int64))
     suffix = credit.suffix if isinstance(credit, TokenAdvantages) else credit
@@ -174,6 +173,11 @@ def test_the_other_advantages_raise_the_correct_and_lower_the_wrong(checked, nam
     if name == "rts":
         assert float(credit[1]) > float(credit[2])  # one right step of three against none
         assert float(credit[3]) == float(credit[2])  # cut off: nothing credited
+    if name == "dr-grpo":
+        assert credit.tolist() == pytest.approx([0.75, -0.25, -0.25, -0.25])
+    if name == "mixed":
+        rewards = torch.tensor([1.0, 0.8 * float(checked[0].right_steps[1]) / 3, 0.0, 0.0])
+        assert credit.tolist() == pytest.approx(((rewards - rewards.mean()) / rewards.std()).tolist(), rel=1e-4)
 
 
 # ---- one update
@@ -192,8 +196,8 @@ def one_update(policy, **changes):
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=config.lr)
     torch.manual_seed(1)
     state = train.State()
-    with mock.patch.object(train, "check_responses", every_second_is_right):
-        metrics = train.update(config, policy, reference, optimizer, state, [PROBLEM] * config.prompts)
+    problems = [PROBLEM] * config.prompts
+    metrics = train.update(config, policy, reference, optimizer, state, problems, check=every_second_is_right)
     return metrics, state, torch.nn.utils.parameters_to_vector(policy.model.parameters()).detach().clone()
 
 

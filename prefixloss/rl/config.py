@@ -13,7 +13,7 @@ from prefixloss.detect.choose import by_name
 from prefixloss.rl import UsageError
 from prefixloss.steps import SEGMENTERS
 
-ADVANTAGES = ("vppo", "grpo", "cliff", "neutral", "rts")
+ADVANTAGES = ("vppo", "grpo", "dr-grpo", "cliff", "neutral", "rts", "mixed")
 _COUNTS = (
     *("updates", "prompts", "group", "max_tokens", "epochs", "minibatches", "micro_prompts", "save_every"),
     *("eval_every", "eval_problems", "eval_samples", "k"),

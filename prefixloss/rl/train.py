@@ -137,6 +137,9 @@ def find_errors(config: Config, pairs: list[tuple[task.Problem, str]]) -> list[t
     ]
 
 
+Check = Callable[[Config, Policy, list[task.Problem], Sampled], Checked]
+
+
 def assign_credit(config: Config, checked: Checked, sampled: Sampled, group_ids: Tensor) -> Tensor | TokenAdvantages:
     """An advantage a response, or two of them split at the first wrong step."""
     correct, first_error = checked.correct, checked.first_error
@@ -149,8 +152,12 @@ def assign_credit(config: Config, checked: Checked, sampled: Sampled, group_ids:
         return advantages.cliff(correct, lengths, first_error, group_ids)
     if config.advantage == "rts":
         return advantages.rts(correct, checked.right_steps, checked.total_steps, group_ids)
-    outcome = advantages.grpo(correct.float(), group_ids)
-    return outcome if config.advantage == "grpo" else advantages.neutral_prefix(outcome, correct, first_error)
+    if config.advantage == "mixed":
+        return advantages.mixed(correct.float(), checked.right_steps / checked.total_steps.clamp(min=1), group_ids)
+    outcome = advantages.grpo(correct.float(), group_ids, std=config.advantage != "dr-grpo")
+    if config.advantage == "neutral":
+        return advantages.neutral_prefix(outcome, correct, first_error)
+    return outcome
 
 
 # ---- one update --------------------------------------------------------------------------------------------
@@ -179,16 +186,17 @@ def update(
     problems: list[task.Problem],
     samples: Path | None = None,
     team: Team = Team(),
+    check: Check = check_responses,
 ) -> dict[str, float]:
     """Sample a group for every problem and learn from it; the metrics are means over the update.
 
-    problems: of all processes together. samples: where to leave the responses.
+    problems: of all processes together. samples: where to leave the responses. check: what judges them.
     """
     # sample and check this process's share
     problems = team.share(problems)
     repeated = [p for p in problems for _ in range(config.group)]
     sampled = policy.sample([p.question for p in repeated], config.max_tokens)
-    checked = check_responses(config, policy, repeated, sampled)
+    checked = check(config, policy, repeated, sampled)
 
     # weigh every token
     group_ids = torch.arange(len(problems), device=policy.device).repeat_interleave(config.group)

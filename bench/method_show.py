@@ -1,0 +1,232 @@
+"""Tables and pictures of `bench.method`, from its JSON alone. Intervals are 95 % t intervals over seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from prefixloss.files import write_whole
+
+from . import method_runs, method_tree
+
+# two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
+# Okabe and Ito: told apart by the colour-blind too
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+_MARKERS = "osD^vPX*"
+Run = dict[str, Any]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval; 0 for a single value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, 0.0
+    t = _T[min(len(values) - 2, len(_T) - 1)]
+    return mean, t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def of(runs: Sequence[Run], condition: method_runs.Condition, seeds: int) -> list[Run]:
+    """A condition's runs in the order of their seeds."""
+    return sorted((r for r in runs if r["key"] == condition.key and r["seed"] < seeds), key=lambda r: r["seed"])
+
+
+def at_end(runs: Iterable[Run], metric: str) -> list[float]:
+    return [run["curve"][-1][metric] for run in runs]
+
+
+def write(directory: Path, tree: dict[str, Any], runs: Sequence[Run]) -> str:
+    """Writes the pictures and results.md into the directory; returns the latter's text."""
+    done = [name for name in method_runs.EXPERIMENTS if complete(name, runs)]
+    pictures = {"tree": draw_tree(tree)}
+    draw = {"compare": draw_curves, "inflation": draw_inflation, "alpha": draw_alpha, "noise": draw_noise}
+    pictures |= {name: draw[name](runs) for name in done}
+    for name, figure in pictures.items():
+        image = BytesIO()
+        FigureCanvasAgg(figure)
+        figure.savefig(image, dpi=110, format="png")
+        write_whole(directory / f"{name}.png", lambda file, image=image: file.write(image.getvalue()))  # type: ignore[misc]
+    text = "\n\n".join([HEAD, tree_table(tree), *(table(name, runs) for name in done)]) + "\n"
+    write_whole(directory / "results.md", lambda file: file.write(text.encode()))
+    return text
+
+
+def complete(name: str, runs: Sequence[Run]) -> bool:
+    seeds = method_runs.SEEDS[name]
+    return all(len(of(runs, condition, seeds)) == seeds for condition in method_runs.EXPERIMENTS[name])
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+HEAD = """# What the method does, at a small size
+
+Made by `python -m bench.method show` from `tree.json` and `runs.jsonl`, which `python -m bench.method all` measures.
+Plus and minus are 95 % t intervals over seeds. The differences to GRPO are between runs of the same seed, which start
+from the same policy."""
+
+
+def tree_table(tree: dict[str, Any]) -> str:
+    depths = list(next(iter(tree["needed"].values())))
+    lines = [
+        f"## The theorem's tree: samples until the path has probability {1 - tree['epsilon']:g}",
+        f"{tree['runs']} runs a depth, step size {tree['eta']}, alpha {tree['alpha']}, groups of {tree['group']}.",
+        "",
+        "| reward | " + " | ".join(f"H = {h}" for h in depths) + " | doublings a layer | power of H |",
+        "|---|" + "---|" * (len(depths) + 2),
+    ]
+    for signal, by_depth in tree["needed"].items():
+        growth = tree["growth"][signal]
+        cells = [f"{statistics.fmean(by_depth[h]):,.0f}" for h in depths]
+        cells += [f"{growth['doublings_a_layer']:.2f}", f"{growth['power_of_depth']:.1f}"]
+        lines.append(f"| {signal} | " + " | ".join(cells) + " |")
+    return "\n".join([lines[0], "", *lines[1:]])
+
+
+_TITLES = {
+    "compare": "Credit assignments on the built-in task",
+    "inflation": "Steps a response, when every true equation counts as a right step",
+    "alpha": "The value of a good prefix",
+    "noise": "A detector that errs",
+}
+
+
+def table(name: str, runs: Sequence[Run]) -> str:
+    """An experiment's runs at their end."""
+    seeds = method_runs.SEEDS[name]
+    conditions = method_runs.EXPERIMENTS[name]
+    base = [r for c in conditions if c.name == "GRPO" for r in at_end(of(runs, c, seeds), "pass@1")]
+    metrics = ["pass@1", f"pass@{method_runs.SMALL.k}", *(["steps", "length"] if name == "inflation" else [])]
+    heads = [*metrics, *(["pass@1 over GRPO"] if base else [])]
+    lines = [f"## {_TITLES[name]}", "", f"{seeds} seeds, {method_runs.SMALL.updates} updates.", ""]
+    lines += ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    first = [run["curve"][0] for run in of(runs, conditions[0], seeds)]
+    start = [_cell([point[m] for point in first], m) if m in first[0] else "" for m in metrics]
+    lines.append("| at the start | " + " | ".join([*start, *([""] if base else [])]) + " |")
+    for condition in conditions:
+        mine = of(runs, condition, seeds)
+        cells = [_cell(at_end(mine, m), m) for m in metrics]
+        if base:
+            gaps = [a - b for a, b in zip(at_end(mine, "pass@1"), base, strict=True)]
+            cells.append("" if condition.name == "GRPO" else _cell(gaps, "pass@1", signed=True))
+        lines.append(f"| {condition.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float], metric: str, signed: bool = False) -> str:
+    mean, half = interval(values)
+    share = metric.startswith("pass")
+    scale, unit = (100, " %") if share else (1, "")
+    sign = "+" if signed else ""
+    return f"{mean * scale:{sign}.1f} ± {half * scale:.1f}{unit}"
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------
+
+
+def _figure(panels: int = 1, width: float = 8.0, height: float = 3.6) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", color="0.9")
+        ax.set_axisbelow(True)
+    return figure, list(axes)
+
+
+def draw_tree(tree: dict[str, Any]) -> Figure:
+    figure, axes = _figure(2, height=3.9)
+    depths = [int(h) for h in next(iter(tree["needed"].values()))]
+    for ax, suffix, title in zip(axes, ("", ", groups"), ("one sample a step", "groups of 8 a step"), strict=True):
+        for i, kind in enumerate(("outcome", "first error")):
+            spans = [interval(tree["needed"][kind + suffix][str(h)]) for h in depths]
+            low, high = ([m + sign * half for m, half in spans] for sign in (-1, 1))
+            style = {"color": _COLOURS[1 - i], "marker": _MARKERS[i], "markersize": 4}
+            ax.plot(depths, [m for m, _ in spans], label=f"{kind} reward", **style)
+            ax.fill_between(depths, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        ax.set_yscale("log", base=10)
+        ax.set_xlabel("depth of the tree")
+        ax.set_title(title, fontsize=10)
+    bound = {"color": "0.4", "linewidth": 1}
+    axes[0].plot(depths, [method_tree.lower_bound(h) for h in depths], "--", label="$2^H / (\\eta H)$", **bound)
+    upper = [method_tree.upper_bound(h) for h in depths]
+    axes[0].plot(depths, upper, ":", label="$H / (\\eta\\alpha) \\; \\ln(H / \\epsilon)$", **bound)
+    axes[0].set_ylabel("samples until the path has\nprobability 0.9")
+    for ax in axes:
+        ax.legend(frameon=False, fontsize=8)
+    figure.suptitle("Finding one path in a binary tree: outcome against first-error reward", fontsize=11)
+    return figure
+
+
+def _curves(ax: Any, runs: Sequence[Run], name: str, metric: str, scale: float) -> None:
+    """A line a condition, its interval shaded."""
+    seeds = method_runs.SEEDS[name]
+    for i, condition in enumerate(method_runs.EXPERIMENTS[name]):
+        mine = of(runs, condition, seeds)
+        points = [[p for p in run["curve"] if metric in p] for run in mine]
+        updates = [p["update"] for p in points[0]]
+        spans = [interval([scale * p[metric] for p in column]) for column in zip(*points, strict=True)]
+        ax.plot(
+            updates, [m for m, _ in spans], color=_COLOURS[i], marker=_MARKERS[i], markersize=4, label=condition.name
+        )
+        low, high = ([m + sign * half for m, half in spans] for sign in (-1, 1))
+        ax.fill_between(updates, low, high, color=_COLOURS[i], alpha=0.12, linewidth=0)
+    ax.set_xlabel("updates")
+
+
+def draw_curves(runs: Sequence[Run]) -> Figure:
+    figure, axes = _figure(2, height=3.9)
+    for ax, k in zip(axes, (1, method_runs.SMALL.k), strict=True):
+        _curves(ax, runs, "compare", f"pass@{k}", 100)
+        ax.set_ylabel(f"held-out pass@{k} (%)")
+        ax.set_ylim(bottom=0)
+    axes[0].legend(frameon=False, fontsize=8)
+    seeds = method_runs.SEEDS["compare"]
+    figure.suptitle(f"Built-in task, {seeds} seeds from the same starts, 95 % intervals", fontsize=11)
+    return figure
+
+
+def draw_inflation(runs: Sequence[Run]) -> Figure:
+    figure, axes = _figure(2, height=3.9)
+    for ax, metric, label, scale in zip(
+        axes, ("steps", "pass@1"), ("steps a response", "held-out pass@1 (%)"), (1, 100), strict=True
+    ):
+        _curves(ax, runs, "inflation", metric, scale)
+        ax.set_ylabel(label)
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle("Any true equation counts as a right step: does cutting the prefix stop inflation?", fontsize=11)
+    return figure
+
+
+def _points(ax: Any, runs: Sequence[Run], name: str, conditions: Sequence[method_runs.Condition]) -> None:
+    """A point a condition with its interval, and a faint one a seed."""
+    for i, condition in enumerate(conditions):
+        values = [100 * v for v in at_end(of(runs, condition, method_runs.SEEDS[name]), "pass@1")]
+        mean, half = interval(values)
+        colour = _COLOURS[1] if condition.name == "GRPO" else _COLOURS[0]
+        ax.plot([i] * len(values), values, ".", color=colour, alpha=0.35)
+        ax.errorbar(i, mean, half, color=colour, marker="o", capsize=4)
+    ax.set_xticks(range(len(conditions)), [c.name.replace(" ", "\n") for c in conditions])
+    ax.set_ylabel("held-out pass@1 (%)")
+
+
+def draw_alpha(runs: Sequence[Run]) -> Figure:
+    figure, (ax,) = _figure(width=6.0)
+    _points(ax, runs, "alpha", method_runs.EXPERIMENTS["alpha"])
+    ax.set_xlabel("alpha, the value of a good-prefix token")
+    ax.set_title(f"VPPO after {method_runs.SMALL.updates} updates, {method_runs.SEEDS['alpha']} seeds", fontsize=11)
+    return figure
+
+
+def draw_noise(runs: Sequence[Run]) -> Figure:
+    figure, (ax,) = _figure()
+    _points(ax, runs, "noise", method_runs.EXPERIMENTS["noise"])
+    ax.set_xlabel("first errors that are moved to an earlier or later step, or missed")
+    ax.set_title(f"VPPO with a detector that errs, {method_runs.SEEDS['noise']} seeds", fontsize=11)
+    return figure
