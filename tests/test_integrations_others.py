@@ -676,6 +676,24 @@ def test_openrlhf_experiences_in_any_order_get_the_advantages_of_their_prompts()
         assert torch.equal(experience.info["return"], torch.tensor(SCORES)[r])
 
 
+def openrlhf_args(init_coef: float = 0.01, use_loss: bool = False, **reward: Any) -> Any:
+    """OpenRLHF's arguments as far as its advantages read them, with its defaults."""
+    kl = SimpleNamespace(init_coef=init_coef, use_loss=use_loss)
+    rollout = SimpleNamespace(n_samples_per_prompt=3)
+    return SimpleNamespace(rollout=rollout, algo=SimpleNamespace(kl=kl), reward=SimpleNamespace(**reward))
+
+
+def test_openrlhf_penalties_in_the_reward_are_refused_by_name() -> None:
+    for given_args, name in (
+        ({}, r"algo\.kl\.init_coef: got 0\.01 in the reward"),
+        ({"use_loss": True, "overlong_buffer_len": 100}, r"reward\.overlong_buffer_len: got 100"),
+        ({"init_coef": 0.0, "stop_properly_penalty_coef": 0.0}, r"reward\.stop_properly_penalty_coef: got 0\.0"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            openrlhf._refuse_penalties(openrlhf_args(**given_args))
+    openrlhf._refuse_penalties(openrlhf_args(use_loss=True, overlong_buffer_len=None))
+
+
 def actor_call() -> tuple[Any, dict[str, Any]]:
     """An actor as far as its forward reads it, and a padded batch: prompts left-padded, responses right-padded."""
     torch.manual_seed(0)
@@ -701,6 +719,21 @@ def test_openrlhf_actor_makes_log_probs_of_action_tokens_alone() -> None:
     assert forward(actor, call["sequences"], attention_mask=call["attention_mask"], return_logprobs=True) == "theirs"
     actor.packing_samples = True
     assert forward(actor, **call) == "theirs"
+
+
+def test_openrlhf_a_model_that_changes_its_heads_logits_is_refused() -> None:
+    actor, call = actor_call()
+    inner = actor.model.forward
+
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        output["logits"] = 2 * output["logits"]
+        return output
+
+    actor.model.forward = doubled
+    with pytest.raises(ValueError, match="head: got a model that changes its head's logits, expected head=False"):
+        openrlhf.actor_forward(None)(actor, **call)
+    assert actor.model(call["sequences"]).logits.shape[-1] == 31
 
 
 class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -783,8 +816,8 @@ def test_openrlhf_itself_trains_with_what_patch_puts_there(openrlhf_itself: Any,
     experience = openrlhf_itself.experience_maker.Experience(
         rewards=torch.tensor(SCORES), action_mask=mask, index=list(range(6)), info={}
     )
-    strategy = SimpleNamespace(args=SimpleNamespace(rollout=SimpleNamespace(n_samples_per_prompt=3)))
-    maker.compute_advantages_and_returns(SimpleNamespace(strategy=strategy), [experience])
+    this = SimpleNamespace(strategy=SimpleNamespace(args=openrlhf_args(init_coef=0.0)))
+    maker.compute_advantages_and_returns(this, [experience])
     want = token_loss.token_advantages(torch.tensor(SCORES), LENGTHS, [0, 0, 0, 1, 1, 1], "cliff", keep=0.5)
     assert torch.equal(experience.advantages, want.per_token(mask, mask))
 
