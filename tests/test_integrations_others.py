@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import group_of, in_processes
 from torch import Tensor
 
 from prefixloss import LossConfig, advantages, linear_prefix_loss, prefix_loss
@@ -287,6 +288,48 @@ def test_a_group_of_one_process_is_no_group(tmp_path: Any) -> None:
         assert token_loss.shared_by_many(torch.distributed.group.WORLD) is None
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Gathered(torch.autograd.Function):
+    """Megatron's `gather_from_sequence_parallel_region`: all processes' tokens; their gradients are added up."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        parts = [torch.empty_like(hidden) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, hidden)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        whole = grad.clone()
+        torch.distributed.all_reduce(whole)
+        return whole.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
+def heads_of_megatron(rank: int, size: int, file: str) -> None:
+    from prefixloss.integrations import verl  # noqa: PLC0415
+
+    with group_of(rank, size, file) as group:
+        g = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((6, 4), (10, 4)))
+        tokens = torch.randint(10, (6,), generator=g)
+        exact, leaf = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logps_and_entropy(exact @ leaf.T, tokens)[0].square().sum().backward()
+        assert exact.grad is not None
+        assert leaf.grad is not None
+        heads = (
+            lambda h, w: verl.fused_logps(h, w, tokens, 1.0, "none", group)[0],
+            lambda h, w: skyrl.fused_logps("torch", h[None], w, tokens[None], 0, 0, 6, group, False)[0],
+        )
+        for head in heads:
+            mine, rows = hidden.chunk(size)[rank].clone(), weight.chunk(size)[rank].clone()
+            head(Gathered.apply(mine.requires_grad_()), rows.requires_grad_()).square().sum().backward()
+            torch.testing.assert_close(mine.grad, exact.grad.chunk(size)[rank])
+            torch.testing.assert_close(rows.grad, leaf.grad.chunk(size)[rank])
+
+
+def test_under_megatrons_sequence_parallelism_hidden_states_get_their_gradient_once(tmp_path: Any) -> None:
+    in_processes(heads_of_megatron, 2, tmp_path)
 
 
 # --- a model's own head ---

@@ -90,6 +90,19 @@ def shared_by_many(group: Any) -> Any:
     return None if group is None or torch.distributed.get_world_size(group) == 1 else group
 
 
+def gradient_shared(hidden: Tensor, group: Any) -> Tensor:
+    """`hidden`, of whose gradient each process of a tensor-parallel group gets a share that adds up to the whole.
+
+    That is what Megatron wants of a head: under sequence parallelism it sums over the group behind it.
+    """
+    if group is None or not hidden.requires_grad:
+        return hidden
+    size = torch.distributed.get_world_size(group)
+    hidden = hidden.view_as(hidden)
+    hidden.register_hook(lambda grad: grad / size)
+    return hidden
+
+
 def logged(metrics: dict[str, Tensor]) -> dict[str, float]:
     """What trainers log of `prefixloss.metrics`, as numbers, after one synchronisation."""
     shares = {
