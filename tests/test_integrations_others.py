@@ -318,7 +318,7 @@ def heads_of_megatron(rank: int, size: int, file: str) -> None:
         assert exact.grad is not None
         assert leaf.grad is not None
         heads = (
-            lambda h, w: verl.fused_logps(h, w, tokens, 1.0, "none", group)[0],
+            lambda h, w: verl.fused_logps(h[:, None], w, tokens[None], 1.0, "none", group)[0],
             lambda h, w: skyrl.fused_logps("torch", h[None], w, tokens[None], 0, 0, 6, group, False)[0],
         )
         for head in heads:

@@ -138,6 +138,8 @@ def fused_logps(
     if reduction != "none":
         raise ValueError(f"reduction: got {reduction!r}, expected 'none': verl reduces per token")
     group = shared_by_many(dist_process_group)
+    if [n for n in hidden.shape[:-1] if n > 1] == [n for n in labels.shape if n > 1]:
+        hidden = hidden.reshape(*labels.shape, hidden.shape[-1])  # Megatron has [T, 1, D] for labels [1, T]
     hidden = gradient_shared(hidden, group)
     out = linear_logps(hidden, weight, labels, temperature=float(temperature), entropy=True, tp_group=group)
     assert out.entropy is not None
