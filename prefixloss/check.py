@@ -239,6 +239,14 @@ def process_group(argument: str, value: Any) -> None:
         fail(argument, value, "a torch.distributed process group", TypeError)
 
 
+def not_over(tp_group: Any, mesh: Any) -> None:
+    """A DTensor that is gathered over its mesh has all of the vocabulary, which a tp_group's process has not."""
+    if tp_group is not None:
+        gathered = set(mesh.mesh.flatten().tolist()) & set(torch.distributed.get_process_group_ranks(tp_group))
+        if len(gathered) > 1:
+            fail("tp_group", "a head that is a DTensor over it", "this process's rows as a tensor (`to_local()`)")
+
+
 def vocab_size(value: Any, columns: int, tp_group: Any) -> None:
     """columns: those that are given, of this process where there are several."""
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:

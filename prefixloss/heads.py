@@ -68,7 +68,10 @@ def as_slice(rows: Tensor) -> Tensor | slice:
 
 
 class LinearRows:
-    """Logits of hidden [N, D] under a head weight [V, D] and bias [V] (or None)."""
+    """Logits of hidden [N, D] under a head weight [V, D] and bias [V] (or None).
+
+    share: whether the head is a part of one, and the hidden states' gradient a share of it.
+    """
 
     multiplies = True
 
@@ -78,6 +81,7 @@ class LinearRows:
         transform: Transform,
         needs: tuple[bool, ...] = (False, False, False),
         buffers: int = 1,
+        share: bool = False,
     ) -> None:
         self.hidden, self.weight, self.bias = tensors
         self.transform = transform
@@ -88,7 +92,9 @@ class LinearRows:
         self.buffer = self.hidden.new_empty(0, self.vocabulary, dtype=self.dtype)
         self.d_hidden = self.d_weight = self.d_bias = None
         if needs[0]:
-            self.d_hidden = memory.zeros(self.hidden.shape, _storage_dtype(self.hidden.dtype), self.hidden.device)
+            # of several processes' shares only the sum is rounded
+            kept = self.dtype if share else _storage_dtype(self.hidden.dtype)
+            self.d_hidden = memory.zeros(self.hidden.shape, kept, self.hidden.device)
         if needs[1]:
             self.d_weight = memory.zeros(self.weight.shape, self.dtype, self.weight.device)
         if needs[2]:

@@ -113,8 +113,9 @@ def linear_prefix_loss(
     backend = check.backend(backend, tp_group, cp_group, hidden, lm_head_weight)
     check.config(config, LossConfig)
     check.tensor("tokens", tokens, "integer")
-    lm_head_weight, lm_head_bias = _whole(lm_head_weight), _whole(lm_head_bias)
-    ref_lm_head_weight, ref_lm_head_bias = _whole(ref_lm_head_weight), _whole(ref_lm_head_bias)
+    lm_head_weight, lm_head_bias = _whole(lm_head_weight, tp_group), _whole(lm_head_bias, tp_group)
+    ref_lm_head_weight = _whole(ref_lm_head_weight, tp_group)
+    ref_lm_head_bias = _whole(ref_lm_head_bias, tp_group)
     names = ("hidden", "lm_head_weight", "lm_head_bias")
     check.head(hidden, lm_head_weight, lm_head_bias, names, tokens.shape)
     check.device("tokens", tokens, hidden.device)
@@ -243,7 +244,7 @@ def linear_logps(
     options = LossConfig(
         temperature=temperature, softcap=softcap, logit_scale=logit_scale, entropy_coef=1.0 if entropy else 0.0
     )
-    lm_head_weight, lm_head_bias = _whole(lm_head_weight), _whole(lm_head_bias)
+    lm_head_weight, lm_head_bias = _whole(lm_head_weight, tp_group), _whole(lm_head_bias, tp_group)
     names = ("hidden", "lm_head_weight", "lm_head_bias")
     check.head(hidden, lm_head_weight, lm_head_bias, names, tokens.shape)
     check.device("tokens", tokens, hidden.device)
@@ -327,10 +328,11 @@ def _transform(config: LossConfig) -> Transform:
     return Transform.of(config.temperature, config.softcap, config.logit_scale)
 
 
-def _whole(weight: Any) -> Any:
+def _whole(weight: Any, tp_group: Any) -> Any:
     """A DTensor gathered; each rank's gradient is a share of the sum over ranks."""
     if not hasattr(weight, "full_tensor"):
         return weight
+    check.not_over(tp_group, weight.device_mesh)
     from torch.distributed.tensor import Partial  # noqa: PLC0415 (slow to import, seldom needed)
 
     return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)

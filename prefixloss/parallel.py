@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from prefixloss import check
 from prefixloss.config import LossConfig
 from prefixloss.layout import Layout
+
+# in place of a count of 0: a denominator that adds nothing to other micro-batches' counts
+_NOTHING = 1e-30
 
 
 def global_normalizer(
@@ -26,7 +30,8 @@ def global_normalizer(
 
     tokens, mask, cu_seqlens, group_ids: this rank's, as for the loss; a rank may have no token. averaged: whether the
     ranks' gradients are averaged, as DDP and FSDP do, or summed. With gradient accumulation pass the sum of the
-    micro-batches' results, and let each backward run without averaging by their number.
+    micro-batches' results, and let each backward run without averaging by their number (for "none", which has no
+    denominator, one of them).
 
     ValueError: reduction="group-token-mean" with a group on several ranks, whose tokens no rank could count.
     """
@@ -51,7 +56,7 @@ def global_normalizer(
             count *= config.max_length or 1
     total = torch.tensor(count, dtype=torch.float64, device=tokens.device)
     torch.distributed.all_reduce(total, group=group)
-    total.clamp_(min=1)
+    total.clamp_(min=_NOTHING)
     return total / torch.distributed.get_world_size(group) if averaged else total
 
 
@@ -60,7 +65,8 @@ def _own_groups(group_ids: Tensor, group: Any) -> int:
     mine = set(group_ids.tolist())
     ranks: list[set[int]] = [set()] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(ranks, mine, group=group)
-    shared = [label for label in mine if sum(label in others for others in ranks) > 1]
+    # of all ranks: those without such a group have to hear of it too
+    shared = [label for label, count in Counter(label for labels in ranks for label in labels).items() if count > 1]
     if shared:
         check.fail("group_ids", f"group {min(shared)} on several ranks", "all responses of a group on one rank")
     return len(mine)

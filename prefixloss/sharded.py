@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from prefixloss import check, softmax
@@ -141,7 +140,8 @@ class Shard(Whole):
         others = (parts.others * shrink).sum(0)
         shift = ((parts.shift + parts.others * (parts.top - top)) * shrink).sum(0)
         own, ref_own = parts.own.sum(0), parts.ref_own.sum(0)
-        logp = -F.softplus(top - own + torch.log(others), threshold=math.inf)
+        odds = top - own + torch.log(others)
+        logp = -torch.logaddexp(odds, torch.zeros_like(odds))
         largest = torch.maximum(top, own)
         e, fall = torch.exp(own - largest), torch.exp(top - largest)
         rest = others * fall
@@ -154,7 +154,9 @@ class Shard(Whole):
             ref_top = parts.ref_top.amax(0)
             ref_lse = ref_top + torch.log((parts.ref_total * torch.exp(parts.ref_top - ref_top)).sum(0))
             own_gap = torch.where(e == 0, 0.0, e * (own - ref_own))
-            gap = (own_gap + (parts.gap * shrink).sum(0) * fall) / total
+            # a process far below the largest has no share, be its gap infinite (a token the reference bans)
+            gaps = torch.where(shrink == 0, 0.0, parts.gap * shrink).sum(0)
+            gap = (own_gap + torch.where(fall == 0, 0.0, gaps * fall)) / total
             kl = gap - (largest + log_total - ref_lse)
         here_total = (total * torch.exp(largest - sums.top)).clamp(max=_LARGEST)
         self._put_target(probs, here, target, torch.exp(logp) * here_total)
@@ -169,6 +171,9 @@ class Shard(Whole):
         ref_scores: Tensor | None = None,
     ) -> None:  # fmt: skip
         here, target = self._target(tokens)
+        if ref_scores is not None:
+            # what is nothing beside the other processes' columns, though the reference may ban it
+            probs.masked_fill_((stats.total >= _LARGEST)[:, None], 0)
         self._put_target(probs, here, target, torch.exp(stats.logp) * stats.total)
         softmax.logit_gradient_(probs, target, stats, coefficients, transform, ref_scores, here)
 

@@ -24,7 +24,7 @@ from prefixloss.batch import Batch, TokenValues
 from prefixloss.config import LossConfig
 from prefixloss.heads import LinearRows, LogitRows, Rows
 from prefixloss.objective import Terms, token_terms
-from prefixloss.sharded import Whole
+from prefixloss.sharded import Shard, Whole
 from prefixloss.softmax import Coefficients, RowStats, Transform, keep_rows_, live_rows
 
 
@@ -54,7 +54,7 @@ def linear_source(
     """Rows from hidden states [N, D], a head [V, D] and a bias; `reference` likewise, for the exact KL."""
     buffers = 1 if reference is None else 2
     return Source(
-        lambda tensors, needs: LinearRows(tensors, transform, needs, buffers),
+        lambda tensors, needs: LinearRows(tensors, transform, needs, buffers, isinstance(columns, Shard)),
         transform,
         None if reference is None else LinearRows(reference, transform),
         () if reference is None else reference,

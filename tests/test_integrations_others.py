@@ -23,6 +23,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import group_of, in_processes
 from torch import Tensor
 
 from prefixloss import LossConfig, advantages, linear_prefix_loss, prefix_loss
@@ -289,6 +290,48 @@ def test_a_group_of_one_process_is_no_group(tmp_path: Any) -> None:
         assert token_loss.shared_by_many(torch.distributed.group.WORLD) is None
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Gathered(torch.autograd.Function):
+    """Megatron's `gather_from_sequence_parallel_region`: all processes' tokens; their gradients are added up."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        parts = [torch.empty_like(hidden) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, hidden)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        whole = grad.clone()
+        torch.distributed.all_reduce(whole)
+        return whole.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
+def heads_of_megatron(rank: int, size: int, file: str) -> None:
+    from prefixloss.integrations import verl  # noqa: PLC0415
+
+    with group_of(rank, size, file) as group:
+        g = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((6, 4), (10, 4)))
+        tokens = torch.randint(10, (6,), generator=g)
+        exact, leaf = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logps_and_entropy(exact @ leaf.T, tokens)[0].square().sum().backward()
+        assert exact.grad is not None
+        assert leaf.grad is not None
+        heads = (
+            lambda h, w: verl.fused_logps(h[:, None], w, tokens[None], 1.0, "none", group)[0],
+            lambda h, w: skyrl.fused_logps("torch", h[None], w, tokens[None], 0, 0, 6, group, False)[0],
+        )
+        for head in heads:
+            mine, rows = hidden.chunk(size)[rank].clone(), weight.chunk(size)[rank].clone()
+            head(Gathered.apply(mine.requires_grad_()), rows.requires_grad_()).square().sum().backward()
+            torch.testing.assert_close(mine.grad, exact.grad.chunk(size)[rank])
+            torch.testing.assert_close(rows.grad, leaf.grad.chunk(size)[rank])
+
+
+def test_under_megatrons_sequence_parallelism_hidden_states_get_their_gradient_once(tmp_path: Any) -> None:
+    in_processes(heads_of_megatron, 2, tmp_path)
 
 
 # --- a model's own head ---
@@ -695,6 +738,24 @@ def test_openrlhf_experiences_in_any_order_get_the_advantages_of_their_prompts()
         assert torch.equal(experience.info["return"], torch.tensor(SCORES)[r])
 
 
+def openrlhf_args(init_coef: float = 0.01, use_loss: bool = False, **reward: Any) -> Any:
+    """OpenRLHF's arguments as far as its advantages read them, with its defaults."""
+    kl = SimpleNamespace(init_coef=init_coef, use_loss=use_loss)
+    rollout = SimpleNamespace(n_samples_per_prompt=3)
+    return SimpleNamespace(rollout=rollout, algo=SimpleNamespace(kl=kl), reward=SimpleNamespace(**reward))
+
+
+def test_openrlhf_penalties_in_the_reward_are_refused_by_name() -> None:
+    for given_args, name in (
+        ({}, r"algo\.kl\.init_coef: got 0\.01 in the reward"),
+        ({"use_loss": True, "overlong_buffer_len": 100}, r"reward\.overlong_buffer_len: got 100"),
+        ({"init_coef": 0.0, "stop_properly_penalty_coef": 0.0}, r"reward\.stop_properly_penalty_coef: got 0\.0"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            openrlhf._refuse_penalties(openrlhf_args(**given_args))
+    openrlhf._refuse_penalties(openrlhf_args(use_loss=True, overlong_buffer_len=None))
+
+
 def actor_call() -> tuple[Any, dict[str, Any]]:
     """An actor as far as its forward reads it, and a padded batch: prompts left-padded, responses right-padded."""
     torch.manual_seed(0)
@@ -720,6 +781,21 @@ def test_openrlhf_actor_makes_log_probs_of_action_tokens_alone() -> None:
     assert forward(actor, call["sequences"], attention_mask=call["attention_mask"], return_logprobs=True) == "theirs"
     actor.packing_samples = True
     assert forward(actor, **call) == "theirs"
+
+
+def test_openrlhf_a_model_that_changes_its_heads_logits_is_refused() -> None:
+    actor, call = actor_call()
+    inner = actor.model.forward
+
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        output["logits"] = 2 * output["logits"]
+        return output
+
+    actor.model.forward = doubled
+    with pytest.raises(ValueError, match="head: got a model that changes its head's logits, expected head=False"):
+        openrlhf.actor_forward(None)(actor, **call)
+    assert actor.model(call["sequences"]).logits.shape[-1] == 31
 
 
 class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -802,8 +878,8 @@ def test_openrlhf_itself_trains_with_what_patch_puts_there(openrlhf_itself: Any,
     experience = openrlhf_itself.experience_maker.Experience(
         rewards=torch.tensor(SCORES), action_mask=mask, index=list(range(6)), info={}
     )
-    strategy = SimpleNamespace(args=SimpleNamespace(rollout=SimpleNamespace(n_samples_per_prompt=3)))
-    maker.compute_advantages_and_returns(SimpleNamespace(strategy=strategy), [experience])
+    this = SimpleNamespace(strategy=SimpleNamespace(args=openrlhf_args(init_coef=0.0)))
+    maker.compute_advantages_and_returns(this, [experience])
     want = token_loss.token_advantages(torch.tensor(SCORES), LENGTHS, [0, 0, 0, 1, 1, 1], "cliff", keep=0.5)
     assert torch.equal(experience.advantages, want.per_token(mask, mask))
 

@@ -643,6 +643,7 @@ def test_which_reward_says_right_has_to_be_said(tmp_path):
         ({"advantage": "gae"}, "advantage"),
         ({"detector": None}, "detector"),
         ({"alpha": 2}, "alpha"),
+        ({"shorten": -1}, "shorten"),
     ],
 )
 def test_wrong_arguments_are_named(extra, name, tmp_path):

@@ -212,11 +212,20 @@ def test_a_response_may_span_processes(size: int, tmp_path: Path) -> None:
 def shared_group(rank: int, size: int, file: str) -> None:
     with group_of(rank, size, file):
         config = LossConfig(reduction="group-token-mean")
+        tokens = torch.zeros(2, 2, dtype=torch.int64)
+        # the last rank has none of group 7, and must not be left waiting
         with pytest.raises(ValueError, match="group_ids: got group 7 on several ranks"):
-            global_normalizer(config, torch.zeros(1, 2, dtype=torch.int64), group_ids=torch.tensor([7]))
-        nobody = global_normalizer(LossConfig(), torch.zeros(0, 2, dtype=torch.int64), averaged=False)
-        assert nobody.item() == 1
+            global_normalizer(config, tokens, group_ids=torch.tensor([[7, 1], [7, 2], [3, 4]][rank]))
+        some = global_normalizer(LossConfig(), tokens, averaged=False)
+        nobody = global_normalizer(LossConfig(), tokens, mask=tokens, averaged=False)
+        assert (some + nobody).item() == some.item() == 4 * size
+        logits = torch.randn(2, 2, V, requires_grad=True)
+        loss = prefix_loss(logits, tokens, torch.ones(2), mask=tokens, normalizer=nobody).loss
+        loss.backward()
+        assert loss.item() == 0
+        assert logits.grad is not None
+        assert not logits.grad.any()
 
 
-def test_a_group_on_several_ranks_is_refused_and_no_token_at_all_is_fine(tmp_path: Path) -> None:
-    in_processes(shared_group, 2, tmp_path)
+def test_a_group_on_several_ranks_is_refused_on_all_and_a_batch_without_a_token_counts_as_none(tmp_path: Path) -> None:
+    in_processes(shared_group, 3, tmp_path)

@@ -2,6 +2,7 @@
 all ranks."""
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 from processes import group_of, in_processes
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from prefixloss import LossConfig, LossOutput, linear_logps, linear_prefix_loss, prefix_loss
 
@@ -197,6 +200,52 @@ def test_log_probs_near_0_keep_their_digits_and_chunks_are_the_same_on_all_ranks
     in_processes(near_certainty, 2, tmp_path, (6, 5))
 
 
+def far_apart(rank: int, size: int, file: str) -> None:
+    """float32, where exp(89) overflows: scores far from the largest, here and elsewhere."""
+    with group_of(rank, size, file) as group:
+        logits = torch.zeros(1, 1, 6)
+        logits[..., 3:] = -200
+        reference = torch.zeros(1, 1, 6)
+        reference[..., 4] = -math.inf  # where the policy's probability is 0 as well
+        full = LossConfig(kl="full", kl_coef=0.1, entropy_coef=0.1)
+        for token, config in itertools.product((1, 3), (LossConfig(), full)):
+            given = {"tokens": torch.tensor([[token]]), "advantages": torch.ones(1), "config": config}
+            want, got = logits.clone().requires_grad_(), logits.split(3, -1)[rank].clone().requires_grad_()
+            references = (reference, reference.split(3, -1)[rank]) if config.kl else (None, None)
+            one = prefix_loss(want, **given, ref_logits=references[0], backend="torch")
+            two = prefix_loss(got, **given, ref_logits=references[1], tp_group=group)
+            assert one.logps.item() == pytest.approx(-math.log(3) - 200 * (token == 3))
+            for a, b in zip(results(two), results(one), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+            one.loss.backward()
+            two.loss.backward()
+            assert want.grad is not None
+            torch.testing.assert_close(got.grad, want.grad.split(3, -1)[rank], rtol=1e-6, atol=1e-6)
+
+
+def test_log_probs_far_below_0_are_finite_and_so_is_the_kl_of_what_has_no_probability(tmp_path: Path) -> None:
+    in_processes(far_apart, 2, tmp_path)
+
+
+def half_precision(rank: int, size: int, file: str) -> None:
+    with group_of(rank, size, file) as group:
+        g = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(n, 32, generator=g).bfloat16() for n in (128, 400))
+        tokens, advantages = torch.randint(400, (128,), generator=g), torch.randn(128, generator=g)
+        exact = hidden.double().requires_grad_()
+        linear_prefix_loss(exact, weight.double(), tokens, advantages, backend="torch").loss.backward()
+        got = hidden.clone().requires_grad_()
+        mine = weight.split(200)[rank].clone().requires_grad_()
+        linear_prefix_loss(got, mine, tokens, advantages, tp_group=group).loss.backward()
+        assert exact.grad is not None
+        # one rounding to bfloat16: half a unit in the last of 8 bits at most, and float32 sums' error far below it
+        torch.testing.assert_close(got.grad, exact.grad, rtol=2**-8, atol=1e-7, check_dtype=False)
+
+
+def test_shares_of_a_bfloat16_gradient_are_added_before_they_are_rounded(tmp_path: Path) -> None:
+    in_processes(half_precision, 2, tmp_path)
+
+
 def test_padding_never_counts_on_one_process_either() -> None:
     x = inputs(torch.float64)
     want, want_grads = run_linear(x, CONFIGS[3], backend="torch")
@@ -217,6 +266,9 @@ def wrong_calls(rank: int, size: int, file: str, counts: tuple[int, ...]) -> Non
             run_linear(x, LossConfig(), tp_group=group, vocab_size=99)
         with pytest.raises(ValueError, match=r"tokens: got id 10.*V = 9"):
             run_linear(x, LossConfig(), tp_group=group, vocab_size=9)
+        whole = distribute_tensor(inputs(torch.float32)["weight"], init_device_mesh("cpu", (size,)), [Shard(0)])
+        with pytest.raises(ValueError, match="tp_group: got a head that is a DTensor over it"):
+            linear_logps(x["hidden"], whole, TOKENS, tp_group=group)
 
 
 def test_wrong_calls_say_what_is_wrong_before_any_work(tmp_path: Path) -> None:

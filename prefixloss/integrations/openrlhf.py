@@ -5,9 +5,10 @@
     ray job submit --runtime-env-json='{"worker_process_setup_hook": "prefixloss.integrations.openrlhf.patch"}' \\
         -- python3 -m openrlhf.cli.train_ppo_ray ...
 
-OpenRLHF's own command line stays as it is. That command needs Ray and GPUs and was not run here. The reward has to be a
-signed score (`token_loss.signed_score`): 1 for a correct response, -(first_error + 1) for a wrong one, 0 where no error
-was found; anything added to it is refused.
+OpenRLHF's own command line stays as it is, but for its KL penalty in the reward, which is on unless told otherwise: say
+`--algo.kl.init_coef 0`, or `--algo.kl.use_loss`. That command needs Ray and GPUs and was not run here. The reward has
+to be a signed score (`token_loss.signed_score`): 1 for a correct response, -(first_error + 1) for a wrong one, 0 where
+no error was found; anything added to it, and OpenRLHF's own penalties, are refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefixloss import check
 from prefixloss.config import LossConfig, Objective
 from prefixloss.integrations.token_loss import head_of_logps, logged, token_advantages
 from prefixloss.integrations.token_loss import policy_loss as loss_of
@@ -139,12 +141,23 @@ def patch(objective: Objective = "clip", estimator: str = "vppo", head: bool = T
         return PolicyLoss(*args, objective=objective, **kwargs)
 
     def compute(self: Any, experiences: list[Any]) -> list[Any]:
-        return compute_advantages(experiences, self.strategy.args.rollout.n_samples_per_prompt, estimator, **options)
+        args = self.strategy.args
+        _refuse_penalties(args)
+        return compute_advantages(experiences, args.rollout.n_samples_per_prompt, estimator, **options)
 
     ppo_actor.PolicyLoss = loss
     experience_maker.RemoteExperienceMaker.compute_advantages_and_returns = torch.no_grad()(compute)
     if head:
         actor.Actor.forward = actor_forward(actor.Actor.forward)
+
+
+def _refuse_penalties(args: Any) -> None:
+    """ValueError for what OpenRLHF would add to a reward after it was given."""
+    if args.algo.kl.init_coef > 0 and not args.algo.kl.use_loss:
+        check.fail("algo.kl.init_coef", f"{args.algo.kl.init_coef:g} in the reward", "0, or --algo.kl.use_loss")
+    for name in ("overlong_buffer_len", "stop_properly_penalty_coef"):
+        if getattr(args.reward, name, None) is not None:
+            check.fail(f"reward.{name}", getattr(args.reward, name), "None: a reward is a signed score")
 
 
 def actor_forward(theirs: Any) -> Any:
@@ -175,8 +188,10 @@ def actor_forward(theirs: Any) -> Any:
         scored = torch.zeros_like(sequences, dtype=torch.bool)
         scored[:, -actions - 1 : -1] = action_mask.bool()
         positions = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
-        with head_of_logps(self.model, targets, scored, self.temperature, return_entropy):
+        with head_of_logps(self.model, targets, scored, self.temperature, return_entropy) as made:
             output = self.model(sequences, attention_mask=attention_mask, position_ids=positions)
+        if not made or not torch.equal(output["logits"], made[-1]):
+            check.fail("head", "a model that changes its head's logits", "head=False in patch() for this model")
         log_probs, *entropy = output["logits"][:, :-1].unbind(-1)
         if return_entropy:
             output.entropy = entropy[0]

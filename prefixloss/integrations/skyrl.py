@@ -22,7 +22,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from prefixloss.config import LossConfig, Objective
-from prefixloss.integrations.token_loss import logged, shared_by_many, token_advantages
+from prefixloss.integrations.token_loss import gradient_shared, logged, shared_by_many, token_advantages
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 from prefixloss.loss import linear_logps
 
@@ -103,9 +103,11 @@ def fused_logps(
 ) -> Tensor:
     """Log-probs [B, S] in the signature of SkyRL's `_fused_lm_head_logprob_apply`.
 
-    hidden: [B, S, D]; weight: [V / ranks, D], already divided by the temperature; target: [B, S].
+    hidden: [B, S, D]; weight: [V / ranks, D], already divided by the temperature; target: [B, S]. The gradients of
+    hidden add up over the ranks, as SkyRL's do.
     """
-    return linear_logps(hidden, weight, target, tp_group=shared_by_many(tp_group)).logps
+    group = shared_by_many(tp_group)
+    return linear_logps(gradient_shared(hidden, group), weight, target, tp_group=group).logps
 
 
 def patch_head() -> None:

@@ -90,6 +90,19 @@ def shared_by_many(group: Any) -> Any:
     return None if group is None or torch.distributed.get_world_size(group) == 1 else group
 
 
+def gradient_shared(hidden: Tensor, group: Any) -> Tensor:
+    """`hidden`, of whose gradient each process of a tensor-parallel group gets a share that adds up to the whole.
+
+    That is what Megatron wants of a head: under sequence parallelism it sums over the group behind it.
+    """
+    if group is None or not hidden.requires_grad:
+        return hidden
+    size = torch.distributed.get_world_size(group)
+    hidden = hidden.view_as(hidden)
+    hidden.register_hook(lambda grad: grad / size)
+    return hidden
+
+
 def logged(metrics: dict[str, Tensor]) -> dict[str, float]:
     """What trainers log of `prefixloss.metrics`, as numbers, after one synchronisation."""
     shares = {
@@ -162,12 +175,13 @@ def first_error_of(
 @contextmanager
 def head_of_logps(
     model: Any, tokens: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
-) -> Iterator[None]:
+) -> Iterator[list[Tensor]]:
     """Within it the LM head of a transformers model returns log-probs, and entropies if asked, in place of logits.
 
     The model's "logits" are then float32 [B, T, 1] ([B, T, 2] with entropies): of `tokens` [B, T], tokens[b, t] being
     what position t predicts; 0 outside `mask`. The head is called where it always is, so that FSDP and ZeRO gather its
-    weight, but nothing of [tokens, vocabulary] is made.
+    weight, but nothing of [tokens, vocabulary] is made. What it returned is added to the list: a model that gives
+    anything else as its logits has changed it (a softcap, a multiplier).
     """
     inner = model
     while not hasattr(inner, "get_output_embeddings") and hasattr(inner, "module"):
@@ -177,6 +191,7 @@ def head_of_logps(
     if hasattr(head, "base_layer") or any(getattr(inner.config, name, None) not in (None, 1) for name in after):
         check.fail("model", type(inner).__name__, "one whose logits are its head's, without an adapter on it")
     before = vars(head).get("forward")
+    made: list[Tensor] = []
 
     def forward(hidden: Tensor) -> Tensor:
         out = linear_logps(
@@ -188,11 +203,12 @@ def head_of_logps(
             temperature=temperature,
             entropy=entropy,
         )
-        return torch.stack([x for x in out if x is not None], -1)
+        made.append(torch.stack([x for x in out if x is not None], -1))
+        return made[-1]
 
     head.forward = forward
     try:
-        yield
+        yield made
     finally:
         del head.forward
         if before is not None:

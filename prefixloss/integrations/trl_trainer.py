@@ -81,6 +81,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if detector is None and advantage != "grpo":
             raise ValueError(f'detector: got None, expected a detector or its name for advantage="{advantage}"')
         check.number("alpha", alpha, 0.0, 1.0)
+        check.shorten(shorten, torch.ones(1), torch.ones(1, dtype=torch.int64))  # the lengths come with the responses
         if advantage == "grpo":
             self.detector = None
         else:

@@ -29,7 +29,14 @@ from typing import Any, get_args
 from torch import Tensor
 
 from prefixloss.config import LossConfig, Objective
-from prefixloss.integrations.token_loss import first_error_of, logged, shared_by_many, signed_score, token_advantages
+from prefixloss.integrations.token_loss import (
+    first_error_of,
+    gradient_shared,
+    logged,
+    shared_by_many,
+    signed_score,
+    token_advantages,
+)
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 from prefixloss.loss import linear_logps
 
@@ -126,17 +133,15 @@ def fused_logps(
     """Log-probs and entropies in the signature of verl's `linear_cross_entropy`, shaped like `labels`.
 
     hidden: [.., D] over the tokens of `labels`; weight: [V, D], or this rank's rows of it with `dist_process_group`.
+    The gradients of hidden then add up over the ranks, as verl's do.
     """
     if reduction != "none":
         raise ValueError(f"reduction: got {reduction!r}, expected 'none': verl reduces per token")
-    out = linear_logps(
-        hidden,
-        weight,
-        labels,
-        temperature=float(temperature),
-        entropy=True,
-        tp_group=shared_by_many(dist_process_group),
-    )
+    group = shared_by_many(dist_process_group)
+    if [n for n in hidden.shape[:-1] if n > 1] == [n for n in labels.shape if n > 1]:
+        hidden = hidden.reshape(*labels.shape, hidden.shape[-1])  # Megatron has [T, 1, D] for labels [1, T]
+    hidden = gradient_shared(hidden, group)
+    out = linear_logps(hidden, weight, labels, temperature=float(temperature), entropy=True, tp_group=group)
     assert out.entropy is not None
     return out.logps, out.entropy
 
