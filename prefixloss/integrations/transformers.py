@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 from prefixloss import check
 from prefixloss.advantages import TokenAdvantages
 from prefixloss.config import LossConfig
+from prefixloss.integrations.check_model import Probe, verified
 from prefixloss.integrations.heads_of_models import LogitMap, chosen_module, linear_of, unwrapped
 from prefixloss.loss import LossOutput, linear_prefix_loss
 
@@ -158,7 +159,12 @@ class Patch:
             kwargs = {"use_cache": False, **kwargs}
         ids = kwargs.get("input_ids") if len(args) <= self.ids_at else args[self.ids_at]
         call = _Call(batch, ids, self._config(batch.config or self.config), self.backend)
-        output = self._through_head(model, call, args, kwargs)
+        head = self._ready_head(model)
+        head._prefixloss.call = call
+        try:
+            output = self.plain(model, *args, **kwargs)
+        finally:
+            head._prefixloss.call = None
         if call.output is None or call.loss is None:
             check.fail("model", f"{type(model).__name__}, which did not call its head", "one that does, once")
         return _returned(model, call, output)
@@ -171,18 +177,12 @@ class Patch:
             check.fail("logit_scale", repr(config.logit_scale), f"1.0: the model's own is {self.map.scale}")
         return replace(config, softcap=self.map.softcap, logit_scale=self.map.scale)
 
-    def _through_head(self, model: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model's own forward, in which `call` stands for its head's."""
-        # looked up in every call: PEFT replaces heads
+    def _ready_head(self, model: Any) -> Any:
+        """Looked up in every call: PEFT replaces heads."""
         head = chosen_module(model.get_output_embeddings())
         if "_prefixloss" not in vars(head):
             self._install(head)
-        slot = head._prefixloss
-        slot.call = call
-        try:
-            return self.plain(model, *args, **kwargs)
-        finally:
-            slot.call = None
+        return head
 
     def _install(self, head: Any) -> None:
         head._prefixloss = _Slot(vars(head).get("forward"))
@@ -191,9 +191,13 @@ class Patch:
 
     def settle(self, verify: bool) -> None:
         """Makes the head ready and, with `verify`, finds out what becomes of its logits."""
-        self._install(chosen_module(self.model.get_output_embeddings()))
+        slot = self._ready_head(self.model)._prefixloss
         if verify:
-            self.map = _verified(self.model, self._through_head)
+            slot.call = probe = Probe(_own_head)
+            try:
+                self.map = verified(self.model, probe)
+            finally:
+                slot.call = None
         self._config(self.config)
 
     def __call__(self) -> None:
@@ -374,79 +378,3 @@ def _aux_coefficient(model: Any) -> float:
     names = " or ".join(AUX_COEFFICIENTS)
     check.fail("model", f"{type(model).__name__}, with a router's loss and no weight for it", f"{names} in its config")
     raise AssertionError
-
-
-# ---- is it the model that the loss takes it for? -----------------------------------------------------------
-
-
-class _Probe:
-    """Stands for the head once: keeps what goes in and out, and lets known numbers out in place of logits."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, head: Any, hidden: Tensor) -> Tensor:
-        self.calls += 1
-        linear = linear_of(head, hidden)  # refuses other heads
-        self.hidden, self.logits = hidden, _own_head(head, hidden)
-        wide = torch.promote_types(linear.weight.dtype, torch.float32)
-        self.ours = linear.hidden.to(wide) @ linear.weight.to(wide).t()
-        if linear.bias is not None:
-            self.ours = self.ours + linear.bias.to(wide)
-        known = 3 * torch.randn(self.logits.shape, generator=self.generator)
-        self.known = known.to(self.logits)
-        return self.known.clone()
-
-
-@torch.no_grad()
-def _verified(model: Any, through_head: Any) -> LogitMap:
-    """What becomes of the head's logits. ValueError where they are not a linear head's, or not causal."""
-    name, expected = type(model).__name__, "a causal language model with one linear LM head"
-    if any(p.is_meta for p in model.parameters()):
-        check.fail("model", f"{name} with parameters on the meta device", "loaded ones, or verify=False")
-    ids, probe = _two_rows(model), _Probe()
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        output = through_head(model, probe, (), {"input_ids": ids, "return_dict": True})
-    except (TypeError, RuntimeError, IndexError, AttributeError, KeyError, AssertionError) as error:
-        raise ValueError(f"model: got {name}, whose forward failed on token ids alone, expected {expected}") from error
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-    if probe.calls != 1:
-        check.fail("model", f"{name}, which calls its head {probe.calls} times", expected)
-    if not _same(probe.ours, probe.logits, probe.logits.dtype):
-        check.fail("model", f"{name}, whose head adds something to its product with the hidden states", expected)
-    before = probe.hidden[:, :-1]
-    if probe.hidden.shape[:2] != ids.shape or not _same(before[0], before[1], before.dtype):
-        check.fail("model", f"{name}, where a token changes what comes before it", expected)
-    logits = getattr(output, "logits", None)
-    if logits is not None and logits.shape == probe.known.shape:
-        for candidate in LogitMap.candidates(model.config):
-            if _same(candidate(probe.known.double()), logits, probe.known.dtype):
-                return candidate
-    wants = "softcap * tanh(logit_scale * z / softcap) of its head's z, with softcap and scale in its config"
-    check.fail("model", f"{name}, which makes something unknown of its head's logits", wants)
-    raise AssertionError
-
-
-def _same(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """But for a few roundings of the largest to `dtype`: a head has two products with LoRA, a map three steps."""
-    a, b = a.double(), b.double()
-    return bool(((a - b).abs() <= 8 * torch.finfo(dtype).eps * b.abs().max()).all())
-
-
-def _two_rows(model: Any) -> Tensor:
-    """int64 [2, 6]: two sequences of ordinary tokens that differ in the last."""
-    configs = (model.config.to_dict(), model.config.get_text_config().to_dict())
-    special = {
-        v for c in configs for k, v in c.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)
-    }
-    known = model.get_input_embeddings().num_embeddings
-    usual = torch.tensor([i for i in range(min(known, 1000)) if i not in special] or [0])
-    row = usual[torch.randint(len(usual), (7,), generator=torch.Generator().manual_seed(1))]
-    row[-1] = usual[(usual == row[-2]).nonzero()[0, 0] - 1]
-    device = model.get_input_embeddings().weight.device
-    return torch.stack([row[:6], torch.cat([row[:5], row[6:]])]).to(device)
