@@ -128,7 +128,7 @@ class Patch:
 
     def __init__(self, model: Any, config: LossConfig, backend: str) -> None:
         self.model, self.config, self.backend = model, config, backend
-        self.map = next(LogitMap.candidates(model.config))
+        self.map, self.settled = next(LogitMap.candidates(model.config)), config
         parameters = inspect.signature(type(model).forward).parameters
         self.ids_at = list(parameters).index("input_ids") - 1 if "input_ids" in parameters else 0
         self.caches = "use_cache" in parameters
@@ -158,7 +158,8 @@ class Patch:
         if self.caches and kwargs.get("past_key_values") is None:
             kwargs = {"use_cache": False, **kwargs}
         ids = kwargs.get("input_ids") if len(args) <= self.ids_at else args[self.ids_at]
-        call = _Call(batch, ids, self._config(batch.config or self.config), self.backend)
+        config = self.settled if batch.config is None else self._config(batch.config)
+        call = _Call(batch, ids, config, self.backend)
         head = self._ready_head(model)
         head._prefixloss.call = call
         try:
@@ -198,7 +199,7 @@ class Patch:
                 self.map = verified(self.model, probe)
             finally:
                 slot.call = None
-        self._config(self.config)
+        self.settled = self._config(self.config)
 
     def __call__(self) -> None:
         if vars(self.model).get("_prefixloss") is not self:
