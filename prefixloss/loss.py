@@ -311,7 +311,7 @@ def _most_tokens(given: int | None, mask: Tensor | None, batch: Batch, config: L
         check.most_tokens("max_learning_tokens", given, batch.layout.scored if every_scored else batch.computed)
         return int(given)
     penalised = config.penalises_kl or config.entropy_coef != 0
-    return len(batch.tokens) if mask is None and (every_scored or penalised) else None
+    return batch.tokens.shape[0] if mask is None and (every_scored or penalised) else None
 
 
 def _as_given(x: Tensor) -> torch.autocast:

@@ -206,7 +206,7 @@ def _(logits: Any, ref: Any, ids: Tensor, flags: Any, options: str) -> Any:
 
 
 def _no_stats(ids: Tensor) -> Tensor:
-    return torch.zeros(len(rows.STATS), len(ids), device=ids.device)
+    return torch.zeros(len(rows.STATS), ids.shape[0], device=ids.device)
 
 
 def _logit_gradient(

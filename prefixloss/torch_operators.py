@@ -129,7 +129,7 @@ def _(
     learning: Any, computed: Any, advantages: Any, old_logps: Any, sampler_logps: Any, ref_logps: Any, weights: Tensor,
     denominator: Any, options: str, needs: list[bool],
 ) -> Any:  # fmt: skip
-    made = weights.new_empty(()), weights.new_empty(len(TokenValues._fields), len(weights))
+    made = weights.new_empty(()), weights.new_empty(len(TokenValues._fields), weights.shape[0])
     return *made, *_like_returned((first, weight, bias), needs)
 
 
@@ -169,7 +169,7 @@ def _(
     first: Tensor, weight: Any, bias: Any, ref_first: Any, ref_weight: Any, ref_bias: Any, ids: Tensor, wanted: Any,
     options: str, needs: list[bool],
 ) -> Any:  # fmt: skip
-    return first.new_empty(len(RowStats._fields), len(ids), dtype=_dtype(first, weight))
+    return first.new_empty(len(RowStats._fields), ids.shape[0], dtype=_dtype(first, weight))
 
 
 @torch.library.custom_op("prefixloss::torch_gradient", mutates_args=())

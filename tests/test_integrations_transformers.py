@@ -13,17 +13,33 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from processes import group_of, in_processes
 from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="these tests patch models of transformers")
 
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from tiny_models import (
+    CLOSE,
+    CONFIG,
+    MODELS,
+    PROMPT,
+    SINGLE,
+    SMALL,
+    B,
+    L,
+    T,
+    V,
+    assert_same,
+    assert_same_gradients,
+    batch,
+    gradients,
+    inputs,
+    plain,
+    seen,
+    tiny,
+)
 
-from prefixloss import LossConfig, TokenAdvantages
+from prefixloss import LossConfig
 from prefixloss.integrations.transformers import PrefixBatch, PrefixLossOutput, patch_model
-from prefixloss.parallel import global_normalizer
 
 try:
     import peft
@@ -31,144 +47,6 @@ except ImportError:
     peft = None
 
 needs_peft = pytest.mark.skipif(peft is None, reason="peft is not installed")
-
-V, B, PROMPT, T = 48, 4, 3, 5
-L = PROMPT + T
-# float64 models compute their norms and rotations in float32: what goes through them backwards is rounded there
-CLOSE = {"rtol": 1e-5, "atol": 1e-7}
-# float32 sums of at most a few hundred terms, in another order
-SINGLE = {"rtol": 1e-4, "atol": 2e-6}
-
-SMALL = {
-    "vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
-    "eos_token_id": 1, "bos_token_id": 2, "attn_implementation": "sdpa",
-}  # fmt: skip
-GPT2 = {
-    "vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3,
-    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 1,
-}  # fmt: skip
-MOE = {"output_router_logits": True, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.7}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2": ("Qwen2", {"tie_word_embeddings": False}),
-    "qwen3": ("Qwen3", {"head_dim": 8}),
-    "llama": ("Llama", {}),
-    "phi, with a bias": ("Phi", {"num_key_value_heads": 2}),
-    "gemma2, capped": (
-        "Gemma2",
-        {"head_dim": 8, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
-    ),
-    "granite, divided": ("Granite", {"logits_scaling": 3.0}),
-    "cohere, multiplied": ("Cohere", {"logit_scale": 0.25}),
-    "hyperclovax, multiplied by what granite divides by": ("HyperCLOVAX", {"logits_scaling": 0.4}),
-    "gpt2": ("GPT2", GPT2),
-    "mixtral": ("Mixtral", {**MOE, "num_local_experts": 4}),
-    "qwen3-moe": ("Qwen3Moe", {**MOE, "num_experts": 4, "moe_intermediate_size": 12, "head_dim": 8}),
-}
-CONFIG = LossConfig(kl="k3", kl_coef=0.2, temperature=0.8, stats="scored")
-
-
-# whose own code has no float64: experts, and rows of eager attention that see nothing
-ONLY_SINGLE = ("Mixtral", "Qwen3Moe", "Gemma2")
-
-
-def tiny(name: str = "qwen2", dtype: torch.dtype | None = None, **options: Any) -> Any:
-    torch.manual_seed(0)
-    if dtype is None:
-        dtype = torch.float32 if MODELS[name][0] in ONLY_SINGLE else torch.float64
-    family, own = MODELS[name]
-    small = {} if family == "GPT2" else {**SMALL, **({"attn_implementation": "eager"} if family == "Gemma2" else {})}
-    config = getattr(transformers, f"{family}Config")(**{**small, **own, **options})
-    suffix = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
-    return getattr(transformers, family + suffix)(config).to(dtype).train()
-
-
-def inputs(left: bool = True) -> dict[str, torch.Tensor]:
-    """Prompts of 3, 2, 1 and 3 tokens, padded on the left, before responses of 5, 3, 4 and 1, padded on the right.
-    With left=False all padding comes last."""
-    g = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, V, (B, L), generator=g)
-    prompts, lengths = torch.tensor([3, 2, 1, 3]), torch.tensor([5, 3, 4, 1])
-    column = torch.arange(L)
-    response = (column >= PROMPT) & (column < PROMPT + lengths[:, None])
-    seen = (column >= PROMPT - prompts[:, None]) & (column < PROMPT + lengths[:, None])
-    ids = ids * seen
-    if not left:
-        order = (~seen).int().argsort(dim=1, stable=True)
-        ids, response, seen = (x.gather(1, order) for x in (ids, response, seen))
-    position = (seen.long().cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": ids, "attention_mask": seen.long(), "response": response, "position_ids": position}
-
-
-def batch(**changes: Any) -> PrefixBatch:
-    """About the last T columns of `inputs()`."""
-    g = torch.Generator().manual_seed(2)
-    old = torch.randn(B, T, generator=g) * 0.4 - 4
-    pair = TokenAdvantages(torch.tensor([0.4, -0.3, 0.9, 0.0]), torch.tensor([-1.0, 0.6, -0.2, 0.5]),
-                           torch.tensor([2, 1, 0, 1]))  # fmt: skip
-    made = PrefixBatch(
-        inputs()["response"][:, PROMPT:], pair, old_logps=old, ref_logps=old + torch.randn(B, T, generator=g) * 0.3
-    )
-    return replace(made, **changes)
-
-
-def seen(**more: Any) -> dict[str, Any]:
-    given = inputs()
-    return {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"], **more}
-
-
-def plain(model: Any, config: LossConfig = CONFIG, given: PrefixBatch | None = None, **kwargs: Any) -> oracle.Result:
-    """From the logits that the model gives on its own, without our code."""
-    given = batch() if given is None else given
-    ids, columns = kwargs["input_ids"], given.mask.shape[1]
-    output = model(**kwargs)
-    logits = output.logits[:, -columns - 1 : -1].double()
-    options = {k: getattr(config, k) for k in ("kl", "kl_coef", "temperature", "reduction", "stats", "objective")}
-    advantages = given.advantages
-    case = oracle.Case(
-        ids[:, -columns:], oracle.Pair(*advantages) if isinstance(advantages, tuple) else advantages, logits=logits,
-        mask=given.mask, old_logps=given.old_logps, ref_logps=given.ref_logps, options=options,
-        normalizer=given.normalizer,
-    )  # fmt: skip
-    result = oracle.solve(case)
-    result = result._replace(logps=result.logps.detach() * given.mask.flatten())
-    aux = getattr(output, "aux_loss", None)
-    if aux is not None:
-        result = result._replace(loss=result.loss + MOE["router_aux_loss_coef"] * aux)
-    return result
-
-
-def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(ours: dict[str, Any], theirs: dict[str, Any], **tolerance: float) -> None:
-    assert ours.keys() == theirs.keys()
-    assert any(g.any() for g in theirs.values())
-    for name, grad in theirs.items():
-        torch.testing.assert_close(
-            ours[name].double(), grad.double(), msg=lambda m, n=name: f"{n}: {m}", **(tolerance or CLOSE)
-        )
-
-
-def assert_same(model: Any, patched: Any = None, config: LossConfig = CONFIG, given: Any = None, **kwargs: Any) -> None:
-    """model's own logits against `patched` (the model itself unless it is wrapped)."""
-    given, kwargs = given or batch(), kwargs or seen()
-    close = CLOSE if next(model.parameters()).dtype == torch.float64 else SINGLE
-    torch.manual_seed(7)
-    want = plain(model, config, given, **kwargs)
-    theirs = gradients(model, want.loss)
-    torch.manual_seed(7)
-    out = (patched or model)(**kwargs, prefix_loss=given)
-    assert isinstance(out, PrefixLossOutput)
-    ours = gradients(model, out.loss)
-    torch.testing.assert_close(out.loss.double(), want.loss.double(), **close)
-    torch.testing.assert_close(out.logps.flatten().double(), want.logps, **close)
-    assert_same_gradients(ours, theirs, **close)
-
 
 # ---- models ------------------------------------------------------------------------------------------------
 
@@ -557,12 +435,12 @@ def test_a_grad_scaler_gives_the_same_gradients_once_unscaled() -> None:
     assert_same_gradients(ours, want, rtol=1e-6, atol=0)  # powers of two
 
 
-def compiled_like_plain(model: Any, backend: str, **close: float) -> None:
+def compiled_like_plain(model: Any, backend: str, *batches: PrefixBatch) -> None:
     """One graph for the model and its loss; other numbers take the same graph, and so do the model's own logits."""
     torch._dynamo.reset()
-    undo = patch_model(model, CONFIG)
+    undo, close = patch_model(model, CONFIG), SINGLE
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    for given in (batch(), batch(advantages=torch.linspace(-1, 1, B), normalizer=7.0)):
+    for given in batches:
         out = compiled(**seen(), prefix_loss=given)
         ours = gradients(model, out.loss)
         eager = model(**seen(), prefix_loss=given)
@@ -570,15 +448,26 @@ def compiled_like_plain(model: Any, backend: str, **close: float) -> None:
         torch.testing.assert_close(out.logps, eager.logps, **close)
         torch.testing.assert_close(out.metrics, eager.metrics, **close)
         assert_same_gradients(ours, gradients(model, eager.loss), **close)
-    torch.testing.assert_close(compiled(**seen()).logits, model(**seen()).logits, **close)
+    # the model's own compiled logits: roundings of the largest through its norms
+    logits = model(**seen()).logits
+    assert (compiled(**seen()).logits - logits).abs().max() <= 2e-6 * logits.abs().max()
     undo()
 
 
-@pytest.mark.parametrize("name", ["qwen2-tied", "gemma2, capped"])
-def test_a_compiled_model_with_its_loss_is_one_graph(name: str) -> None:
-    compiled_like_plain(tiny(name, torch.float32), "aot_eager", **SINGLE)
+OTHER = {"advantages": torch.linspace(-1, 1, B), "normalizer": 7.0}
 
 
+def test_a_compiled_model_with_its_loss_is_one_graph() -> None:
+    compiled_like_plain(tiny("qwen2-tied", torch.float32, num_hidden_layers=1), "aot_eager", batch())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2", "gemma2, capped", "mixtral"])
+def test_compiled_for_several_kinds_of_batches(name: str) -> None:
+    compiled_like_plain(tiny(name, torch.float32), "aot_eager", batch(), batch(**OTHER))
+
+
+@pytest.mark.slow
 @needs_peft
 def test_a_compiled_model_with_lora_on_its_head_is_one_graph() -> None:
     torch._dynamo.reset()
@@ -590,92 +479,7 @@ def test_a_compiled_model_with_lora_on_its_head_is_one_graph() -> None:
 
 @pytest.mark.slow
 def test_inductor_makes_the_same_loss() -> None:
-    compiled_like_plain(tiny("qwen2-tied", torch.float32), "inductor", **SINGLE)
-
-
-# ---- several processes -------------------------------------------------------------------------------------
-
-WHOLE = LossConfig(kl="k3", kl_coef=0.2)
-
-
-def part_of(rows: slice) -> tuple[dict[str, Any], PrefixBatch]:
-    whole = batch()
-    tensors = {name: getattr(whole, name)[rows] for name in ("mask", "old_logps", "ref_logps")}
-    normalizer = global_normalizer(WHOLE, tensors["mask"].long(), mask=tensors["mask"])
-    mine = PrefixBatch(
-        advantages=TokenAdvantages(*(x[rows] for x in whole.advantages)), normalizer=normalizer, **tensors
-    )
-    return {name: x[rows] for name, x in seen().items()}, mine
-
-
-def sharded(name: str) -> Any:
-    """Patched before it is sharded: layers, root, and the head alone where it is not tied."""
-    model = tiny(name, torch.float32)
-    patch_model(model, WHOLE)
-    for layer in model.model.layers:
-        fully_shard(layer)
-    if model.lm_head.weight is not model.model.embed_tokens.weight:
-        fully_shard(model.lm_head)
-    fully_shard(model)
-    return model
-
-
-def assert_whole(model: Any, want: dict[str, torch.Tensor]) -> None:
-    whole = {}
-    for name, p in model.named_parameters():
-        assert p.grad is not None, name
-        whole[name.removeprefix("module.")] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-    assert_same_gradients(whole, want, **SINGLE)
-
-
-def parallel(rank: int, size: int, file: str) -> None:
-    with group_of(rank, size, file):
-        rows = slice(rank * B // size, (rank + 1) * B // size)
-        for name in ("qwen2", "qwen2-tied"):
-            model = tiny(name, torch.float32)
-            undo = patch_model(model, WHOLE)
-            want = gradients(model, model(**seen(), prefix_loss=batch()).loss)
-            undo()
-            given, mine = part_of(rows)
-
-            model.zero_grad()
-            wrapped = DistributedDataParallel(model)
-            patch_model(wrapped, WHOLE)
-            wrapped(**given, prefix_loss=mine).loss.backward()
-            assert_whole(wrapped, want)
-
-            model = sharded(name)
-            model(**given, prefix_loss=mine).loss.backward()
-            assert_whole(model, want)
-
-            # a ratio over the response needs the head once more, in the backward
-            model.zero_grad()
-            sequence = replace(WHOLE, ratio_level="sequence")
-            model(**given, prefix_loss=replace(mine, config=sequence)).loss.backward()
-            alone = tiny(name, torch.float32)
-            patch_model(alone, sequence)
-            assert_whole(model, gradients(alone, alone(**seen(), prefix_loss=batch()).loss))
-
-            # a response at a time, two to a process
-            model.zero_grad()
-            parts = [part_of(slice(i, i + 1)) for i in range(rows.start, rows.stop)]
-            total = sum(mine.normalizer for _, mine in parts)
-            for number, (given, mine) in enumerate(parts):
-                model.set_requires_gradient_sync(number == len(parts) - 1)
-                model(**given, prefix_loss=replace(mine, normalizer=total)).loss.backward()
-            assert_whole(model, want)
-
-        # sharded first, patched (and looked at) then
-        late = tiny("qwen2", torch.float32)
-        for module in (*late.model.layers, late):
-            fully_shard(module)
-        patch_model(late, WHOLE)
-        given, mine = part_of(rows)
-        late(**given, prefix_loss=mine).loss.backward()
-
-
-def test_ddp_and_fsdp_have_the_gradient_of_one_process_with_the_whole_batch(tmp_path: Any) -> None:
-    in_processes(parallel, 2, tmp_path)
+    compiled_like_plain(tiny("qwen2-tied", torch.float32, num_hidden_layers=1), "inductor", batch(), batch(**OTHER))
 
 
 # ---- the patch ---------------------------------------------------------------------------------------------

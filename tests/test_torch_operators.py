@@ -153,11 +153,15 @@ def test_in_every_dtype(function: Callable[..., Tensor], dtype: torch.dtype) -> 
         learnt = [x.grad for x in leaves if x.grad is not None]
         assert all(g.dtype == dtype for g in learnt)
         results.append([loss.detach(), *learnt])
-    # the same operations in the same order
-    assert all(torch.equal(ours, plain) for ours, plain in zip(*results, strict=True))
+    # the same operations, but that of two stages for logits in place: a few roundings to the dtype
+    eps = 8 * torch.finfo(dtype).eps
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=eps, atol=eps)
 
 
-def test_other_sizes_take_the_same_graph() -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("advantages", ["token", "pair"])
+def test_other_sizes_take_the_same_graph(advantages: str, backend: str) -> None:
     """Compiled once for any number of responses and tokens, with any number of them learning."""
     torch._dynamo.reset()
     graphs = 0
@@ -167,16 +171,16 @@ def test_other_sizes_take_the_same_graph() -> None:
         graphs += 1
         return graph.forward
 
-    def loss(hidden: Tensor, weight: Tensor, ids: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        return linear_prefix_loss(hidden, weight, ids, advantages, mask=mask, backend="torch").loss
+    def loss(hidden: Tensor, weight: Tensor, ids: Tensor, advantages: Any, mask: Tensor) -> Tensor:
+        return linear_prefix_loss(hidden, weight, ids, advantages, mask=mask, backend=backend).loss
 
     compiled = torch.compile(loss, fullgraph=True, backend=counting, dynamic=True)
     for b, t, share in ((2, 5, 0.5), (3, 7, 1.0), (4, 9, 0.0)):
         g = torch.Generator().manual_seed(b)
-        given = (
-            random(b, t, D, seed=b), random(V, D, seed=2), torch.randint(V, (b, t), generator=g),
-            random(b, t, seed=t), torch.rand(b, t, generator=g) < share,
-        )  # fmt: skip
+        pair = TokenAdvantages(random(b, seed=b), random(b, seed=t), torch.arange(b))
+        credit: Any = pair if advantages == "pair" else random(b, t, seed=t)
+        mask = torch.rand(b, t, generator=g) < share
+        given = random(b, t, D, seed=b), random(V, D, seed=2), torch.randint(V, (b, t), generator=g), credit, mask
         assert torch.equal(compiled(*given), loss(*given))
     assert graphs == 1
 
