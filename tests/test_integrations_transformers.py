@@ -661,7 +661,11 @@ def test_a_scale_or_cap_other_than_the_model_s_is_refused() -> None:
     [
         (lambda: 3, TypeError, "^prefix_loss: got int, expected a PrefixBatch, or a dict of its fields"),
         (lambda: {"mask": 1}, ValueError, "^prefix_loss: got a dict without 'advantages'"),
-        (lambda: {"masks": 1}, ValueError, "^prefix_loss: got a dict with 'masks', expected some of mask, advantages"),
+        (
+            lambda: {**vars(batch()), "masks": 1},
+            TypeError,
+            "^PrefixBatch: got 'masks', expected some of mask, advantages",
+        ),
         (lambda: batch(mask=torch.ones(B * T)), ValueError, r"^mask: got .*, expected \[B, T\]"),
         (lambda: batch(old_logps=torch.zeros(B, L)), ValueError, "^old_logps: got .*the shape of mask"),
         (lambda: batch(old_logps=batch().old_logps.bfloat16()), TypeError, "^old_logps: got bfloat16 .*float32"),

@@ -1,6 +1,5 @@
 """Tiny random models of transformers, a batch for them, and what the loss is from the logits they give on their own."""
 
-from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -88,7 +87,7 @@ def batch(**changes: Any) -> PrefixBatch:
     made = PrefixBatch(
         inputs()["response"][:, PROMPT:], pair, old_logps=old, ref_logps=old + torch.randn(B, T, generator=g) * 0.3
     )
-    return replace(made, **changes)
+    return made.replace(**changes)
 
 
 def seen(**more: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,6 @@ AUX_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 PER_TOKEN = ("tokens", "advantages", "old_logps", "sampler_logps", "ref_logps")
 
 
-@dataclass(frozen=True, eq=False)
 class PrefixBatch:
     """What the loss needs beside the model's inputs. B sequences; T: the last T columns of `input_ids`.
 
@@ -53,24 +52,36 @@ class PrefixBatch:
     config: in place of the patch's.
     aux_scale: of the router's loss: 1 / K with K micro-batches a step.
 
-    Not a pytree on purpose: FSDP2 and others cast the tensors of their inputs to half precision.
+    A plain object, neither a dataclass nor a pytree: FSDP2's mixed precision rounds the tensors that it finds in those.
     """
 
     mask: Tensor
     advantages: Tensor | TokenAdvantages
-    old_logps: Tensor | None = None
-    sampler_logps: Tensor | None = None
-    ref_logps: Tensor | None = None
-    tokens: Tensor | None = None
-    ref_hidden: Tensor | None = None
-    ref_lm_head_weight: Tensor | None = None
-    ref_lm_head_bias: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    group_ids: Tensor | None = None
-    normalizer: float | Tensor | None = None
-    max_learning_tokens: int | None = None
-    config: LossConfig | None = None
-    aux_scale: float = 1.0
+    old_logps: Tensor | None
+    sampler_logps: Tensor | None
+    ref_logps: Tensor | None
+    tokens: Tensor | None
+    ref_hidden: Tensor | None
+    ref_lm_head_weight: Tensor | None
+    ref_lm_head_bias: Tensor | None
+    cu_seqlens: Tensor | None
+    group_ids: Tensor | None
+    normalizer: float | Tensor | None
+    max_learning_tokens: int | None
+    config: LossConfig | None
+    aux_scale: float
+
+    def __init__(self, mask: Tensor, advantages: Tensor | TokenAdvantages, **others: Any) -> None:
+        names = list(PrefixBatch.__annotations__)
+        for name in others:
+            if name not in names:
+                check.fail("PrefixBatch", f"{name!r}", f"some of {', '.join(names)}", TypeError)
+        given = {"mask": mask, "advantages": advantages, "aux_scale": 1.0, **others}
+        vars(self).update({name: given.get(name) for name in names})
+
+    def replace(self, **changes: Any) -> PrefixBatch:
+        """The same with some fields changed."""
+        return PrefixBatch(**{**vars(self), **changes})
 
 
 @dataclass
@@ -308,10 +319,6 @@ class _Call:
 def _batch(given: Any) -> PrefixBatch:
     """Checked as far as the model's inputs do not matter."""
     if isinstance(given, dict):
-        known = [field.name for field in fields(PrefixBatch)]
-        for name in given:
-            if name not in known:
-                check.fail("prefix_loss", f"a dict with {name!r}", f"some of {', '.join(known)}")
         for name in ("mask", "advantages"):
             if name not in given:
                 check.fail("prefix_loss", f"a dict without {name!r}", "one with mask and advantages")
