@@ -151,11 +151,8 @@ class LossConfig:
     @property
     def encoded(self) -> str:
         """The options as one line of text, which is what an operator of `torch.library` can take."""
-        words = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            words.append(f"{field.name}={f'{value[0]},{value[1]}' if isinstance(value, (tuple, list)) else value}")
-        return " ".join(words)
+        text: str = vars(self)["_encoded"]
+        return text
 
     @classmethod
     def decoded(cls, text: str) -> LossConfig:
@@ -168,8 +165,14 @@ class LossConfig:
             value = getattr(self, field.name)
             if not accepts(value):
                 raise ValueError(f"{field.name}: got {value!r}, expected {wants}")
+        # once, here: a compiler may take the numbers of an object that it is given for variables
+        object.__setattr__(self, "_encoded", " ".join(map(self._encoded_field, fields(self))))
         if self.kl is None and self.kl_coef != 0:
             warnings.warn(f"kl_coef={self.kl_coef!r} has no effect: kl is None", stacklevel=3)
+
+    def _encoded_field(self, field: Any) -> str:
+        value = getattr(self, field.name)
+        return f"{field.name}={f'{value[0]},{value[1]}' if isinstance(value, (tuple, list)) else value}"
 
     @property
     def penalises_kl(self) -> bool:

@@ -55,7 +55,7 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _storage_dtype(dtype: torch.dtype) -> torch.dtype:
+def storage_dtype(dtype: torch.dtype) -> torch.dtype:
     """float16 gradients wait for the incoming scale in float32, or a small one would underflow before a loss scale."""
     return torch.float32 if dtype == torch.float16 else dtype
 
@@ -93,7 +93,7 @@ class LinearRows:
         self.d_hidden = self.d_weight = self.d_bias = None
         if needs[0]:
             # of several processes' shares only the sum is rounded
-            kept = self.dtype if share else _storage_dtype(self.hidden.dtype)
+            kept = self.dtype if share else storage_dtype(self.hidden.dtype)
             self.d_hidden = memory.zeros(self.hidden.shape, kept, self.hidden.device)
         if needs[1]:
             self.d_weight = memory.zeros(self.weight.shape, self.dtype, self.weight.device)
@@ -149,9 +149,9 @@ class LinearRows:
     def gradients(self) -> tuple[Tensor | None, ...]:
         d_weight, d_bias = self.d_weight, self.d_bias
         if d_weight is not None:
-            d_weight = d_weight.to(_storage_dtype(self.weight.dtype))
+            d_weight = d_weight.to(storage_dtype(self.weight.dtype))
         if d_bias is not None and self.bias is not None:
-            d_bias = d_bias.to(_storage_dtype(self.bias.dtype))
+            d_bias = d_bias.to(storage_dtype(self.bias.dtype))
         return self.d_hidden, d_weight, d_bias
 
 

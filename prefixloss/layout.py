@@ -49,7 +49,7 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        return len(self.scored)
+        return self.scored.shape[0]  # not its len: a compiler would take that for a constant
 
     def starts(self, argument: str) -> Tensor:
         """`offsets`, or the error that `argument` needs them."""
@@ -61,7 +61,7 @@ class Layout:
 
     def responses(self, argument: str) -> int:
         """B, or the error that `argument` needs it."""
-        return len(self.starts(argument)) - 1
+        return self.starts(argument).shape[0] - 1
 
     def response_of_token(self, argument: str) -> Tensor:
         """int64 [N]: the response each token belongs to."""

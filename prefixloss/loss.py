@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefixloss import check, memory, reference, torch_backend
+from prefixloss import check, memory, reference, torch_backend, torch_operators
 from prefixloss.advantages import TokenAdvantages
 from prefixloss.batch import Batch, TokenInputs, TokenValues
 from prefixloss.config import LossConfig
@@ -16,7 +16,6 @@ from prefixloss.heads import accumulation_dtype
 from prefixloss.layout import Layout
 from prefixloss.metrics import metrics
 from prefixloss.sharded import Shard, Whole
-from prefixloss.softmax import Transform
 
 
 @dataclass(frozen=True)
@@ -139,9 +138,10 @@ def linear_prefix_loss(
             result = reference.loss(logits, ref_logits, rows, batch, config)
         elif backend == "triton":
             result = _kernels().linear_loss(head, ref_head, batch, config, most)
+        elif _compiled(tp_group):
+            result = torch_operators.loss(head, ref_head, batch, config)
         else:
-            chunk = config.chunk_tokens or columns.rows_at_once
-            source = torch_backend.linear_source(ref_head, _transform(config), batch.tokens, chunk, columns)
+            source = torch_backend.linear_source(ref_head, config, batch.tokens, columns)
             result = torch_backend.loss(source, batch, config, head)
         return _output(result, batch, config, tokens.shape)
 
@@ -205,9 +205,10 @@ def prefix_loss(
             rows = batch.layout.scored.nonzero().squeeze(1)
             chosen, ref_chosen = policy[rows].to(dtype), None if ref_rows is None else ref_rows[rows].to(dtype)
             result = reference.loss(chosen, ref_chosen, rows, batch, config)
+        elif _compiled(tp_group):
+            result = torch_operators.loss((policy,), None if ref_rows is None else (ref_rows,), batch, config)
         else:
-            transform, chunk = _transform(config), config.chunk_tokens or columns.rows_at_once
-            source = torch_backend.logit_source(ref_rows, inplace, transform, batch.tokens, chunk, columns)
+            source = torch_backend.logit_source(ref_rows, inplace, config, batch.tokens, columns)
             # float16 gradients are made once the incoming scale is known, or small ones would underflow before it
             later = inplace or logits.dtype == torch.float16
             result = torch_backend.loss(source, batch, config, (policy,), gradient_later=later)
@@ -264,13 +265,16 @@ def linear_logps(
             return LogpOutput(
                 stats.logp.reshape(tokens.shape), stats.entropy.reshape(tokens.shape) if entropy else None
             )
+        if backend == "torch" and _compiled(tp_group):
+            made = torch_operators.statistics(head, None, ids, layout.scored, options)
+            return LogpOutput(made.logp.reshape(tokens.shape), made.entropy.reshape(tokens.shape) if entropy else None)
         values: tuple[Tensor, ...]
         rows = layout.scored.nonzero().squeeze(1)
         if backend == "reference":
             logits = reference.linear_logits(head, rows, dtype)
             values = reference.log_probs_and_entropies(logits, ids[rows], options)
         else:
-            source = torch_backend.linear_source(None, _transform(options), ids, columns.rows_at_once, columns)
+            source = torch_backend.linear_source(None, options, ids, columns)
             values = torch_backend.row_statistics(source, rows, head, entropy_grad=entropy)[:2]
         logps, entropies = (v.new_zeros(len(ids)).index_copy(0, rows, v).reshape(tokens.shape) for v in values)
     return LogpOutput(logps, entropies if entropy else None)
@@ -289,6 +293,11 @@ def _columns(
     return Shard.of(tp_group, given, fit, tokens.device, vocab_size)
 
 
+def _compiled(tp_group: Any) -> bool:
+    """Whether this call is on its way into a graph of `torch.compile`; one with collectives inside goes in pieces."""
+    return torch.compiler.is_compiling() and tp_group is None
+
+
 def _kernels() -> Any:
     """`prefixloss.triton_backend`, which needs triton: imported where it is used first."""
     from prefixloss import triton_backend  # noqa: PLC0415
@@ -303,7 +312,7 @@ def _most_tokens(given: int | None, mask: Tensor | None, batch: Batch, config: L
         check.most_tokens("max_learning_tokens", given, batch.layout.scored if every_scored else batch.computed)
         return int(given)
     penalised = config.penalises_kl or config.entropy_coef != 0
-    return len(batch.tokens) if mask is None and (every_scored or penalised) else None
+    return batch.tokens.shape[0] if mask is None and (every_scored or penalised) else None
 
 
 def _as_given(x: Tensor) -> torch.autocast:
@@ -322,10 +331,6 @@ def _reference_head(
     check.device("ref_hidden", hidden, policy_weight.device)
     check.same_vocabulary("ref_lm_head_weight", len(weight), len(policy_weight))
     return _rows(hidden).detach(), weight.detach(), None if bias is None else bias.detach()
-
-
-def _transform(config: LossConfig) -> Transform:
-    return Transform.of(config.temperature, config.softcap, config.logit_scale)
 
 
 def _whole(weight: Any, tp_group: Any) -> Any:

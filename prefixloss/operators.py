@@ -206,7 +206,7 @@ def _(logits: Any, ref: Any, ids: Tensor, flags: Any, options: str) -> Any:
 
 
 def _no_stats(ids: Tensor) -> Tensor:
-    return torch.zeros(len(rows.STATS), len(ids), device=ids.device)
+    return torch.zeros(len(rows.STATS), ids.shape[0], device=ids.device)
 
 
 def _logit_gradient(
@@ -409,11 +409,12 @@ def _(x: Any, factor: Any) -> None:
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """For an operator that returns the loss, stats, terms and the gradients of its first inputs."""
     gradients = output[3:]
-    ctx.save_for_backward(*gradients)
+    # last, what the gradients have been multiplied by: saved with them, since checkpointing makes all of it again
+    ctx.save_for_backward(*gradients, output[0].new_ones(()))
     ctx.dtypes = [t.dtype if isinstance(t, Tensor) else None for t in inputs[: len(gradients)]]
     ctx.others = len(inputs) - len(gradients)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.applied = None
+    ctx.changed = False
 
 
 def _scaled_gradients(ctx: Any, factor: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -423,23 +424,24 @@ def _scaled_gradients(ctx: Any, factor: Tensor, *_: Any) -> tuple[Tensor | None,
     it was given: that is for the compiler to decide.
     """
     factor = factor.float()
-    traced = any(type(saved) is not Tensor for saved in ctx.saved_tensors)
-    first, change = ctx.applied is None and not traced, factor
-    if first:
-        ctx.applied = factor
-    elif ctx.applied is not None:
-        change = factor / ctx.applied
+    *gradients, applied = ctx.saved_tensors  # checkpointing lets them be looked at once
+    first = not ctx.changed and all(type(saved) is Tensor for saved in gradients)
+    change = factor / applied if ctx.changed else factor
     out: list[Tensor | None] = []
-    for saved, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False):
+    for saved, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=False):
         if not needed:
             out.append(None)
         elif first:
-            # what was saved may be used again: `applied` says what it holds
+            # it may be used again: `applied` says what it holds
             with torch.autograd._unsafe_preserve_version_counter(saved):  # type: ignore[attr-defined]
                 scale_(saved, change)
             out.append(saved.to(dtype))
         else:
             out.append((saved * change).to(dtype))
+    if first:
+        ctx.changed = True
+        with torch.autograd._unsafe_preserve_version_counter(applied):  # type: ignore[attr-defined]
+            applied.copy_(factor)
     return *out, *(None,) * ctx.others
 
 

@@ -45,34 +45,26 @@ class Source:
 
 
 def linear_source(
-    reference: tuple[Tensor, Tensor, Tensor | None] | None,
-    transform: Transform,
-    tokens: Tensor,
-    chunk_tokens: int | None,
-    columns: Whole,
+    reference: tuple[Tensor, Tensor, Tensor | None] | None, config: LossConfig, tokens: Tensor, columns: Whole
 ) -> Source:
     """Rows from hidden states [N, D], a head [V, D] and a bias; `reference` likewise, for the exact KL."""
-    buffers = 1 if reference is None else 2
+    buffers, transform = 1 if reference is None else 2, _transform(config)
     return Source(
         lambda tensors, needs: LinearRows(tensors, transform, needs, buffers, isinstance(columns, Shard)),
         transform,
         None if reference is None else LinearRows(reference, transform),
         () if reference is None else reference,
         tokens,
-        chunk_tokens,
+        config.chunk_tokens or columns.rows_at_once,
         columns,
     )
 
 
 def logit_source(
-    ref_logits: Tensor | None,
-    inplace: bool,
-    transform: Transform,
-    tokens: Tensor,
-    chunk_tokens: int | None,
-    columns: Whole,
+    ref_logits: Tensor | None, inplace: bool, config: LossConfig, tokens: Tensor, columns: Whole
 ) -> Source:
     """Rows that are logits [N, V] already; with `inplace` their gradient overwrites them."""
+    transform, chunk_tokens = _transform(config), config.chunk_tokens or columns.rows_at_once
 
     def open_rows(tensors: tuple[Tensor], needs: tuple[bool, ...]) -> Rows:
         return LogitRows(tensors[0], transform, needs, into=tensors[0] if inplace else None)
@@ -81,6 +73,10 @@ def logit_source(
         return Source(open_rows, transform, None, (), tokens, chunk_tokens, columns)
     reference = LogitRows(ref_logits, transform)
     return Source(open_rows, transform, reference, (ref_logits,), tokens, chunk_tokens, columns)
+
+
+def _transform(config: LossConfig) -> Transform:
+    return Transform.of(config.temperature, config.softcap, config.logit_scale)
 
 
 def loss(
@@ -97,6 +93,28 @@ def loss(
     return total, TokenValues(*values)
 
 
+def fused_loss(
+    source: Source, batch: Batch, config: LossConfig, grads: tuple[bool, ...], tensors: tuple[Any, ...]
+) -> tuple[Tensor, TokenValues, tuple[Tensor | None, ...]]:
+    """The loss, the per-token results and, in the same pass, the gradients of the tensors that want one."""
+    policy = source.open(tensors, grads)
+    values = TokenValues.zeros(len(batch.tokens), batch.weights)
+    scale = 1.0 / batch.denominator.item() if any(grads) else 0.0
+    for learning, wanted in ((True, batch.learning), (False, batch.computed & ~batch.learning)):
+        for rows in policy.chunks(wanted.nonzero().squeeze(1), source.chunk_tokens):
+            scores, ref_scores = _scores(source, policy, rows)
+            probs = policy.room(rows, learning)
+            stats = source.columns.stats(scores, batch.tokens[rows], probs, ref_scores)
+            given = batch.given.at(rows)
+            terms = token_terms(config, given, stats.logp, stats.entropy, stats.kl)
+            values.put(rows, TokenValues(terms.loss, stats.logp, stats.entropy, terms.kl, terms.ratio))
+            if learning and any(grads):
+                coefficients = _coefficients(terms, batch.weights[rows])
+                _add_gradient(source, policy, rows, probs, ref_scores, stats, coefficients, scale)
+    total = (values.loss * batch.weights).sum() / batch.denominator
+    return total, values, _gradients(source, policy)
+
+
 class _FusedLoss(torch.autograd.Function):
     """The loss, with the gradients made in the forward and scaled in the backward."""
 
@@ -104,26 +122,11 @@ class _FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, source: Source, batch: Batch, config: LossConfig, grads: tuple[bool, ...], *tensors: Any
     ) -> Any:
-        policy = source.open(tensors, grads)
-        values = TokenValues.zeros(len(batch.tokens), batch.weights)
-        scale = 1.0 / batch.denominator.item() if any(grads) else 0.0
-        for learning, wanted in ((True, batch.learning), (False, batch.computed & ~batch.learning)):
-            for rows in policy.chunks(wanted.nonzero().squeeze(1), source.chunk_tokens):
-                scores, ref_scores = _scores(source, policy, rows)
-                probs = policy.room(rows, learning)
-                stats = source.columns.stats(scores, batch.tokens[rows], probs, ref_scores)
-                given = batch.given.at(rows)
-                terms = token_terms(config, given, stats.logp, stats.entropy, stats.kl)
-                values.put(rows, TokenValues(terms.loss, stats.logp, stats.entropy, terms.kl, terms.ratio))
-                if learning and any(grads):
-                    coefficients = _coefficients(terms, batch.weights[rows])
-                    _add_gradient(source, policy, rows, probs, ref_scores, stats, coefficients, scale)
-        total = (values.loss * batch.weights).sum() / batch.denominator
+        total, values, gradients = fused_loss(source, batch, config, grads, tensors)
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
-        ctx.save_for_backward(*_gradients(source, policy))
-        results = (values.loss, values.logp, values.entropy, values.kl, values.ratio)
-        ctx.mark_non_differentiable(*results)
-        return (total, *results)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(*values)
+        return (total, *values)
 
     @staticmethod
     @once_differentiable
@@ -162,6 +165,54 @@ def row_statistics(
     return _RowStatistics.apply(source, rows, grads, entropy_grad, row_tolerance, *tensors)
 
 
+def made_statistics(
+    source: Source, rows: Tensor, tensors: tuple[Any, ...], follow_hidden: bool
+) -> tuple[RowStats, Tensor | None]:
+    """The statistics of the tokens `rows` [n] and, with `follow_hidden`, d logp / d hidden [n, D]."""
+    policy = source.open(tensors, (False,) * len(tensors))
+    like = tensors[0].new_empty(0, dtype=policy.dtype)
+    stats = RowStats.empty(len(rows), like, source.reference is not None)
+    slope = like.new_empty(len(rows), tensors[0].shape[1]) if follow_hidden else None
+    start = 0
+    for chunk in policy.chunks(rows, source.chunk_tokens):
+        here = slice(start, start + len(chunk))
+        start += len(chunk)
+        scores, ref_scores = _scores(source, policy, chunk)
+        probs, tokens = policy.room(chunk, learning=False), source.tokens[chunk]
+        part = source.columns.stats(scores, tokens, probs, ref_scores)
+        stats.put(here, part)
+        if slope is not None and isinstance(policy, LinearRows):
+            ones = Coefficients(torch.ones_like(part.logp), None, None)
+            source.columns.gradient_(probs, tokens, part, ones, source.transform)
+            slope[here] = policy.hidden_gradient(probs, 1.0)
+    source.columns.sum_(slope)
+    return stats, slope
+
+
+def statistics_gradient(
+    source: Source,
+    rows: Tensor,
+    grads: tuple[bool, ...],
+    tensors: tuple[Any, ...],
+    stats: RowStats,
+    coefficients: Coefficients,
+    row_tolerance: float,
+) -> tuple[Tensor | None, ...]:
+    """What the gradients of the statistics, `coefficients` [n], become for the tensors that want one."""
+    policy = source.open(tensors, grads)
+    live = live_rows(coefficients, stats, source.transform, row_tolerance).nonzero().squeeze(1)
+    start = 0
+    for chunk in policy.chunks(rows[live], source.chunk_tokens):
+        index = live[start : start + len(chunk)]
+        start += len(chunk)
+        scores, ref_scores = _scores(source, policy, chunk)
+        probs = policy.room(chunk, learning=True)
+        source.columns.probabilities(scores, source.tokens[chunk], probs)
+        _add_gradient(source, policy, chunk, probs, ref_scores, stats.at(index), coefficients.at(index), 1.0)
+    policy.clear_except(rows[live])
+    return _gradients(source, policy)
+
+
 class _RowStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -173,25 +224,9 @@ class _RowStatistics(torch.autograd.Function):
         row_tolerance: float,
         *tensors: Any,
     ) -> Any:
-        policy = source.open(tensors, (False,) * len(tensors))
         # with only the hidden states to learn and only logp to follow, one product now saves two later
         follow_hidden = grads == (True, False, False) and not entropy_grad and source.reference is None
-        like = tensors[0].new_empty(0, dtype=policy.dtype)
-        stats = RowStats.empty(len(rows), like, source.reference is not None)
-        slope = like.new_empty(len(rows), tensors[0].shape[1]) if follow_hidden else None
-        start = 0
-        for chunk in policy.chunks(rows, source.chunk_tokens):
-            here = slice(start, start + len(chunk))
-            start += len(chunk)
-            scores, ref_scores = _scores(source, policy, chunk)
-            probs, tokens = policy.room(chunk, learning=False), source.tokens[chunk]
-            part = source.columns.stats(scores, tokens, probs, ref_scores)
-            stats.put(here, part)
-            if slope is not None and isinstance(policy, LinearRows):
-                ones = Coefficients(torch.ones_like(part.logp), None, None)
-                source.columns.gradient_(probs, tokens, part, ones, source.transform)
-                slope[here] = policy.hidden_gradient(probs, 1.0)
-        source.columns.sum_(slope)
+        stats, slope = made_statistics(source, rows, tensors, follow_hidden)
         ctx.source, ctx.rows, ctx.grads, ctx.row_tolerance = source, rows, grads, row_tolerance
         # all that the backward reads again, so that autograd notices if any of it was changed in between
         ctx.save_for_backward(*tensors, slope, *stats, source.tokens, *source.reference_tensors)
@@ -216,22 +251,8 @@ class _RowStatistics(torch.autograd.Function):
             d_hidden = torch.zeros_like(hidden)
             d_hidden.index_copy_(0, rows, (slope * coefficients.logp[:, None]).to(hidden.dtype))
             return (*none, d_hidden, None, None)
-
-        policy = source.open(tensors, grads)
-        live = live_rows(coefficients, stats, source.transform, ctx.row_tolerance).nonzero().squeeze(1)
-        start = 0
-        for chunk in policy.chunks(rows[live], source.chunk_tokens):
-            index = live[start : start + len(chunk)]
-            start += len(chunk)
-            scores, ref_scores = _scores(source, policy, chunk)
-            probs = policy.room(chunk, learning=True)
-            source.columns.probabilities(scores, source.tokens[chunk], probs)
-            _add_gradient(source, policy, chunk, probs, ref_scores, stats.at(index), coefficients.at(index), 1.0)
-        policy.clear_except(rows[live])
-        gradients = (
-            None if g is None else g.to(t.dtype) for g, t in zip(_gradients(source, policy), tensors, strict=True)
-        )
-        return (*none, *gradients)
+        made = statistics_gradient(source, rows, grads, tensors, stats, coefficients, ctx.row_tolerance)
+        return (*none, *(None if g is None else g.to(t.dtype) for g, t in zip(made, tensors, strict=True)))
 
 
 def _gradients(source: Source, policy: Rows) -> tuple[Tensor | None, ...]:

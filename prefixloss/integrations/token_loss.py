@@ -22,6 +22,7 @@ from prefixloss.batch import TokenInputs
 from prefixloss.config import LossConfig
 from prefixloss.detect.choose import by_name
 from prefixloss.heads import accumulation_dtype
+from prefixloss.integrations.heads_of_models import unwrapped
 from prefixloss.loss import linear_logps
 from prefixloss.metrics import metrics
 from prefixloss.steps import Segmenter, step_tokens
@@ -183,9 +184,7 @@ def head_of_logps(
     weight, but nothing of [tokens, vocabulary] is made. What it returned is added to the list: a model that gives
     anything else as its logits has changed it (a softcap, a multiplier).
     """
-    inner = model
-    while not hasattr(inner, "get_output_embeddings") and hasattr(inner, "module"):
-        inner = inner.module  # DeepSpeed's and DDP's wrappers
+    inner = unwrapped(model)
     head = inner.get_output_embeddings()
     after = ("final_logit_softcapping", "logits_scaling", "logit_scale")
     if hasattr(head, "base_layer") or any(getattr(inner.config, name, None) not in (None, 1) for name in after):

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from prefixloss import memory, products, reference
 from prefixloss.config import LossConfig
 from prefixloss.heads import accumulation_dtype
+from prefixloss.integrations.heads_of_models import as_autocast
 from prefixloss.loss import LossOutput, linear_logps, linear_prefix_loss
 from prefixloss.softmax import Transform
 
@@ -88,15 +89,6 @@ class LogProbs:
         )
         transform = Transform.of(temperature, final_logit_softcapping, logit_scale)
         return logps, entropy, *_statistics((hidden, weight, bias), targets, transform, outputs)
-
-
-def as_autocast(*tensors: Tensor | None) -> Any:
-    """In the dtype that an enclosing autocast would multiply in; as they are without one."""
-    kind = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
 @torch.no_grad()
