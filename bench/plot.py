@@ -28,9 +28,10 @@ from .table import ERRORS
 WIDTH, DPI = 8.0, 200
 # Okabe and Ito's colours, and a marker each for those who see none
 LOOKS = {
-    FLOOR: ("#000000", "_"), OURS: ("#D55E00", "o"), "ours-inplace": ("#D55E00", "D"), "naive": ("#0072B2", "s"),
-    "picked": ("#56B4E9", "^"), "compiled": ("#009E73", "v"), "torch": ("#CC79A7", "P"), "trl": ("#E69F00", "X"),
-    "liger": ("#7F7F7F", "d"), "liger-inplace": ("#7F7F7F", "*"), "cce": ("#8C6D1F", "<"),
+    FLOOR: ("#000000", "_"), "new-copy": ("#000000", "|"), OURS: ("#D55E00", "o"), "ours-inplace": ("#D55E00", "D"),
+    "naive": ("#0072B2", "s"), "picked": ("#56B4E9", "^"), "compiled": ("#009E73", "v"),
+    "torch": ("#CC79A7", "P"), "trl": ("#E69F00", "X"), "liger": ("#7F7F7F", "d"), "liger-inplace": ("#7F7F7F", "*"),
+    "cce": ("#8C6D1F", "<"),
 }  # fmt: skip
 STYLE = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e0e0e0",

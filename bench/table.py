@@ -137,7 +137,7 @@ def _cell(case: dict[str, Any], name: str) -> str:
     text = f"{milliseconds:,.0f}" if milliseconds >= 10 else f"{milliseconds:.1f}"
     if case["group"] == "length":
         return text if row.get("peak_bytes") is None else f"{text}, {row['peak_bytes'] / 2**20:,.0f}"
-    times_floor = None if row["floor"] else ratio(case["rows"], name, FLOOR)
+    times_floor = None if name == FLOOR else ratio(case["rows"], name, FLOOR)
     return text if times_floor is None else f"{text} ({times_floor:.2f})"
 
 
