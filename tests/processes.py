@@ -1,5 +1,7 @@
 """Several processes on one machine, that talk through gloo."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,4 +24,11 @@ def group_of(rank: int, size: int, file: str) -> Iterator[Any]:
 
 def in_processes(function: Callable[..., None], size: int, tmp_path: Path, *arguments: Any) -> None:
     """Runs `function(rank, size, file, *arguments)` in `size` processes; raises what one of them raised."""
-    mp.spawn(function, (size, str(tmp_path / "store"), *arguments), nprocs=size)
+    mp.spawn(_to_the_end, (function, size, str(tmp_path / "store"), *arguments), nprocs=size)
+
+
+def _to_the_end(rank: int, function: Callable[..., None], *arguments: Any) -> None:
+    function(rank, *arguments)
+    sys.stdout.flush()
+    # gloo's threads may still let go of tensors; one that does so while the interpreter shuts down aborts the process
+    os._exit(0)
