@@ -80,7 +80,7 @@ def write_runs(path: Path, runs: list[dict[str, Any]]) -> None:
 def show(out: Where = DIRECTORY) -> None:
     """Tables and pictures from what was measured."""
     text = method_show.write(out, json.loads((out / "tree.json").read_text()), read_runs(out / "runs.jsonl"))
-    Console().print(text, markup=False)
+    print(text)
 
 
 @app.command("all")
