@@ -140,7 +140,7 @@ EXPERIMENTS: dict[str, list[Condition]] = {
         Condition("8 tokens cut", {"shorten": 8, "max_tokens": 96}, loose),
         Condition("a tenth cut", {"shorten": 0.1, "max_tokens": 96}, loose),
     ],
-    "alpha": [Condition(f"{alpha:g}", {"alpha": alpha}) for alpha in (0.0, 0.25, 0.5, 0.75, 1.0)],
+    "alpha": [Condition(f"{alpha:g}", {"alpha": alpha}) for alpha in (0.0, 0.25, 0.5, 1.0)],
     "noise": [
         Condition("none"),
         *(

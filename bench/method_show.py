@@ -180,7 +180,11 @@ def _curves(ax: Any, runs: Sequence[Run], name: str, metric: str, scale: float, 
             updates, [m for m, _ in spans], color=_COLOURS[i], marker=_MARKERS[i], markersize=4, label=condition.name
         )
         low, high = ([m + sign * half for m, half in spans] for sign in (-1, 1))
-        ax.fill_between(updates, low, high, color=_COLOURS[i], alpha=0.1, linewidth=0)
+        if seeds >= 5:
+            ax.fill_between(updates, low, high, color=_COLOURS[i], alpha=0.1, linewidth=0)
+        else:  # too few for an interval that says anything: every seed
+            for column in points:
+                ax.plot(updates, [scale * p[metric] for p in column], color=_COLOURS[i], alpha=0.4, linewidth=0.8)
     ax.set_xlabel("updates")
 
 
@@ -204,7 +208,7 @@ def draw_inflation(runs: Sequence[Run]) -> Figure:
         _curves(ax, runs, "inflation", metric, scale)
         ax.set_ylabel(label)
     axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle("Any true equation counts as a right step: does cutting the prefix stop inflation?", fontsize=11)
+    figure.suptitle("Any true equation counts as a right step: means (thick) and each seed (thin)", fontsize=11)
     return figure
 
 

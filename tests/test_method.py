@@ -190,7 +190,7 @@ def test_only_missing_runs_are_made_and_pictures_follow_from_the_files(tmp_path,
     command = CliRunner().invoke(method.app, ["train", "compare", "alpha", *where, "--work", str(tmp_path / "work")])
     assert command.exit_code == 0, command.output
     assert (first.key, 0) not in made
-    assert len(made) == len(set(made)) == 5 * 5 + 4 * 3 - 1
+    assert len(made) == len(set(made)) == 5 * 5 + 3 * 3 - 1
     measure = method_tree.measure
     monkeypatch.setattr(method_tree, "measure", lambda runs: measure(runs, (2, 3, 4)))
     assert CliRunner().invoke(method.app, ["tree", "--runs", "2", *where]).exit_code == 0
