@@ -213,15 +213,18 @@ def draw_inflation(runs: Sequence[Run]) -> Figure:
 
 
 def _points(ax: Any, runs: Sequence[Run], name: str, conditions: Sequence[method_runs.Condition]) -> None:
-    """A point a condition with its interval, and a faint one a seed."""
-    for i, condition in enumerate(conditions):
-        values = [100 * v for v in at_end(of(runs, condition, method_runs.SEEDS[name]), "pass@1")]
-        mean, half = interval(values)
-        colour = _COLOURS[1] if condition.name == "GRPO" else _COLOURS[0]
-        ax.plot([i] * len(values), values, ".", color=colour, alpha=0.35)
-        ax.errorbar(i, mean, half, color=colour, marker="o", capsize=4)
-    ax.set_xticks(range(len(conditions)), [c.name.replace(" ", "\n") for c in conditions])
+    """Means, and a line a seed: runs of a seed start from the same policy."""
+    seeds = method_runs.SEEDS[name]
+    ends = [[100 * v for v in at_end(of(runs, condition, seeds), "pass@1")] for condition in conditions]
+    places = range(len(conditions))
+    for i, column in enumerate(zip(*ends, strict=True)):
+        ax.plot(places, column, color="0.6", linewidth=0.8, marker=".", label="a seed each" if i == 0 else None)
+    means = [statistics.fmean(values) for values in ends]
+    ax.plot(places, means, color=_COLOURS[0], linestyle="", marker="o", markersize=8, label="mean")
+    ax.set_xticks(places, [c.name.replace(" ", "\n") for c in conditions])
     ax.set_ylabel("held-out pass@1 (%)")
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def draw_alpha(runs: Sequence[Run]) -> Figure:
@@ -236,5 +239,5 @@ def draw_noise(runs: Sequence[Run]) -> Figure:
     figure, (ax,) = _figure()
     _points(ax, runs, "noise", method_runs.EXPERIMENTS["noise"])
     ax.set_xlabel("first errors that are moved to an earlier or later step, or missed")
-    ax.set_title(f"VPPO with a detector that errs, {method_runs.SEEDS['noise']} seeds", fontsize=11)
+    ax.set_title(f"VPPO with a detector that errs, and GRPO; {method_runs.SEEDS['noise']} seeds", fontsize=11)
     return figure
