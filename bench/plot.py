@@ -177,7 +177,8 @@ def _bars(ax: Axes, case: Case) -> None:
     ax.set_xlim(0, 1.15 * max(1.0, *ratios.values()))
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="x", labelsize=8)
-    ax.set_title(f"{_shape(case)}, {_tokens(case['tokens'])} tokens,\nfrom {case['start']}", fontsize=8.5, loc="left")
+    head, _, dtype = _shape(case).rpartition(", ")
+    ax.set_title(f"{head}\n{dtype}, {_tokens(case['tokens'])} tokens, from {case['start']}", fontsize=8.5, loc="left")
     _embolden(ax)
 
 
