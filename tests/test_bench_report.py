@@ -239,7 +239,9 @@ def test_cases_are_tracked_by_pytest_benchmark_and_not_by_the_ordinary_tests(tmp
     saved = tmp_path / "track.json"
     pytest_ = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     options = ["bench/test_speed.py", "-k", "quick and logits and floor", f"--benchmark-json={saved}"]
-    done = subprocess.run([*pytest_, *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    # in a worker of pytest-xdist, whose variables the child would inherit, pytest-benchmark saves nothing
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run([*pytest_, *options], cwd=ROOT, capture_output=True, text=True, check=False, env=alone)
     assert done.returncode == 0, done.stdout + done.stderr
     (tracked,) = json.loads(saved.read_text())["benchmarks"]
     assert tracked["extra_info"]["method"] == "floor"
