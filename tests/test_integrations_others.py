@@ -624,12 +624,13 @@ def test_verl_itself_runs_our_head_under_its_fused_forward(verl_itself: Any, ver
     from verl.utils.experimental import torch_functional  # noqa: PLC0415
     from verl.utils.kernel import linear_cross_entropy as kernel  # noqa: PLC0415
 
-    monkeypatch.setattr(torch_functional.FusedLinearForPPO, "forward", torch_functional.FusedLinearForPPO.forward)
-    monkeypatch.setattr(kernel, "linear_cross_entropy", kernel.linear_cross_entropy)
+    before = (torch_functional.FusedLinearForPPO.forward, kernel.linear_cross_entropy)
+    monkeypatch.setattr(torch_functional.FusedLinearForPPO, "forward", before[0])
+    monkeypatch.setattr(kernel, "linear_cross_entropy", before[1])
     model = tiny_llama()
     call = {"self": model, "input_ids": torch.randint(31, (1, 9)), "return_dict": True, "temperature": 0.8}
     theirs = dense_common.forward_with_torch_backend(**call)
-    verl.patch_head()
+    undo = verl.patch_head()
     for forward in (dense_common.forward_with_torch_backend, dense_common.forward_with_triton_backend):
         ours = forward(**call)
         torch.testing.assert_close(ours.log_probs, theirs.log_probs)
@@ -642,6 +643,8 @@ def test_verl_itself_runs_our_head_under_its_fused_forward(verl_itself: Any, ver
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert torch_functional.FusedLinearForPPO.forward.__module__ == verl.__name__
     assert kernel.linear_cross_entropy is verl.fused_logps
+    undo()
+    assert (torch_functional.FusedLinearForPPO.forward, kernel.linear_cross_entropy) == before
 
 
 @pytest.mark.parametrize(("text", "score"), [(RIGHT, 1.0), (WRONG, -(WRONG.index("Step 2") + 1.0))])
@@ -742,7 +745,8 @@ def openrlhf_args(init_coef: float = 0.01, use_loss: bool = False, **reward: Any
     """OpenRLHF's arguments as far as its advantages read them, with its defaults."""
     kl = SimpleNamespace(init_coef=init_coef, use_loss=use_loss)
     rollout = SimpleNamespace(n_samples_per_prompt=3)
-    return SimpleNamespace(rollout=rollout, algo=SimpleNamespace(kl=kl), reward=SimpleNamespace(**reward))
+    algo = SimpleNamespace(kl=kl, advantage=SimpleNamespace(no_std_norm=False))
+    return SimpleNamespace(rollout=rollout, algo=algo, reward=SimpleNamespace(**reward))
 
 
 def test_openrlhf_penalties_in_the_reward_are_refused_by_name() -> None:
@@ -870,7 +874,8 @@ def test_openrlhf_itself_trains_with_what_patch_puts_there(openrlhf_itself: Any,
     monkeypatch.setattr(openrlhf_itself.ppo_actor, "PolicyLoss", openrlhf_itself.ppo_actor.PolicyLoss)
     monkeypatch.setattr(actor, "forward", actor.forward)
     monkeypatch.setattr(maker, "compute_advantages_and_returns", maker.compute_advantages_and_returns)
-    openrlhf.patch("sapo", "cliff", keep=0.5)
+    before = (openrlhf_itself.ppo_actor.PolicyLoss, actor.forward, maker.compute_advantages_and_returns)
+    undo = openrlhf.patch("sapo", "cliff", keep=0.5)
     assert openrlhf_itself.ppo_actor.PolicyLoss(clip_eps_low=0.2).config.objective == "sapo"
     stand_in, call = actor_call()
     assert actor.forward(stand_in, **call).shape == (2, 4)
@@ -882,6 +887,8 @@ def test_openrlhf_itself_trains_with_what_patch_puts_there(openrlhf_itself: Any,
     maker.compute_advantages_and_returns(this, [experience])
     want = token_loss.token_advantages(torch.tensor(SCORES), LENGTHS, [0, 0, 0, 1, 1, 1], "cliff", keep=0.5)
     assert torch.equal(experience.advantages, want.per_token(mask, mask))
+    undo()
+    assert (openrlhf_itself.ppo_actor.PolicyLoss, actor.forward, maker.compute_advantages_and_returns) == before
 
 
 # --- SkyRL ---
@@ -918,6 +925,33 @@ def test_skyrl_estimators_spread_credit_up_to_the_first_error() -> None:
     )
     assert torch.equal(got, vppo(alpha=0.25).per_token(mask, mask))
     assert torch.equal(returns, got)
+
+
+@pytest.mark.parametrize("std", [True, False])
+def test_a_trainer_s_own_switch_for_the_standard_deviation_counts_for_neutral_prefixes(verl: Any, std: bool) -> None:
+    rewards, mask = reward_case()
+    want = token_loss.token_advantages(torch.tensor(SCORES), LENGTHS, LABELS, "neutral_prefix", std=std)
+    call = {"token_level_rewards": rewards, "response_mask": mask.float(), "index": LABELS}
+    switched = (
+        verl.advantage_estimator(**call, config={"norm_adv_by_std_in_grpo": std}, estimator="neutral_prefix"),
+        skyrl.advantage_estimator(**call, grpo_norm_by_std=std, estimator="neutral_prefix"),
+    )
+    for got, _ in switched:
+        assert torch.equal(got, want.per_token(mask, mask))
+    chosen = skyrl.advantage_estimator(
+        **call, grpo_norm_by_std=not std, estimator="neutral_prefix", options={"std": std}
+    )
+    assert torch.equal(chosen[0], switched[1][0])
+
+
+def test_what_was_put_somewhere_is_taken_back_unless_it_was_replaced() -> None:
+    place = SimpleNamespace(a=1, b=2)
+    undo = token_loss.put((place, "a", 10), (place, "b", 20))
+    assert (place.a, place.b) == (10, 20)
+    place.b = 30
+    undo()
+    undo()
+    assert (place.a, place.b) == (1, 30)
 
 
 def test_skyrl_fused_log_probs_and_their_gradient() -> None:

@@ -651,6 +651,12 @@ def test_wrong_arguments_are_named(extra, name, tmp_path):
         grpo(tmp_path, PrefixGRPOTrainer, right, extra)
 
 
+def test_a_scale_of_the_batch_is_refused_where_it_would_not_count(tmp_path):
+    with pytest.raises(ValueError, match=r'^scale_rewards: got "batch", expected'):
+        grpo(tmp_path, PrefixGRPOTrainer, right, {"detector": "maths"}, scale_rewards="batch")
+    grpo(tmp_path, PrefixGRPOTrainer, right, {"detector": "maths", "advantage": "neutral"}, scale_rewards="batch")
+
+
 # ---- two processes -----------------------------------------------------------------------------------------
 
 

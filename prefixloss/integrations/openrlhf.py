@@ -13,7 +13,7 @@ no error was found; anything added to it, and OpenRLHF's own penalties, are refu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from prefixloss import check
 from prefixloss.config import LossConfig, Objective
-from prefixloss.integrations.token_loss import head_of_logps, logged, token_advantages
+from prefixloss.integrations.token_loss import head_of_logps, logged, put, token_advantages
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 
 
@@ -131,8 +131,14 @@ def compute_advantages(
     return experiences
 
 
-def patch(objective: Objective = "clip", estimator: str = "vppo", head: bool = True, **options: Any) -> None:
-    """Puts the loss, the advantages and, with `head`, the log-probs into OpenRLHF. options: of the estimator."""
+def patch(
+    objective: Objective = "clip", estimator: str = "vppo", head: bool = True, **options: Any
+) -> Callable[[], None]:
+    """Puts the loss, the advantages and, with `head`, the log-probs into OpenRLHF. Returns what undoes it.
+
+    options: of the estimator. `--algo.advantage.no_std_norm` is for neutral_prefix; vppo has an option `std` of its
+    own, off unless set, and cliff has none.
+    """
     from openrlhf.models import actor  # noqa: PLC0415
     from openrlhf.trainer.ppo_utils import experience_maker  # noqa: PLC0415
     from openrlhf.trainer.ray import ppo_actor  # noqa: PLC0415
@@ -143,12 +149,16 @@ def patch(objective: Objective = "clip", estimator: str = "vppo", head: bool = T
     def compute(self: Any, experiences: list[Any]) -> list[Any]:
         args = self.strategy.args
         _refuse_penalties(args)
-        return compute_advantages(experiences, args.rollout.n_samples_per_prompt, estimator, **options)
+        chosen = {"std": not args.algo.advantage.no_std_norm} if estimator == "neutral_prefix" else {}
+        return compute_advantages(experiences, args.rollout.n_samples_per_prompt, estimator, **(chosen | options))
 
-    ppo_actor.PolicyLoss = loss
-    experience_maker.RemoteExperienceMaker.compute_advantages_and_returns = torch.no_grad()(compute)
+    places = [
+        (ppo_actor, "PolicyLoss", loss),
+        (experience_maker.RemoteExperienceMaker, "compute_advantages_and_returns", torch.no_grad()(compute)),
+    ]
     if head:
-        actor.Actor.forward = actor_forward(actor.Actor.forward)
+        places.append((actor.Actor, "forward", actor_forward(actor.Actor.forward)))
+    return put(*places)
 
 
 def _refuse_penalties(args: Any) -> None:

@@ -16,13 +16,14 @@ one, 0 where no error was found. So `use_kl_in_reward` has to stay off.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
 
 from torch import Tensor
 
 from prefixloss.config import LossConfig, Objective
-from prefixloss.integrations.token_loss import gradient_shared, logged, shared_by_many, token_advantages
+from prefixloss.integrations.token_loss import gradient_shared, logged, put, shared_by_many, token_advantages
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 from prefixloss.loss import linear_logps
 
@@ -76,16 +77,19 @@ def advantage_estimator(
     *,
     estimator: str = "vppo",
     options: dict[str, Any] | None = None,
+    grpo_norm_by_std: bool = True,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """An advantage estimator in SkyRL's signature: (advantages, returns), [B, T] both.
 
     token_level_rewards: [B, T], a response's sum is its signed score. index: [B], equal for answers to one prompt.
+    grpo_norm_by_std is for neutral_prefix; vppo has an option `std` of its own, off unless set, and cliff has none.
     `generator.step_wise_trajectories` is not for this: SkyRL gives every step the credit of the last one's positions.
     """
-    spread = token_advantages(
-        token_level_rewards.sum(-1), response_mask.bool().sum(-1), index, estimator, **(options or {})
-    )
+    options = dict(options or {})
+    if estimator == "neutral_prefix":
+        options.setdefault("std", grpo_norm_by_std)
+    spread = token_advantages(token_level_rewards.sum(-1), response_mask.bool().sum(-1), index, estimator, **options)
     of_token = spread.per_token(response_mask, response_mask)
     return of_token, of_token.clone()
 
@@ -110,11 +114,11 @@ def fused_logps(
     return linear_logps(gradient_shared(hidden, group), weight, target, tp_group=group).logps
 
 
-def patch_head() -> None:
-    """Puts `fused_logps` under SkyRL's fused LM head, in this process."""
+def patch_head() -> Callable[[], None]:
+    """Puts `fused_logps` under SkyRL's fused LM head, in this process. Returns what undoes it."""
     from skyrl.backends.skyrl_train.distributed.megatron import model_utils  # noqa: PLC0415
 
-    model_utils._fused_lm_head_logprob_apply = fused_logps
+    return put((model_utils, "_fused_lm_head_logprob_apply", fused_logps))
 
 
 def register(**options: Any) -> None:

@@ -7,7 +7,7 @@ whose coefficient is 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -171,6 +171,20 @@ def first_error_of(
     texts, starts = step_tokens(tokenizer, tokens, steps)
     step = by_name(detector).detect(problem, texts, answer).step
     return -1 if step is None else starts[step]
+
+
+def put(*places: tuple[Any, str, Any]) -> Callable[[], None]:
+    """Sets (module or class, name, value) each; returns what sets back those that nobody has replaced since."""
+    before = [(owner, name, getattr(owner, name), value) for owner, name, value in places]
+    for owner, name, value in places:
+        setattr(owner, name, value)
+
+    def undo() -> None:
+        for owner, name, old, value in before:
+            if getattr(owner, name) is value:
+                setattr(owner, name, old)
+
+    return undo
 
 
 @contextmanager

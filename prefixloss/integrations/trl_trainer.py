@@ -41,7 +41,8 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         detector: a `prefixloss.detect` Detector, or its name ("auto", "maths", "prm:MODEL", ...).
         segmenter: how a response is cut into steps, see `prefixloss.steps`.
         advantage: "vppo"; "cliff"; "neutral" (TRL's advantages, 0 on good prefixes); "grpo" (TRL's, no detector).
-        alpha, shorten: as in `advantages.vppo`.
+        alpha, shorten: as in `advantages.vppo`, whose advantages like cliff's are not divided by a standard deviation:
+            TRL's `scale_rewards` counts for "neutral" and "grpo", and "batch" is refused with the others.
         correct: which responses are right. A number: those whose weighted sum of rewards is above it. The name of a
             reward function: those to which it alone gives more than 0.5. A function: rewards [B, functions] -> bool
             [B]. None: the only reward function; with several an error asks which one it is.
@@ -87,6 +88,8 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         else:
             self.detector = by_name(detector) if isinstance(detector, str) else detector
         super().__init__(*args, **kwargs)
+        if advantage in ("vppo", "cliff") and self.scale_rewards == "batch":
+            raise ValueError(f'scale_rewards: got "batch", expected "group" or "none" for advantage="{advantage}"')
         self.segmenter, self.advantage, self.alpha, self.shorten = segmenter, advantage, alpha, shorten
         self.correct = self._checked_correct(correct)
         self.answer, self.stats, self.backend = answer, stats, backend

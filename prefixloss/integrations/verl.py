@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, get_args
@@ -33,6 +34,7 @@ from prefixloss.integrations.token_loss import (
     first_error_of,
     gradient_shared,
     logged,
+    put,
     shared_by_many,
     signed_score,
     token_advantages,
@@ -113,9 +115,12 @@ def advantage_estimator(
 
     token_level_rewards: [B, T], a response's sum is its signed score. index: [B], equal for answers to one prompt.
     config: verl's AlgoConfig; `algorithm.<estimator>` holds the options of `prefixloss.advantages`. A prompt's length
-    does not reach an estimator: `shorten` is a number here, 0 unless set.
+    does not reach an estimator: `shorten` is a number here, 0 unless set. `norm_adv_by_std_in_grpo` is for
+    neutral_prefix; vppo has an option `std` of its own, off unless set, and cliff has none.
     """
     options = dict((config.get(estimator) if config is not None else None) or {})
+    if estimator == "neutral_prefix" and config is not None:
+        options.setdefault("std", config.get("norm_adv_by_std_in_grpo", True))
     scores = (token_level_rewards * response_mask).sum(-1)
     spread = token_advantages(scores, response_mask.bool().sum(-1), index, estimator, **options)
     of_token = spread.per_token(response_mask, response_mask)
@@ -146,8 +151,11 @@ def fused_logps(
     return out.logps, out.entropy
 
 
-def patch_head() -> None:
-    """Puts `fused_logps` under verl's `use_fused_kernels`, for impl_backend "torch", "liger" and "triton" alike."""
+def patch_head() -> Callable[[], None]:
+    """Puts `fused_logps` under verl's `use_fused_kernels`, for impl_backend "torch", "liger" and "triton" alike.
+
+    Returns what undoes it.
+    """
     from verl.utils.experimental import torch_functional  # noqa: PLC0415
     from verl.utils.kernel import linear_cross_entropy as kernel  # noqa: PLC0415
 
@@ -156,12 +164,14 @@ def patch_head() -> None:
     ) -> tuple[Tensor, Tensor]:
         return fused_logps(hidden_states, vocab_weights, input_ids, temperature)
 
-    torch_functional.FusedLinearForPPO.forward = forward
-    theirs, kernel.linear_cross_entropy = kernel.linear_cross_entropy, fused_logps
-    for name, module in list(sys.modules.items()):
-        # the Megatron models bind the name when they are imported
-        if name.startswith("verl.models.mcore.") and getattr(module, "linear_cross_entropy", None) is theirs:
-            module.linear_cross_entropy = fused_logps  # type: ignore[attr-defined]
+    theirs = kernel.linear_cross_entropy
+    # the Megatron models bind the name when they are imported
+    models = [m for name, m in list(sys.modules.items()) if name.startswith("verl.models.mcore.")]
+    bound = [m for m in models if getattr(m, "linear_cross_entropy", None) is theirs]
+    return put(
+        (torch_functional.FusedLinearForPPO, "forward", forward),
+        *((module, "linear_cross_entropy", fused_logps) for module in (kernel, *bound)),
+    )
 
 
 def register() -> None:
