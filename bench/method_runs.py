@@ -125,7 +125,7 @@ class Condition:
 
 
 # seeds of each comparison
-SEEDS = {"compare": 5, "inflation": 3, "alpha": 3, "noise": 3}
+SEEDS = {"compare": 10, "inflation": 5, "alpha": 5, "noise": 5}
 EXPERIMENTS: dict[str, list[Condition]] = {
     "compare": [
         Condition("VPPO"),
@@ -146,7 +146,7 @@ EXPERIMENTS: dict[str, list[Condition]] = {
         *(
             Condition(f"{kind} {rate:.0%}", judge=Noisy(kind, rate))
             for kind in ("early", "late", "missed")
-            for rate in (0.5,)
+            for rate in (0.25, 0.5)
         ),
         Condition("GRPO", {"advantage": "grpo"}),
     ],

@@ -24,11 +24,13 @@ def global_normalizer(
     cu_seqlens: Tensor | None = None,
     group_ids: Tensor | None = None,
     group: Any = None,
+    cp_group: Any = None,
     averaged: bool = True,
 ) -> Tensor:
     """What to pass as `normalizer` on every rank: 0-d, float64. A collective over `group` (None: all processes).
 
-    tokens, mask, cu_seqlens, group_ids: this rank's, as for the loss; a rank may have no token. averaged: whether the
+    tokens, mask, cu_seqlens, group_ids: this rank's, as for the loss; a rank may have no token. cp_group: as for the
+    loss, a part of `group`: its processes have parts of the same responses, which count once. averaged: whether the
     ranks' gradients are averaged, as DDP and FSDP do, or summed. With gradient accumulation pass the sum of the
     micro-batches' results, and let each backward run without averaging by their number (for "none", which has no
     denominator, one of them).
@@ -37,6 +39,8 @@ def global_normalizer(
     """
     check.config(config, LossConfig)
     check.tensor("tokens", tokens, "integer")
+    check.process_group("cp_group", cp_group)
+    counts = cp_group is None or torch.distributed.get_rank(cp_group) == 0
     layout = Layout.of(tokens.shape, tokens.device, mask, cu_seqlens)
     argument = f'reduction="{config.reduction}"'
     if config.reduction == "token-mean":
@@ -45,11 +49,11 @@ def global_normalizer(
         if group_ids is None:
             check.fail("group_ids", "None", f"int64 [B], since {argument}")
         assert group_ids is not None
-        count = float(_own_groups(group_ids, group))
+        count = float(_own_groups(group_ids if counts else group_ids[:0], group))
     elif config.reduction == "none":
         count = 1 / torch.distributed.get_world_size(group)
     else:
-        count = float(layout.responses(argument))
+        count = float(layout.responses(argument)) if counts else 0.0
         if config.reduction == "constant":
             if config.max_length is None:
                 check.fail("max_length", "None", f"a number of tokens, since {argument}")

@@ -195,6 +195,27 @@ def responses_across(rank: int, size: int, file: str) -> None:
                 torch.testing.assert_close(total, out.loss.detach(), **CLOSE)
 
 
+def data_and_context(rank: int, size: int, file: str) -> None:
+    with group_of(rank, size, file):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+        context = mesh["context"].get_group()
+        rows = slice(4 * mesh["data"].get_local_rank(), 4 * mesh["data"].get_local_rank() + 4)
+        columns = slice(0, 2) if dist.get_rank(context) == 0 else slice(2, T)
+        for config in configs():
+            given = batch()
+            given["advantages"] = given["advantages"][:, None].expand(B, T)
+            mine: dict[str, Any] = {n: x[rows] if x.dim() == 1 else x[rows, columns] for n, x in given.items()}
+            counted = {name: mine[name] for name in ("tokens", "mask", "group_ids")}
+            normalizer = global_normalizer(config, **counted, cp_group=context)
+            wrapped = DistributedDataParallel(Policy(tied=True))
+            wrapped(**mine, config=config, normalizer=normalizer, cp_group=context).backward()
+            check(wrapped, whole_gradients(config, tied=True), f"DDP, context parallel, {config.reduction}")
+
+
+def test_data_and_context_parallel_together(tmp_path: Path) -> None:
+    in_processes(data_and_context, 4, tmp_path)
+
+
 def test_a_group_has_to_be_one() -> None:
     given = across_arguments(LossConfig(), None)
     with pytest.raises(TypeError, match="cp_group: got 3"):
