@@ -184,7 +184,7 @@ def test_only_missing_runs_are_made_and_pictures_follow_from_the_files(tmp_path,
     monkeypatch.setattr(method, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(method_runs, "run", fake)
     monkeypatch.setattr(method_runs, "warm", lambda seed, directory: directory / f"{seed}")
-    monkeypatch.setattr(method_runs, "SEEDS", {"compare": 5, "alpha": 3})
+    monkeypatch.setattr(method_runs, "SEEDS", {**method_runs.SEEDS, "compare": 5, "alpha": 3})
     first = method_runs.EXPERIMENTS["compare"][0]
     method.write_runs(tmp_path / "runs.jsonl", [record(first, 0)])
     where = ["--out", str(tmp_path)]
