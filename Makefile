@@ -38,7 +38,7 @@ wheel: .venv/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
-# about twenty minutes on two cores: tables, figures, pictures and the README's section
+# about half an hour on two cores: tables, figures, pictures and the README's section
 bench: .venv/bench
 	$(BIN)/prefixloss bench --json bench/results/cpu.json
 	$(BIN)/prefixloss bench plot bench/results/cpu.json --out bench/results

@@ -54,15 +54,15 @@ def bench(
     sets: Annotated[
         str | None, typer.Option(help=listed("of the default: floor, models, length, share. [all]"))
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A minute instead of ten.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute instead of half an hour.")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="At most. [5, with --quick 2]")] = None,
     case_seconds: Annotated[
         float | None,
-        typer.Option(min=0, help="No round of a case begins later, from the third on. [15, with --quick 5]"),
+        typer.Option(min=0, help="No round of a case begins later, from the third on. [30, with --quick 5]"),
     ] = None,
     call_seconds: Annotated[float | None, typer.Option(min=0.1, help="Longest call. [60, with --quick 10]")] = None,
     turn_seconds: Annotated[
-        float | None, typer.Option(min=0, help="How long a turn repeats a short call. [1, with --quick 0.2]")
+        float | None, typer.Option(min=0, help="How long a turn repeats a short call. [3, with --quick 0.2]")
     ] = None,
     memory: Annotated[
         float | None, typer.Option(min=0.1, help="GiB for all workers. [14, or 80 % of what is free if less]")

@@ -44,9 +44,9 @@ class Limits:
     turn_seconds: how long a turn repeats a short call. memory: bytes for all workers together, on their device."""
 
     rounds: int = 5
-    case_seconds: float = 15.0
+    case_seconds: float = 30.0
     call_seconds: float = 60.0
-    turn_seconds: float = 1.0
+    turn_seconds: float = 3.0
     memory: int = 14 * GIB
 
 
