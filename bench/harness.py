@@ -251,7 +251,10 @@ class Bench:
         if not names:
             return []
         held = input_bytes(case) + BASE[self.device]
-        most = input_bytes(case) + CHUNKS + max(least_bytes(METHODS[case.start][n], case, case.tokens) for n in names)
+        least = {name: least_bytes(METHODS[case.start][name], case, case.tokens) for name in names}
+        most = input_bytes(case) + CHUNKS + max(least.values())
+        # a floor's results stay where they are from turn to turn
+        most += sum(size for name, size in least.items() if METHODS[case.start][name].floor)
         room = max(2, (self.limits.memory - most) // held)
         others = [name for name in names if name != OURS]
         ours = [OURS] if OURS in names else []

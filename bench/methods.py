@@ -211,23 +211,24 @@ def ours(data: Linear, backend: str = "auto", advantages: Tensor | None = None, 
 
 
 def bare_products(data: Linear, count: int = 3) -> Step:
-    """The floor: the learning tokens' logits, then the gradients of hidden states and head, a library call each."""
+    """The floor: the learning tokens' logits, then the gradients of hidden states and head, a library call each, into
+    memory that is ready."""
     learning = data.learning
     hidden, weight = data.hidden.detach(), data.weight.detach()
     if not learning.all():
         hidden = hidden[learning]
-    made: list[Tensor] = []
+    logits = hidden.new_empty(len(hidden), len(weight))
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
     def forward() -> Result:
-        made.append(hidden @ weight.T)
+        torch.mm(hidden, weight.T, out=logits)
         return Result()
 
     def backward(_: Result) -> None:
-        logits = made.pop()
         if count > 1:
-            logits @ weight
+            torch.mm(logits, weight, out=d_hidden)
         if count > 2:
-            logits.T @ hidden
+            torch.mm(logits.T, hidden, out=d_weight)
 
     return Step(forward, (), backward)
 
