@@ -93,7 +93,7 @@ SHARES = ("solved-0", "solved-25", "solved-50", "solved-75")
 
 
 def default_cases(device: str) -> list[Case]:
-    """About twenty minutes on two CPU cores; on a GPU the same questions at its own sizes and in its own dtype."""
+    """About half an hour on two CPU cores; on a GPU the same questions at its own sizes and in its own dtype."""
     if device == "cpu":
         dtype, model, tokens = "float32", HEADS["qwen3-0.6b"], 2**8
         swept, swept_tokens, lengths = SMALL, 2**12, range(10, 14)

@@ -68,7 +68,7 @@ def complete(name: str, runs: Sequence[Run]) -> bool:
 HEAD = """# What the method does, at a small size
 
 Made by `python -m bench.method show` from `tree.json` and `runs.jsonl`, which `python -m bench.method all` measures.
-Plus and minus are 95 % t intervals over seeds. The differences to GRPO are between runs of the same seed, which start
+Plus and minus are 95 % t intervals over seeds. The differences are between runs of the same seed, which start
 from the same policy."""
 
 
@@ -95,26 +95,32 @@ _TITLES = {
     "alpha": "The value of a good prefix",
     "noise": "A detector that errs",
 }
+# columns of differences in pass@1, seed by seed: what they are called, to which condition, with which sign
+_GAPS = {
+    "compare": [("pass@1 over GRPO", "GRPO", 1), ("VPPO over it", "VPPO", -1)],
+    "noise": [("pass@1 over GRPO", "GRPO", 1)],
+}
 
 
 def table(name: str, runs: Sequence[Run]) -> str:
     """An experiment's runs at their end."""
     seeds = method_runs.SEEDS[name]
     conditions = method_runs.EXPERIMENTS[name]
-    base = [r for c in conditions if c.name == "GRPO" for r in at_end(of(runs, c, seeds), "pass@1")]
+    ends = {c.name: at_end(of(runs, c, seeds), "pass@1") for c in conditions}
+    gaps = _GAPS.get(name, [])
     metrics = ["pass@1", f"pass@{method_runs.SMALL.k}", *(["steps", "length"] if name == "inflation" else [])]
-    heads = [*metrics, *(["pass@1 over GRPO"] if base else [])]
+    heads = [*metrics, *(head for head, _, _ in gaps)]
     lines = [f"## {_TITLES[name]}", "", f"{seeds} seeds, {method_runs.SMALL.updates} updates.", ""]
     lines += ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     first = [run["curve"][0] for run in of(runs, conditions[0], seeds)]
     start = [_cell([point[m] for point in first], m) if m in first[0] else "" for m in metrics]
-    lines.append("| at the start | " + " | ".join([*start, *([""] if base else [])]) + " |")
+    lines.append("| at the start | " + " | ".join([*start, *("" for _ in gaps)]) + " |")
     for condition in conditions:
         mine = of(runs, condition, seeds)
         cells = [_cell(at_end(mine, m), m) for m in metrics]
-        if base:
-            gaps = [a - b for a, b in zip(at_end(mine, "pass@1"), base, strict=True)]
-            cells.append("" if condition.name == "GRPO" else _cell(gaps, "pass@1", signed=True))
+        for _, other, sign in gaps:
+            gap = [sign * (a - b) for a, b in zip(ends[condition.name], ends[other], strict=True)]
+            cells.append("" if condition.name == other else _cell(gap, "pass@1", signed=True))
         lines.append(f"| {condition.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -165,7 +171,7 @@ def draw_tree(tree: dict[str, Any]) -> Figure:
 
 
 def _curves(ax: Any, runs: Sequence[Run], name: str, metric: str, scale: float, from_start: bool = False) -> None:
-    """A line a condition, its interval shaded; with `from_start` each seed's change since its start."""
+    """A condition's mean and a thin line a seed; `from_start`: of the change since the start, and its interval."""
     seeds = method_runs.SEEDS[name]
     for i, condition in enumerate(method_runs.EXPERIMENTS[name]):
         mine = of(runs, condition, seeds)
@@ -179,10 +185,10 @@ def _curves(ax: Any, runs: Sequence[Run], name: str, metric: str, scale: float, 
         ax.plot(
             updates, [m for m, _ in spans], color=_COLOURS[i], marker=_MARKERS[i], markersize=4, label=condition.name
         )
-        low, high = ([m + sign * half for m, half in spans] for sign in (-1, 1))
-        if seeds >= 5:
+        if from_start:
+            low, high = ([m + sign * half for m, half in spans] for sign in (-1, 1))
             ax.fill_between(updates, low, high, color=_COLOURS[i], alpha=0.1, linewidth=0)
-        else:  # too few for an interval that says anything: every seed
+        else:
             for column in points:
                 ax.plot(updates, [scale * p[metric] for p in column], color=_COLOURS[i], alpha=0.4, linewidth=0.8)
     ax.set_xlabel("updates")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -43,7 +44,7 @@ def times(case: dict[str, Any]) -> Grid:
     notes = [f"{row['label']}: {row['status']}: {row['why']}" for row in case["rows"] if row["status"] not in SILENT]
     left_out = [row["label"] for row in case["rows"] if row["status"] == "left out"]
     if left_out:
-        notes.append(f"left out: {', '.join(left_out)}")
+        notes.append(f"left out: {'; '.join(left_out)}")
     head = case["head"]
     size = f"D {head['width']:,}, V {head['vocabulary']:,}"
     where = f"{case['dtype']}, from {case['start']}; {case['setting']}"
@@ -115,7 +116,17 @@ def _pivot(cases: list[dict[str, Any]], title: str) -> Grid:
     labels = {row["method"]: row["label"] for case in cases for row in case["rows"] if row["status"] != "left out"}
     rows = [(label, *(_cell(case, name) for case in cases)) for name, label in labels.items()]
     why = [f"{row['label']}: {row['why']}" for case in cases for row in case["rows"] if row["status"] not in SILENT]
-    return Grid(f"{title}. {'; '.join(alike)}", ("method", *columns), rows, [*dict.fromkeys(why)])
+    return Grid(f"{title}. {'; '.join(alike)}", ("method", *columns), rows, [*dict.fromkeys(why), *_left_out(cases)])
+
+
+def _left_out(cases: list[dict[str, Any]]) -> Iterator[str]:
+    """Who has no cell here, or only some."""
+    absent = [{row["label"]: None for row in case["rows"] if row["status"] == "left out"} for case in cases]
+    everywhere = [label for label in absent[0] if all(label in labels for labels in absent)]
+    somewhere = [label for label in dict.fromkeys(chain(*absent)) if label not in everywhere]
+    for labels, what in ((everywhere, "left out"), (somewhere, "left out of some columns")):
+        if labels:
+            yield f"{what} (`--methods all` runs all): {'; '.join(labels)}"
 
 
 def _described(case: dict[str, Any]) -> tuple[str, ...]:

@@ -135,12 +135,21 @@ def test_a_summary_has_methods_down_and_cases_across(record: dict[str, Any]) -> 
     assert floor.columns == ("method", "float32", "bfloat16")
     assert floor.rows[1] == ("prefixloss", "113 (1.10)", "113 (1.10)")
     assert floor.rows[-1] == ("Liger", "died", "died")
-    assert floor.notes == ["Liger: warm: signal SIGSEGV"]
+    assert floor.notes == ["Liger: warm: signal SIGSEGV", "left out (`--methods all` runs all): CCE"]
     assert from_logits.columns == ("method", "ms")
     assert length.columns == ("method", "1,024 tokens", "2,048 tokens", "4,096 tokens")
     # 2 x 0.1024 s; 0.2048 x 2^24 bytes
     assert length.rows[2] == ("PyTorch", "205, 3", "410, 7", "819, 13")
     assert share.columns[1:] == ("solved-75: 25% learn", "solved-50: 50% learn", "solved-0: 100% learn")
+
+
+def test_a_summary_says_who_has_an_empty_cell(record: dict[str, Any]) -> None:
+    cases = [case for case in record["cases"] if case["group"] == "share"]
+    row = next(row for row in cases[0]["rows"] if row["method"] == "naive")
+    row |= {"status": "left out", "why": "not asked for"}
+    *_, share = table.summary(record)
+    assert next(cells for cells in share.rows if cells[0] == "PyTorch")[1] == ""
+    assert "left out of some columns (`--methods all` runs all): PyTorch" in share.notes
 
 
 def test_the_summary_goes_between_the_marks_of_a_readme(file: Path, tmp_path: Path) -> None:

@@ -202,7 +202,9 @@ def test_only_missing_runs_are_made_and_pictures_follow_from_the_files(tmp_path,
     half = 2.776 * statistics.stdev([0, 1, 2, 3, 4]) / 5**0.5
     text = (tmp_path / "results.md").read_text()
     assert f"| VPPO | 52.0 ± {half:.1f} % |" in text
-    assert "+10.0 ± 0.0 %" in text
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    assert rows["GRPO"].endswith(" |  | +10.0 ± 0.0 % |")
+    assert rows["RTS"].endswith(" | +10.0 ± 0.0 % | +0.0 ± 0.0 % |")
     assert json.loads((tmp_path / "tree.json").read_text())["runs"] == 2
 
 
