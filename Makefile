@@ -45,7 +45,7 @@ bench: .venv/bench
 	$(BIN)/prefixloss bench table bench/results/cpu.json --into README.md
 
 # saves this commit's times and compares them with those saved before; TRACK chooses cases, as pytest's -k does
-TRACK ?= floor
+TRACK ?= floor-narrow or floor-wide
 bench-track: .venv/bench
 	$(BIN)/pytest bench/test_speed.py -k '$(TRACK)' --benchmark-autosave
 	$(BIN)/pytest-benchmark compare --group-by fullname --columns median,iqr --sort fullname
