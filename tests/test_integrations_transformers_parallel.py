@@ -99,7 +99,37 @@ def parallel(rank: int, size: int, file: str) -> None:
         given, mine = part_of(rows)
         late(**given, prefix_loss=mine).loss.backward()
         assert_whole(late, want)
+        with_adapters(rows)
         in_half_precision(rank)
+
+
+def with_adapters(rows: slice) -> None:
+    """LoRA on body and head, in parts like the rest; patched before it is sharded, or through PEFT's wrapper after."""
+    peft = pytest.importorskip("peft")
+
+    def adapted(name: str) -> Any:
+        model = tiny(name, torch.float32)
+        settings = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+        return peft.get_peft_model(model, settings)
+
+    given, mine = part_of(rows)
+    for name, late in (("qwen2", False), ("qwen2-tied", True)):
+        alone, model = adapted(name), adapted(name)
+        model.load_state_dict(alone.state_dict())
+        patch_model(alone, WHOLE)
+        want = gradients(alone, alone(**seen(), prefix_loss=batch()).loss)
+        inner = model.get_base_model()
+        if not late:
+            patch_model(model, WHOLE)
+            fully_shard(inner.lm_head)
+        for layer in inner.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        if late:
+            patch_model(model, WHOLE)
+        model(**given, prefix_loss=mine).loss.backward()
+        whole = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+        assert_same_gradients(whole, want, **SINGLE)
 
 
 def in_half_precision(rank: int) -> None:

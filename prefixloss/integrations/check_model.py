@@ -35,9 +35,9 @@ class Probe:
 
 
 @torch.no_grad()
-def verified(model: Any, probe: Probe) -> LogitMap:
+def verified(model: Any, entry: Any, probe: Probe) -> LogitMap:
     """What becomes of the head's logits, `probe` standing for the head. ValueError where they are not a linear head's,
-    or not causal."""
+    or not causal. entry: what to call, the model or a wrapper around it."""
     name, expected = type(model).__name__, "a causal language model with one linear LM head"
     if any(p.is_meta for p in model.parameters()):
         check.fail("model", f"{name} with parameters on the meta device", "loaded ones, or verify=False")
@@ -45,7 +45,7 @@ def verified(model: Any, probe: Probe) -> LogitMap:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        output = model(input_ids=ids, return_dict=True)
+        output = entry(input_ids=ids, return_dict=True)
     except (TypeError, RuntimeError, IndexError, AttributeError, KeyError, AssertionError) as error:
         got = f"{name}, whose forward failed on token ids alone ({error})"
         raise ValueError(f"model: got {got}, expected {expected}") from error

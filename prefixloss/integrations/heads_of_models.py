@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from prefixloss import check
 
@@ -24,8 +25,9 @@ def as_autocast(*tensors: Tensor | None) -> Any:
     return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
-def unwrapped(model: Any) -> Any:
-    """The model of transformers inside DDP, DeepSpeed, PEFT and torch.compile; as it is where there is none."""
+def wrappers(model: Any) -> list[Any]:
+    """The model, what is inside, and so on: DDP, DeepSpeed, PEFT and torch.compile; last, the one of transformers."""
+    chain = [model]
     while True:
         if hasattr(model, "get_base_model"):  # PEFT, which forwards every attribute
             model = model.get_base_model()
@@ -34,7 +36,19 @@ def unwrapped(model: Any) -> Any:
         elif hasattr(model, "module") and not hasattr(model, "get_output_embeddings"):
             model = model.module
         else:
-            return model
+            return chain
+        chain.append(model)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model of transformers inside its wrappers; as it is where there are none."""
+    return wrappers(model)[-1]
+
+
+def entrance(model: Any) -> Any:
+    """What to call for one forward of `unwrapped(model)`: itself, or the wrapper around it that FSDP2 gathers."""
+    chain = wrappers(model)
+    return next((m for m in chain if isinstance(m, FSDPModule)), chain[-1])
 
 
 class LogitMap(NamedTuple):
@@ -105,7 +119,9 @@ def linear_of(head: Any, hidden: Tensor) -> Linear:
 
 
 def _kind(head: Any) -> str:
-    return f"{type(head).__module__}.{type(head).__name__}"
+    # FSDP2 derives a class of its own, from FSDPModule and then the head's
+    made = type(head).__mro__[2] if isinstance(head, FSDPModule) else type(head)
+    return f"{made.__module__}.{made.__name__}"
 
 
 def _adapters(head: Any) -> list[str]:

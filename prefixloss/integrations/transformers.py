@@ -27,7 +27,7 @@ from prefixloss import check
 from prefixloss.advantages import TokenAdvantages
 from prefixloss.config import LossConfig
 from prefixloss.integrations.check_model import Probe, verified
-from prefixloss.integrations.heads_of_models import LogitMap, chosen_module, linear_of, unwrapped
+from prefixloss.integrations.heads_of_models import LogitMap, chosen_module, entrance, linear_of, unwrapped
 from prefixloss.loss import LossOutput, linear_prefix_loss
 
 AUX_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
@@ -127,7 +127,7 @@ def patch_model(model: Any, config: LossConfig = LossConfig(), *, backend: str =
         check.fail("model", f"{name}, which is patched already", "one that is not: undo that patch first")
     patch = Patch(inner, config, backend)
     try:
-        patch.settle(verify)
+        patch.settle(entrance(model) if verify else None)
     except BaseException:
         patch()
         raise
@@ -201,13 +201,13 @@ class Patch:
         head.forward = types.MethodType(_head_forward, head)
         self.heads.append(head)
 
-    def settle(self, verify: bool) -> None:
-        """Makes the head ready and, with `verify`, finds out what becomes of its logits."""
+    def settle(self, entry: Any) -> None:
+        """Makes the head ready and, where there is something to call, finds out what becomes of its logits."""
         slot = self._ready_head(self.model)._prefixloss
-        if verify:
+        if entry is not None:
             slot.call = probe = Probe(_own_head)
             try:
-                self.map = verified(self.model, probe)
+                self.map = verified(self.model, entry, probe)
             finally:
                 slot.call = None
         self.settled = self._config(self.config)
