@@ -87,9 +87,13 @@ def test_shares_are_all_there_is_in_order() -> None:
 # whole runs
 
 
+def launch(processes: int) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*torchrun, "--shutdown-timeout=5"]
+
+
 def command(processes: int, *arguments: Any) -> list[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launch, "--shutdown-timeout=5", "-m", "prefixloss.cli", "train", *map(str, arguments)]
+    return [*launch(processes), "-m", "prefixloss.cli", "train", *map(str, arguments)]
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -133,6 +137,30 @@ def test_wrong_arguments_end_all_processes_with_one_line(tmp_path: Path) -> None
     assert done.returncode != 0
     assert "--prompts: got 3, expected at least one a minibatch and process" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+BRIEF = """
+import torch
+from prefixloss.rl.team import Team
+team, model = Team.join("cpu", 60), torch.nn.Linear(300, 300)
+for _ in range(60):
+    model.zero_grad()
+    model(torch.randn(4, 300)).sum().backward()
+    team.sum_gradients(model.parameters())
+    team.sum([1.0])  # of a tensor that only gloo still has
+"""
+
+
+@pytest.mark.slow
+def test_no_process_is_aborted_at_its_end(tmp_path: Path) -> None:
+    """Gloo's threads, left to themselves, abort every other of these runs while the interpreter shuts down."""
+    (tmp_path / "brief.py").write_text(BRIEF)
+    for _ in range(6):
+        done = subprocess.run(
+            [*launch(2), str(tmp_path / "brief.py")], env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class Team:
             from accelerate import PartialState  # noqa: PLC0415 (only where there are several)
         except ModuleNotFoundError:
             raise UsageError('torchrun: several processes need accelerate: pip install "prefixloss[rl]"') from None
+        if not torch.distributed.is_initialized():
+            atexit.register(_leave)
         state = PartialState(cpu=device == "cpu", timeout=timedelta(seconds=timeout))
         # of several GPUs each process has its own
         return cls(state.process_index, state.num_processes, "cpu" if device == "cpu" else str(state.device))
@@ -83,3 +86,9 @@ class Team:
     def wait(self) -> None:
         if self.size > 1:
             torch.distributed.barrier()
+
+
+def _leave() -> None:
+    """Ends gloo's threads: one that lets go of a tensor once the interpreter is shutting down aborts the process."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
