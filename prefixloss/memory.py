@@ -1,7 +1,7 @@
 """How much memory the loss may use beyond its inputs and gradients.
 
 `PREFIXLOSS_MEMORY` (bytes) sets the budget for the logits of one chunk of tokens and all the tokens' own statistics;
-unset, it is 128 MiB on a CPU, where larger chunks gain little, and 1 GiB elsewhere.
+unset, it is 1 GiB, and on a CPU, where larger chunks gain little, 128 MiB or what 512 rows of a whole vocabulary take.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 
 # statistics, coefficients and indices of a token, in bytes, rounded up
 _PER_TOKEN = 64
+# each chunk reads the head twice, and reads and writes its gradient: with fewer rows a CPU spends over 7 % on that
+_ROWS_ON_CPU = 512
 
 
 def budget(device: torch.device) -> int:
@@ -42,7 +44,8 @@ def chunk_sizes(rows: int, tokens: int, bytes_per_row: int, device: torch.device
     """
     if rows == 0:
         return []
-    most = chosen or rows_in_budget(tokens, bytes_per_row, device)
+    least = _ROWS_ON_CPU if device.type == "cpu" and "PREFIXLOSS_MEMORY" not in os.environ else 1
+    most = chosen or max(least, rows_in_budget(tokens, bytes_per_row, device))
     whole = max(0, rows // most - 1)
     rest = rows - whole * most
     tail = [rest] if rest <= most else [rest - rest // 2, rest // 2]

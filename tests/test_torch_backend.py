@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prefixloss import LossConfig, LossOutput, linear_logps, linear_prefix_loss, prefix_loss
+from prefixloss import LossConfig, LossOutput, linear_logps, linear_prefix_loss, memory, prefix_loss
 
 N, D, V = 12, 8, 40
 
@@ -140,6 +140,17 @@ def test_memory_budget_bounds_a_chunk(budget: int, monkeypatch: pytest.MonkeyPat
     assert counter.largest == max(rows * V, V * D)
     monkeypatch.delenv("PREFIXLOSS_MEMORY")
     torch.testing.assert_close(linear_prefix_loss(hidden, weight, tokens, advantages).loss, loss)
+
+
+def test_a_large_vocabulary_still_has_chunks_worth_a_pass_over_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFIXLOSS_MEMORY", raising=False)
+    cpu, row = torch.device("cpu"), 2**20
+    assert memory.chunk_sizes(1300, 1300, row, cpu, None) == [512, 394, 394]
+    assert memory.chunk_sizes(256, 256, row, cpu, None) == [256]
+    assert memory.chunk_sizes(256, 256, row, cpu, 100) == [100, 78, 78]
+    # a budget that somebody set is kept
+    monkeypatch.setenv("PREFIXLOSS_MEMORY", str(2**27))
+    assert max(memory.chunk_sizes(256, 256, row, cpu, None)) < 128
 
 
 def test_memory_budget_must_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
