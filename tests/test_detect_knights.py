@@ -2,13 +2,13 @@
 
 import pickle
 import random
-import time
 from collections.abc import Callable
 from itertools import product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from work import at_most
 
 from prefixloss.detect.base import FirstError
 from prefixloss.detect.knights import Knights
@@ -241,10 +241,9 @@ LARGE = [
 
 @pytest.mark.parametrize("text", LARGE, ids=range(len(LARGE)))
 def test_large_texts_end_soon_as_steps_and_as_problems(text: str) -> None:
-    start = time.perf_counter()
-    Knights(seconds=60).detect(TWO, [text])
-    found = Knights(seconds=60).detect(text, ["A is a knight."])
-    assert time.perf_counter() - start < 4.0
+    with at_most(20):
+        assert len(Knights(seconds=60).detect(TWO, [text]).reason) < 1000
+        found = Knights(seconds=60).detect(text, ["A is a knight."])
     assert len(found.reason) < 1000
 
 

@@ -4,13 +4,13 @@ import pickle
 import random
 import subprocess
 import sys
-import time
 from fractions import Fraction
 from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from work import at_most
 
 from prefixloss.detect.base import FirstError
 from prefixloss.detect.maths import Maths
@@ -18,7 +18,7 @@ from prefixloss.detect.maths_expressions import DivisionByZeroError, NoValueErro
 from prefixloss.detect.maths_reader import read
 from prefixloss.detect.maths_task import Task, parts
 
-MATHS = Maths()
+MATHS = Maths(seconds=60)  # the limit itself is tested where it is short; here a busy machine must not meet it
 
 
 def detect(steps: list[str], problem: str = "", answer: str | None = None) -> FirstError:
@@ -327,9 +327,8 @@ def test_sets_intervals_points_and_matrices_are_compared(said: str, same: str, o
     "said", [r"\{9^{9^{9^9}}\}", "(" * 90, "(9!!!!, 2)", "[" + "9" * 90 + "]", r"\{" * 40, "(1, 2" + "," * 90]
 )
 def test_strange_collections_never_reach_the_library(said: str) -> None:
-    start = time.process_time()
-    detect(["1 + 1 = 2", f"The answer is {said}"], "", "(1, 2)")
-    assert time.process_time() - start < 2
+    with at_most(20):
+        detect(["1 + 1 = 2", f"The answer is {said}"], "", "(1, 2)")
 
 
 # ---- what cannot be read -------------------------------------------------------------------------------------
@@ -395,9 +394,8 @@ ADVERSARIAL = {
 @pytest.mark.parametrize("text", ADVERSARIAL.values(), ids=ADVERSARIAL)
 def test_adversarial_text_is_bounded_in_time(text: str) -> None:
     for problem, steps in (("", ["1 + 1 = 2", text, "1 + 1 = 3"]), (text, ["1 + 1 = 3"])):
-        start = time.process_time()
-        assert step(steps, problem, "7") is not None
-        assert time.process_time() - start < 2  # the first equation imports sympy
+        with at_most(20):  # the first equation imports sympy
+            assert step(steps, problem, "7") is not None
 
 
 def test_a_megabyte_of_digits_is_not_read() -> None:
@@ -575,7 +573,7 @@ def test_corrupted_word_problems_are_flagged_at_the_right_step() -> None:
 
 def test_detectors_are_picklable_and_deterministic() -> None:
     detector = pickle.loads(pickle.dumps(Maths(strict_numbers=True)))
-    assert detector == Maths(strict_numbers=True) != MATHS
+    assert detector == Maths(strict_numbers=True) != Maths()
     batch = [WORK, changed(3, "35", "36"), ["x" * 30_000]]
     first = detector.detect_batch([PROBLEM] * 3, batch, ["-560", None, None])
     assert first == MATHS.detect_batch([PROBLEM] * 3, batch, ["-560", None, None])

@@ -4,12 +4,12 @@ import pickle
 import random
 import subprocess
 import sys
-import time
 from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from work import at_most
 
 from prefixloss.detect.base import FirstError
 from prefixloss.detect.logic import (
@@ -351,10 +351,9 @@ LARGE = [
 
 @pytest.mark.parametrize("text", LARGE, ids=range(len(LARGE)))
 def test_large_texts_end_soon_as_steps_and_as_problems(text: str) -> None:
-    start = time.perf_counter()
-    assert Rules(seconds=60).detect(PROBLEM, [text]).confidence <= 0.95
-    found = Rules(seconds=60).detect(text, ["Max is a cat."])
-    assert time.perf_counter() - start < 4.0
+    with at_most(20):
+        assert len(Rules(seconds=60).detect(PROBLEM, [text]).reason) < 1000
+        found = Rules(seconds=60).detect(text, ["Max is a cat."])
     assert len(found.reason) < 1000
 
 

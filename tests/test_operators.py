@@ -165,49 +165,63 @@ def test_a_compiled_call_has_no_graph_break_and_the_same_gradient(function: Call
 # --- waiting for the device
 
 
-class Waits:
-    """Counts what makes the host wait for a tensor's values, inside operators too."""
+LAUNCH = "a kernel, interpreted"
 
-    METHODS = ("nonzero", "item", "tolist", "unique", "cpu", "__bool__", "__int__", "__float__", "__index__")
+
+class Waits:
+    """Counts what makes the host wait for a tensor's values, inside operators too.
+
+    By the profiler, which also sees boolean indexing. Replacing `Tensor.__getitem__` would not do: when it is put back,
+    Python keeps taking every tensor for a sequence, and `torch.tensor([a 0-d tensor])` fails from then on.
+    """
+
+    EVENTS = ("aten::nonzero", "aten::_local_scalar_dense", "aten::_unique2")
+    UNSEEN = ("tolist", "cpu", "numpy")  # of CPU tensors they leave no event
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        for name in self.METHODS:
-            monkeypatch.setattr(Tensor, name, self.counted(getattr(Tensor, name), lambda *_: True))
-        by_mask = self.counted(Tensor.__getitem__, lambda _, key: isinstance(key, Tensor) and key.dtype == torch.bool)
-        monkeypatch.setattr(Tensor, "__getitem__", by_mask)
+        self.launching = False
+        for name in self.UNSEEN:
+            monkeypatch.setattr(Tensor, name, self.counted(getattr(Tensor, name)))
 
-    def counted(self, method: Callable[..., Any], waits: Callable[..., bool]) -> Callable[..., Any]:
+    def counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.count += waits(*args)
+            self.count += not self.launching
             return method(*args, **kwargs)
 
         return call
 
     def of(self, call: Callable[[], Any]) -> int:
         self.count = 0
-        with interpreted_launches_uncounted(self):
+        with launches_marked(self), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
             call()
-        return self.count
+        return self.count + sum(e.name in self.EVENTS and not within_launch(e) for e in seen.events())
+
+
+def within_launch(event: Any) -> bool:
+    while event is not None and event.name != LAUNCH:
+        event = event.cpu_parent
+    return event is not None
 
 
 @contextmanager
-def interpreted_launches_uncounted(waits: Waits) -> Iterator[None]:
+def launches_marked(waits: Waits) -> Iterator[None]:
     """The interpreter copies tensors and looks into them at each launch; a device does not."""
 
-    def silent(launch: Callable[..., Any]) -> Callable[..., Any]:
+    def marked(launch: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            before = waits.count
-            launch(*args, **kwargs)
-            waits.count = before
+            waits.launching = True
+            with torch.profiler.record_function(LAUNCH):
+                launch(*args, **kwargs)
+            waits.launching = False
 
         return call
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("launch_rows", "launch_slices", "launch_combine", "launch_gradient"):
-            patch.setattr(rows, name, silent(getattr(rows, name)))
+            patch.setattr(rows, name, marked(getattr(rows, name)))
         for module in (operators, chunks):
-            patch.setattr(module, "launch_scale", silent(module.launch_scale))
+            patch.setattr(module, "launch_scale", marked(module.launch_scale))
         yield
 
 
@@ -247,6 +261,7 @@ def test_nothing_waits_from_logits(config: LossConfig, inplace: bool, waits: Wai
 def test_the_count_of_waits_can_fail(waits: Waits) -> None:
     assert waits.of(lambda: ADVANTAGES.sum().item()) == 1
     assert waits.of(lambda: (ADVANTAGES > 0).nonzero()) == 1
+    assert waits.of(lambda: ADVANTAGES.tolist()) == 1
     assert waits.of(lambda: ADVANTAGES[ADVANTAGES > 0]) == 1
     assert waits.of(lambda: bool(ADVANTAGES.any())) == 1
 
