@@ -1,0 +1,195 @@
+"""How many small mistakes the tests notice: one operator, number or keyword of the package changed at a time.
+
+    pip install cosmic-ray
+    python tests/mutants.py --sample 200 --seed 0 --processes 2 --out mutants.jsonl
+
+The mutants are cosmic-ray's, one of each family a line, without those that change annotations only. A mutant dies when
+a test fails, or hangs. First the tests of its own module run; what lives then meets all tests of the loss. Each process
+has a copy of the package and forks a Python that has torch loaded already, so that most mutants take a few seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+# the tests that are about a module, quickest first
+TESTS_OF = {
+    "prefixloss/advantages.py": ["test_advantages", "test_contract_advantages"],
+    "prefixloss/objective.py": ["test_objective", "test_contract_loss"],
+    "prefixloss/softmax.py": ["test_softmax", "test_contract_loss"],
+    "prefixloss/reduction.py": ["test_contract_loss"],
+    "prefixloss/layout.py": ["test_contract_errors", "test_contract_loss"],
+    "prefixloss/batch.py": ["test_contract_errors", "test_contract_loss"],
+    "prefixloss/metrics.py": ["test_contract_loss"],
+    "prefixloss/two_stages.py": ["test_contract_loss"],
+    "prefixloss/torch_backend.py": ["test_torch_backend", "test_contract_loss"],
+    "prefixloss/heads.py": ["test_torch_backend", "test_contract_loss"],
+    "prefixloss/operators.py": ["test_operators", "test_triton_backend"],
+    "prefixloss/triton_backend.py": ["test_operators", "test_triton_backend"],
+    "prefixloss/chunks.py": ["test_operators", "test_triton_backend"],
+    "prefixloss/products.py": ["test_triton_backend"],
+    "csrc_triton/launch.py": ["test_kernels", "test_compile_report"],
+    "csrc_triton/tune.py": ["test_tune"],
+}
+ALL_OF_THE_LOSS = [
+    "test_contract_errors", "test_contract_loss", "test_contract_advantages", "test_torch_backend", "test_softmax",
+    "test_objective", "test_torch_operators", "test_kernels", "test_operators", "test_triton_backend",
+    "test_retained_graph", "test_integrations_trl",
+]  # fmt: skip
+SECONDS = 400  # of one run of tests; a mutant that takes longer hangs
+
+
+class Mutant(NamedTuple):
+    path: str
+    line: int
+    operator: str
+    occurrence: int
+
+
+def mutants() -> list[Mutant]:
+    """The first of each family (binary operators, comparisons, numbers, ...) on each line."""
+    from cosmic_ray import plugins  # noqa: PLC0415 (here, so that --help needs nothing)
+    from cosmic_ray.ast import ast_nodes, get_ast  # noqa: PLC0415
+
+    found: dict[tuple[str, int, str], Mutant] = {}
+    for path in TESTS_OF:
+        nodes = list(ast_nodes(get_ast((ROOT / path).read_text())))
+        for name in plugins.operator_names():
+            operator_type = plugins.get_operator(name)
+            if operator_type.arguments():
+                continue
+            operator = operator_type()
+            lines = [start[0] for node in nodes for start, _ in operator.mutation_positions(node)]
+            for occurrence, line in enumerate(lines):
+                found.setdefault((path, line, name.split("_")[0]), Mutant(path, line, name, occurrence))
+    return list(found.values())
+
+
+def changes_what_runs(mutant: Mutant) -> bool:
+    source = (ROOT / mutant.path).read_text()
+    return code_of(mutated(source, mutant.operator, mutant.occurrence)) not in (None, code_of(source))
+
+
+def mutated(source: str, operator: str, occurrence: int) -> str:
+    from cosmic_ray import plugins  # noqa: PLC0415
+    from cosmic_ray.mutating import mutate_code  # noqa: PLC0415
+
+    return mutate_code(source, plugins.get_operator(operator)(), occurrence) or source
+
+
+def code_of(source: str) -> str | None:
+    """What runs of a module: without annotations, which the package never evaluates; None if it is not Python."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return None
+    for node in ast.walk(tree):
+        for field in ("annotation", "returns"):
+            if getattr(node, field, None) is not None:
+                setattr(node, field, ast.Constant(None))
+    return ast.dump(tree)
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, files.split("\0")):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target)
+    (folder / "prefixloss/_kernels").symlink_to("../csrc_triton")
+    (folder / "prefixloss/_bench").symlink_to("../bench")
+    return folder
+
+
+def passes(folder: Path, names: list[str]) -> bool:
+    """Whether those test files pass on the copy, in a fork of this process."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        import pytest  # noqa: PLC0415
+
+        quiet = ["-x", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+        files = [f"tests/{name}.py" for name in names if (folder / f"tests/{name}.py").exists()]
+        os._exit(int(pytest.main([*quiet, *files])))
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status == 0
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def work(chosen: list[Mutant], out: Path) -> None:
+    """One process's share; a line of `out` a mutant."""
+    import numpy  # noqa: F401, PLC0415 (loaded once, for all forks)
+    import torch  # noqa: PLC0415
+    import triton  # noqa: F401, PLC0415
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = copy_of_the_project(Path(name))
+        for mutant in chosen:
+            source = (ROOT / mutant.path).read_text()
+            changed = mutated(source, mutant.operator, mutant.occurrence)
+            (folder / mutant.path).write_text(changed)
+            lives = passes(folder, TESTS_OF[mutant.path]) and passes(folder, ALL_OF_THE_LOSS)
+            (folder / mutant.path).write_text(source)
+            lines = zip(source.splitlines(), changed.splitlines(), strict=False)
+            became = next((new.strip() for old, new in lines if old != new), "")
+            with out.open("a") as file:
+                file.write(json.dumps({**mutant._asdict(), "became": became, "lives": lives}) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, default=200, help="mutants to try")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
+    given = parser.parse_args()
+    os.environ["TRITON_INTERPRET"] = "1"
+    every = mutants()
+    random.Random(given.seed).shuffle(every)
+    chosen = list(islice(filter(changes_what_runs, every), given.sample))
+    print(f"{len(chosen)} mutants, of {len(every)} with those that change annotations only", flush=True)
+    given.out.unlink(missing_ok=True)
+    context = multiprocessing.get_context("spawn")
+    shares = [chosen[k :: given.processes] for k in range(given.processes)]
+    processes = [context.Process(target=work, args=(share, given.out.resolve())) for share in shares]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    results = [json.loads(line) for line in given.out.read_text().splitlines()]
+    for living in (r for r in results if r["lives"]):
+        print(f"lives: {living['path']}:{living['line']} {living['operator']}: {living['became']}")
+    dead = sum(not r["lives"] for r in results)
+    print(f"{dead} of {len(results)} mutants died ({100 * dead / max(1, len(results)):.1f} %)")
+
+
+if __name__ == "__main__":
+    main()
