@@ -178,6 +178,7 @@ def prefix_loss(
     """
     backend = check.backend(backend, tp_group, cp_group, logits)
     check.config(config, LossConfig)
+    check.flag("inplace", inplace)
     check.tensor("tokens", tokens, "integer")
     check.logits("logits", logits, tokens)
     inputs = TokenInputs(
@@ -241,6 +242,7 @@ def linear_logps(
     """
     backend = check.backend(backend, tp_group, None, hidden, lm_head_weight)
     check.tensor("tokens", tokens, "integer")
+    check.flag("entropy", entropy)
     # checks the three; a coefficient says that the entropy has a gradient
     options = LossConfig(
         temperature=temperature, softcap=softcap, logit_scale=logit_scale, entropy_coef=1.0 if entropy else 0.0
@@ -253,7 +255,7 @@ def linear_logps(
     ids = tokens.reshape(-1).long().contiguous()
     dtype = accumulation_dtype(hidden, lm_head_weight)
     columns = _columns(tp_group, len(lm_head_weight), vocab_size, tokens, dtype, 1)
-    check.token_ids(ids, layout.scored, columns.vocabulary)
+    check.token_ids(ids, layout, columns.vocabulary)
     if max_scored_tokens is not None:
         check.most_tokens("max_scored_tokens", max_scored_tokens, layout.scored)
     head = (_rows(hidden), *columns.head(lm_head_weight, lm_head_bias))
