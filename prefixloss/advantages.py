@@ -43,6 +43,7 @@ class TokenAdvantages(NamedTuple):
         like: any tensor shaped like the tokens, [B, T], or [N] with `cu_seqlens` [B + 1].
         """
         check.dense("like", like, "a tensor shaped like the tokens")
+        check.rows("like", like)
         layout = Layout.of(like.shape, like.device, mask, cu_seqlens)
         return self.spread(layout)[0].reshape(like.shape)
 
@@ -102,7 +103,8 @@ class _Groups:
         deviations = values.double() - self.mean(values)
         known = self.largest(rounding + self.sizes * _EPS * values.double().abs())
         equal = (deviations.abs() <= known) | (self.largest(deviations) <= _ROUNDINGS * known)
-        return torch.where(equal | ~self.judged, 0.0, deviations)
+        # an infinite reward that nobody looked at makes nothing equal
+        return torch.where((equal & (known < torch.inf)) | ~self.judged, 0.0, deviations)
 
     def spread(self, deviations: Tensor) -> Tensor:
         """The standard deviation. In units of the largest deviation: squares of small ones would be 0."""
@@ -186,7 +188,7 @@ def vppo(
     correct, lengths, first_error, _ = _judged(
         judged, correct=correct, lengths=lengths, first_error=first_error, group_ids=group_ids
     )
-    check.number("alpha", alpha, 0.0, 1.0)
+    alpha = check.number("alpha", alpha, 0.0, 1.0)
     check.flag("relu", relu)
     check.flag("std", std)
     cut = _cut(shorten, lengths, prompt_lengths, judged)
@@ -225,7 +227,7 @@ def cliff(
     correct, lengths, first_error, _ = _judged(
         judged, correct=correct, lengths=lengths, first_error=first_error, group_ids=group_ids
     )
-    check.number("keep", keep)
+    keep = check.number("keep", keep)
     groups = _Groups(group_ids, judged)
     mu = groups.mean(correct)
     sigma = (mu * (1 - mu)).sqrt()
@@ -284,8 +286,8 @@ def rts(
     """
     given = {"correct": correct, "right_steps": right_steps, "total_steps": total_steps, "group_ids": group_ids}
     correct, right_steps, total_steps, _ = _judged(judged, **given)
-    check.number("beta", beta)
-    check.number("gamma", gamma)
+    beta = check.number("beta", beta)
+    gamma = check.number("gamma", gamma)
     check.flag("std", std)
     share = right_steps.double() / total_steps.clamp(min=1)
     rewards = torch.where(correct, 1.0, torch.sigmoid(-(beta * share + gamma)))
@@ -307,7 +309,7 @@ def mixed(
     """
     given = {"rewards": rewards, "mean_step_scores": mean_step_scores, "group_ids": group_ids}
     rewards, mean_step_scores, _ = _judged(judged, **given)
-    check.number("weight", weight, 0.0, 1.0)
+    weight = check.number("weight", weight, 0.0, 1.0)
     check.flag("std", std)
     # a mixture is known as well as its parts are
     rounding = weight * _rounding(mean_step_scores) + (1 - weight) * _rounding(rewards)

@@ -123,10 +123,12 @@ def is_whole(value: Any, low: int = 0) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= _LARGEST_WHOLE
 
 
-def number(argument: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+def number(argument: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """The number, as Python's own."""
     limits = f" between {low:g} and {high:g}" if math.isfinite(low) else " within float32's range"
     if not is_number(value) or not low <= value <= high:
         fail(argument, describe(value), f"a finite number{limits}")
+    return float(value)
 
 
 def flag(argument: str, value: Any) -> None:
@@ -134,9 +136,17 @@ def flag(argument: str, value: Any) -> None:
         fail(argument, describe(value), "True or False", TypeError)
 
 
+def rows(argument: str, value: Tensor) -> None:
+    if value.dim() not in (1, 2):
+        fail(argument, f"shape {list(value.shape)}", "[B, T] or [N]")
+
+
+def tokens(value: Any) -> None:
+    tensor("tokens", value, "integer")
+    rows("tokens", value)
+
+
 def layout(shape_of_tokens: torch.Size, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    if len(shape_of_tokens) not in (1, 2):
-        fail("tokens", f"shape {list(shape_of_tokens)}", "[B, T] or [N]")
     if mask is not None:
         tensor("mask", mask, "mask")
         shape("mask", mask, shape_of_tokens, "the shape of tokens")
@@ -155,13 +165,13 @@ def layout(shape_of_tokens: torch.Size, mask: Tensor | None, cu_seqlens: Tensor 
         fail("cu_seqlens", f"shape {list(cu_seqlens.shape)}", "[B + 1]")
     if not readable(cu_seqlens):
         return
-    tokens = shape_of_tokens[0]
+    count = shape_of_tokens[0]
     if int(cu_seqlens[0]) != 0:
         fail("cu_seqlens", f"a first value of {int(cu_seqlens[0])}", "0")
     if bool((cu_seqlens.diff() < 0).any()):
         fail("cu_seqlens", f"decreasing values {cu_seqlens.tolist()[:8]}", "increasing offsets [B + 1]")
-    if int(cu_seqlens[-1]) != tokens:
-        fail("cu_seqlens", f"a last value of {int(cu_seqlens[-1])}", f"N = {tokens}, the number of tokens")
+    if int(cu_seqlens[-1]) != count:
+        fail("cu_seqlens", f"a last value of {int(cu_seqlens[-1])}", f"N = {count}, the number of tokens")
 
 
 def token_advantages(advantages: TokenAdvantages, where: Layout) -> None:
@@ -389,7 +399,7 @@ def backend(name: Any, tp_group: Any, cp_group: Any, *inputs: Any) -> str:
     if name in ("torch", "reference"):
         return name
     first = inputs[0]
-    if not isinstance(first, Tensor) or (name == "auto" and first.device.type == "cpu"):
+    if not isinstance(first, Tensor) or first.device.type == "meta" or (name == "auto" and first.device.type == "cpu"):
         return "torch"  # which says what is wrong with it, if anything
     obstacle = _triton_obstacle(*inputs)
     if obstacle is None:

@@ -111,7 +111,7 @@ def linear_prefix_loss(
     """
     backend = check.backend(backend, tp_group, cp_group, hidden, lm_head_weight)
     check.config(config, LossConfig)
-    check.tensor("tokens", tokens, "integer")
+    check.tokens(tokens)
     lm_head_weight, lm_head_bias = _whole(lm_head_weight, tp_group), _whole(lm_head_bias, tp_group)
     ref_lm_head_weight = _whole(ref_lm_head_weight, tp_group)
     ref_lm_head_bias = _whole(ref_lm_head_bias, tp_group)
@@ -179,7 +179,7 @@ def prefix_loss(
     backend = check.backend(backend, tp_group, cp_group, logits)
     check.config(config, LossConfig)
     check.flag("inplace", inplace)
-    check.tensor("tokens", tokens, "integer")
+    check.tokens(tokens)
     check.logits("logits", logits, tokens)
     inputs = TokenInputs(
         tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer, cp_group
@@ -241,7 +241,7 @@ def linear_logps(
     `linear_prefix_loss`.
     """
     backend = check.backend(backend, tp_group, None, hidden, lm_head_weight)
-    check.tensor("tokens", tokens, "integer")
+    check.tokens(tokens)
     check.flag("entropy", entropy)
     # checks the three; a coefficient says that the entropy has a gradient
     options = LossConfig(

@@ -38,7 +38,7 @@ def global_normalizer(
     ValueError: reduction="group-token-mean" with a group on several ranks, whose tokens no rank could count.
     """
     check.config(config, LossConfig)
-    check.tensor("tokens", tokens, "integer")
+    check.tokens(tokens)
     check.process_group("group", group)
     check.process_group("cp_group", cp_group)
     check.flag("averaged", averaged)
