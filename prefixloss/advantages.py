@@ -6,6 +6,12 @@ index, among the scored tokens, of the first token of the first wrong step, -1 w
 response that is wrong without a known first error is penalised from its first token on: never treated as all good.
 Means and standard deviations are over the responses of a group; the latter are sample standard deviations (divisor
 G - 1, as in TRL and verl) with nothing added, and a group whose standard deviation is 0 gets advantage 0.
+
+Rewards that differ by their rounding alone are equal: they are taken to be known to one rounding of their own dtype, as
+sums of a few such numbers. NaN and infinite ones are refused. Where nobody can say how good a response is (a verifier
+timed out), say so: `judged` [B] (bool; None: all) is False there. Such a response is no part of any mean or standard
+deviation, G counts the others, and it gets advantage 0 everywhere; its other values are not looked at. A group of which
+one response is judged is a group of one, and one without any gets 0.
 """
 
 from __future__ import annotations
@@ -36,6 +42,8 @@ class TokenAdvantages(NamedTuple):
 
         like: any tensor shaped like the tokens, [B, T], or [N] with `cu_seqlens` [B + 1].
         """
+        check.dense("like", like, "a tensor shaped like the tokens")
+        check.rows("like", like)
         layout = Layout.of(like.shape, like.device, mask, cu_seqlens)
         return self.spread(layout)[0].reshape(like.shape)
 
@@ -48,42 +56,98 @@ class TokenAdvantages(NamedTuple):
         return torch.where(layout.scored, values, torch.zeros_like(values)), in_prefix
 
 
-class _Groups:
-    """Sums over the responses of each group, given back per response."""
+# of float64, in which means are taken
+_EPS = torch.finfo(torch.float64).eps
+# roundings by which rewards of equal value may differ: a sum of two products of rounded numbers has about as many
+_ROUNDINGS = 4
 
-    def __init__(self, group_ids: Tensor) -> None:
+
+class _Groups:
+    """Sums over the judged responses of each group, given back per response."""
+
+    def __init__(self, group_ids: Tensor, judged: Tensor | None) -> None:
         labels, self.index = torch.unique(group_ids, return_inverse=True)
         self.order = torch.argsort(self.index, stable=True)
         self.counts = torch.bincount(self.index, minlength=len(labels))
-        self.sizes = self.counts[self.index].double()
+        self.judged = torch.ones_like(group_ids, dtype=torch.bool) if judged is None else judged
+        self.sizes = self.sum(self.judged).clamp(min=1)
+
+    def _reduced(self, values: Tensor, how: str) -> Tensor:
+        """In a fixed order on every device, in float64."""
+        values = torch.where(self.judged, values.double(), 0.0)[self.order]
+        return torch.segment_reduce(values, how, lengths=self.counts, unsafe=True)[self.index]
 
     def sum(self, values: Tensor) -> Tensor:
-        """In a fixed order on every device, in float64."""
-        return torch.segment_reduce(values.double()[self.order], "sum", lengths=self.counts, unsafe=True)[self.index]
+        return self._reduced(values, "sum")
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Of |values|."""
+        return self._reduced(values.abs(), "max")
 
     def mean(self, values: Tensor) -> Tensor:
         return self.sum(values) / self.sizes
 
-    def deviations(self, values: Tensor) -> Tensor:
-        """values - mean, exactly 0 where a group's values are equal: rounding in the mean is no signal."""
-        deviations = values.double() - self.mean(values)
-        return torch.where(deviations.abs() <= 1e-12 * values.double().abs(), 0.0, deviations)
+    def less(self, values: Tensor, baseline: Tensor, size: Tensor) -> Tensor:
+        """values - baseline, exactly 0 where they are equal but for the rounding of a mean of numbers up to `size`."""
+        difference = values - baseline
+        known = _ROUNDINGS * _EPS * self.sizes * self.largest(size)
+        return torch.where(difference.abs() <= known, 0.0, difference)
 
-    def std(self, values: Tensor) -> Tensor:
-        return (self.sum(self.deviations(values) ** 2) / (self.sizes - 1).clamp(min=1)).sqrt()
+    def deviations(self, values: Tensor, rounding: Tensor) -> Tensor:
+        """values - mean; exactly 0 where they are equal but for rounding, which is no signal.
+
+        rounding: how much one rounding may change each value. A single value may be off by that, and so may their mean,
+        to which a float64 sum adds one rounding a response. Where a whole group lies within a few roundings, its values
+        are equal numbers that were summed in different orders.
+        """
+        deviations = values.double() - self.mean(values)
+        known = self.largest(rounding + self.sizes * _EPS * values.double().abs())
+        equal = (deviations.abs() <= known) | (self.largest(deviations) <= _ROUNDINGS * known)
+        # an infinite reward that nobody looked at makes nothing equal
+        return torch.where((equal & (known < torch.inf)) | ~self.judged, 0.0, deviations)
+
+    def spread(self, deviations: Tensor) -> Tensor:
+        """The standard deviation. In units of the largest deviation: squares of small ones would be 0."""
+        unit = self.largest(deviations)
+        unit = torch.where(unit == 0, 1.0, unit)
+        return unit * (self.sum((deviations / unit) ** 2) / (self.sizes - 1).clamp(min=1)).sqrt()
+
+    def standardised(self, values: Tensor, rounding: Tensor, std: bool) -> Tensor:
+        """(values - mean) / std, or without the division, float32 [B]."""
+        deviations = self.deviations(values, rounding)
+        return (_over_std(deviations, self.spread(deviations)) if std else deviations).float()
+
+    def token_advantages(self, prefix: Tensor, suffix: Tensor, prefix_lengths: Tensor) -> TokenAdvantages:
+        prefix, suffix = (torch.where(self.judged, x, 0.0).float() for x in (prefix, suffix))
+        return TokenAdvantages(prefix, suffix, prefix_lengths.long())
+
+
+def _rounding(values: Tensor) -> Tensor:
+    """float64 [B]: the distance from each value to the next that its dtype has (float64 for whole numbers)."""
+    dtype = torch.finfo(values.dtype if values.is_floating_point() else torch.float64)
+    return dtype.eps * values.double().abs().clamp(min=dtype.tiny)
 
 
 def _over_std(values: Tensor, std: Tensor) -> Tensor:
-    return torch.where(std > 0, values / torch.where(std > 0, std, 1.0), 0.0)
+    """0 for a standard deviation of 0; one that is NaN, of rewards that nobody could look at, stays NaN."""
+    return torch.where(std == 0, 0.0, values / torch.where(std == 0, 1.0, std))
 
 
-def _token_advantages(prefix: Tensor, suffix: Tensor, prefix_lengths: Tensor) -> TokenAdvantages:
-    return TokenAdvantages(prefix.float(), suffix.float(), prefix_lengths.long())
+def _judged(judged: Tensor | None, **given: Tensor) -> list[Tensor]:
+    """The arguments, checked, with "wrong, no error known, of no length and no worth" where nothing is judged."""
+    check.responses(judged, **given)
+    if judged is None:
+        return list(given.values())
+    return [
+        torch.where(judged, value, -1 if name == "first_error" else 0).to(value.dtype) for name, value in given.items()
+    ]
 
 
-def _cut(shorten: Literal["prompt"] | int | float, lengths: Tensor, prompt_lengths: Tensor | None) -> Tensor:
+def _cut(
+    shorten: Literal["prompt"] | int | float, lengths: Tensor, prompt_lengths: Tensor | None, judged: Tensor | None
+) -> Tensor:
     """c, the tokens trimmed from the end of the good prefix."""
-    check.shorten(shorten, lengths, prompt_lengths)
+    check.shorten(shorten, lengths, prompt_lengths, judged)
     if shorten == "prompt":
         assert prompt_lengths is not None
         return prompt_lengths.long()
@@ -105,6 +169,7 @@ def vppo(
     shorten: Literal["prompt"] | int | float = "prompt",
     relu: bool = False,
     std: bool = False,
+    judged: Tensor | None = None,
 ) -> TokenAdvantages:
     """Keep the good prefix of a wrong answer, penalise from the first wrong step on (VPPO, arXiv 2601.18984).
 
@@ -116,38 +181,54 @@ def vppo(
     shorten: tokens trimmed from the end of the good prefix, so that more steps do not collect more reward: "prompt" (as
         many as the prompt has), an int, or a float share of the response's length, rounded down.
     relu: no good-prefix token of a wrong response below 0 (the paper's choice for instruct models).
-    std: divide by the group's standard deviation of A_i.
+    std: divide by the group's standard deviation of A_i. A group of one judged response has none, and gets 0; without
+        `std` its good prefix still learns.
+    judged: see this module's docstring.
     """
-    check.responses(correct=correct, lengths=lengths, first_error=first_error, group_ids=group_ids)
-    check.number("alpha", alpha, 0.0, 1.0)
-    cut = _cut(shorten, lengths, prompt_lengths)
-    groups = _Groups(group_ids)
+    correct, lengths, first_error, _ = _judged(
+        judged, correct=correct, lengths=lengths, first_error=first_error, group_ids=group_ids
+    )
+    alpha = check.number("alpha", alpha, 0.0, 1.0)
+    check.flag("relu", relu)
+    check.flag("std", std)
+    cut = _cut(shorten, lengths, prompt_lengths, judged)
+    groups = _Groups(group_ids, judged)
     erred = ~correct & (first_error >= 0)
     prefix_lengths = torch.where(erred, (first_error - cut).clamp(min=0), 0)
     average = torch.where(correct, 1.0, alpha * prefix_lengths.double() / lengths.clamp(min=1))
     baseline = groups.mean(average)
-    prefix = torch.where(correct, 1.0, baseline.new_full((), alpha)) - baseline
-    suffix = correct.double() - baseline
+    one = torch.ones_like(baseline)
+    prefix = groups.less(torch.where(correct, one, alpha), baseline, one)
+    suffix = groups.less(correct.double(), baseline, one)
     if std:
-        spread = groups.std(average)
+        spread = groups.spread(groups.deviations(average, _rounding(average)))
         prefix, suffix = _over_std(prefix, spread), _over_std(suffix, spread)
     if relu:
         prefix = torch.where(correct, prefix, prefix.clamp(min=0))
-    return _token_advantages(prefix, suffix, prefix_lengths)
+    return groups.token_advantages(prefix, suffix, prefix_lengths)
 
 
 def cliff(
-    correct: Tensor, lengths: Tensor, first_error: Tensor, group_ids: Tensor, *, keep: float = 0.0
+    correct: Tensor,
+    lengths: Tensor,
+    first_error: Tensor,
+    group_ids: Tensor,
+    *,
+    keep: float = 0.0,
+    judged: Tensor | None = None,
 ) -> TokenAdvantages:
     """The standardised outcome from the first error on, and a share of a correct answer's before it (arXiv 2609.02817).
 
     With mu the share of correct responses of the group and sigma = sqrt(mu (1 - mu)): (1 - mu) / sigma for tokens of
     correct responses, `keep` times that for good-prefix tokens, -mu / sigma for the rest; less their mean over the
-    group's tokens. Groups without variance get 0.
+    group's tokens. Groups without variance get 0. judged: see this module's docstring; the mean is over the tokens of
+    judged responses.
     """
-    check.responses(correct=correct, lengths=lengths, first_error=first_error, group_ids=group_ids)
-    check.number("keep", keep)
-    groups = _Groups(group_ids)
+    correct, lengths, first_error, _ = _judged(
+        judged, correct=correct, lengths=lengths, first_error=first_error, group_ids=group_ids
+    )
+    keep = check.number("keep", keep)
+    groups = _Groups(group_ids, judged)
     mu = groups.mean(correct)
     sigma = (mu * (1 - mu)).sqrt()
     prefix_lengths = torch.where(correct | (first_error < 0), 0, first_error)
@@ -156,23 +237,30 @@ def cliff(
     prefix = torch.where(correct, value, keep * value)
     total = prefix * prefix_lengths + suffix * (lengths - prefix_lengths)
     baseline = groups.sum(total) / groups.sum(lengths).clamp(min=1)
-    return _token_advantages(prefix - baseline, suffix - baseline, prefix_lengths)
+    size = torch.maximum(prefix.abs(), suffix.abs())
+    prefix, suffix = (groups.less(x, baseline, size) for x in (prefix, suffix))
+    return groups.token_advantages(prefix, suffix, prefix_lengths)
 
 
-def grpo(rewards: Tensor, group_ids: Tensor, *, std: bool = True) -> Tensor:
-    """(R - mean R) / std R in each group, float32 [B] (arXiv 2402.03300); without `std`, Dr. GRPO (2503.20783)."""
-    check.responses(rewards=rewards, group_ids=group_ids)
-    groups = _Groups(group_ids)
-    advantages = groups.deviations(rewards)
-    return (_over_std(advantages, groups.std(rewards)) if std else advantages).float()
+def grpo(rewards: Tensor, group_ids: Tensor, *, std: bool = True, judged: Tensor | None = None) -> Tensor:
+    """(R - mean R) / std R in each group, float32 [B] (arXiv 2402.03300); without `std`, Dr. GRPO (2503.20783).
+
+    judged: see this module's docstring.
+    """
+    rewards, _ = _judged(judged, rewards=rewards, group_ids=group_ids)
+    check.flag("std", std)
+    return _Groups(group_ids, judged).standardised(rewards, _rounding(rewards), std)
 
 
-def neutral_prefix(response_advantages: Tensor, correct: Tensor, first_error: Tensor) -> TokenAdvantages:
-    """Any response-level advantage [B], set to 0 on the good prefix of wrong responses."""
-    check.responses(response_advantages=response_advantages, correct=correct, first_error=first_error)
-    prefix = torch.where(correct, response_advantages, torch.zeros_like(response_advantages))
+def neutral_prefix(
+    response_advantages: Tensor, correct: Tensor, first_error: Tensor, *, judged: Tensor | None = None
+) -> TokenAdvantages:
+    """Any response-level advantage [B], set to 0 on the good prefix of wrong responses, and where nothing is judged."""
+    given = {"response_advantages": response_advantages, "correct": correct, "first_error": first_error}
+    response_advantages, correct, first_error = _judged(judged, **given)
+    prefix = torch.where(correct, response_advantages, 0.0)
     prefix_lengths = torch.where(correct | (first_error < 0), 0, first_error)
-    return _token_advantages(prefix, response_advantages, prefix_lengths)
+    return TokenAdvantages(prefix.float(), response_advantages.float(), prefix_lengths.long())
 
 
 def rts(
@@ -184,23 +272,46 @@ def rts(
     beta: float = -10.0,
     gamma: float = 20.0,
     std: bool = True,
+    judged: Tensor | None = None,
 ) -> Tensor:
     """GRPO on an outcome that credits right steps of wrong responses, float32 [B] (RTS, arXiv 2505.11595).
 
     Reward: 1 if correct, else 1 / (1 + exp(beta * s + gamma)), s = right_steps / total_steps (int64 [B] both; s is 0
-    without a step).
+    without a step). judged: see this module's docstring.
+
+    In a group without a correct response the rewards are tiny (5e-5 at most by default), and `std` makes ordinary
+    advantages of them: one right step more may be worth 1.5. That is the method, made for such groups. The rewards are
+    exact to float64, so their differences are real however small; equal shares of right steps give exactly 0. Without
+    `std` the advantages are as small as the rewards.
     """
-    check.responses(correct=correct, right_steps=right_steps, total_steps=total_steps, group_ids=group_ids)
-    check.number("beta", beta)
-    check.number("gamma", gamma)
+    given = {"correct": correct, "right_steps": right_steps, "total_steps": total_steps, "group_ids": group_ids}
+    correct, right_steps, total_steps, _ = _judged(judged, **given)
+    beta = check.number("beta", beta)
+    gamma = check.number("gamma", gamma)
+    check.flag("std", std)
     share = right_steps.double() / total_steps.clamp(min=1)
-    return grpo(torch.where(correct, 1.0, torch.sigmoid(-(beta * share + gamma))), group_ids, std=std)
+    rewards = torch.where(correct, 1.0, torch.sigmoid(-(beta * share + gamma)))
+    return _Groups(group_ids, judged).standardised(rewards, _rounding(rewards), std)
 
 
 def mixed(
-    rewards: Tensor, mean_step_scores: Tensor, group_ids: Tensor, *, weight: float = 0.8, std: bool = True
+    rewards: Tensor,
+    mean_step_scores: Tensor,
+    group_ids: Tensor,
+    *,
+    weight: float = 0.8,
+    std: bool = True,
+    judged: Tensor | None = None,
 ) -> Tensor:
-    """GRPO on weight * mean_step_scores + (1 - weight) * rewards, float32 [B] (arXiv 2506.18896)."""
-    check.responses(rewards=rewards, mean_step_scores=mean_step_scores, group_ids=group_ids)
-    check.number("weight", weight, 0.0, 1.0)
-    return grpo(weight * mean_step_scores.double() + (1 - weight) * rewards.double(), group_ids, std=std)
+    """GRPO on weight * mean_step_scores + (1 - weight) * rewards, float32 [B] (arXiv 2506.18896).
+
+    judged: see this module's docstring.
+    """
+    given = {"rewards": rewards, "mean_step_scores": mean_step_scores, "group_ids": group_ids}
+    rewards, mean_step_scores, _ = _judged(judged, **given)
+    weight = check.number("weight", weight, 0.0, 1.0)
+    check.flag("std", std)
+    # a mixture is known as well as its parts are
+    rounding = weight * _rounding(mean_step_scores) + (1 - weight) * _rounding(rewards)
+    values = weight * mean_step_scores.double() + (1 - weight) * rewards.double()
+    return _Groups(group_ids, judged).standardised(values, rounding, std)

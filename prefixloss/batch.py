@@ -87,13 +87,7 @@ class TokenInputs:
         check.needed_data(config, {**vars(self), **exact_reference}, tuple(exact_reference))
         shape, device = self.tokens.shape, self.tokens.device
         layout = Layout.of(shape, device, self.mask, self.cu_seqlens, self.cp_group)
-        check.token_ids(self.tokens.reshape(-1), layout.scored, vocabulary)
-        for name in ("old_logps", "sampler_logps", "ref_logps"):
-            value = getattr(self, name)
-            if value is not None:
-                check.tensor(name, value, "float")
-                check.shape(name, value, shape, "the shape of tokens")
-                check.device(name, value, device)
+        check.token_ids(self.tokens.reshape(-1), layout, vocabulary)
         if self.normalizer is not None:
             check.normalizer(self.normalizer)
         if self.group_ids is not None:
@@ -103,19 +97,17 @@ class TokenInputs:
         if config.ratio_level == "sequence":
             layout.starts('ratio_level="sequence"')
         advantages, in_prefix = self._advantages(layout)
+        given = Given(
+            advantages.detach().to(dtype),
+            self._logps("old_logps", layout, dtype),
+            self._logps("sampler_logps", layout, dtype),
+            self._logps("ref_logps", layout, dtype),
+        )
+        check.finite("advantages", given.advantages, layout)
         weights, denominator = token_weights(config, layout, self.group_ids, self.normalizer, dtype)
-
-        def flat(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.detach().reshape(-1).to(dtype)
 
         penalised = config.penalises_kl or config.entropy_coef != 0
         learning = layout.scored if penalised else layout.scored & (advantages != 0)
-        given = Given(
-            advantages.detach().to(dtype),
-            flat(self.old_logps),
-            flat(self.sampler_logps),
-            flat(self.ref_logps),
-        )
         return Batch(
             layout=layout,
             tokens=self.tokens.reshape(-1).long().contiguous(),
@@ -127,6 +119,18 @@ class TokenInputs:
             computed=layout.scored if config.stats == "scored" else learning,
             in_prefix=in_prefix,
         )
+
+    def _logps(self, name: str, layout: Layout, dtype: torch.dtype) -> Tensor | None:
+        """Recorded log-probs, [N]."""
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            return None
+        check.tensor(name, value, "float")
+        check.shape(name, value, self.tokens.shape, "the shape of tokens")
+        check.device(name, value, self.tokens.device)
+        flat = value.detach().reshape(-1).to(dtype)
+        check.finite(name, flat, layout)
+        return flat
 
     def _advantages(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """The advantage of every token, [N], and which tokens lie in a good prefix."""

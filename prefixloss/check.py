@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
     from prefixloss.advantages import TokenAdvantages
@@ -18,13 +21,24 @@ if TYPE_CHECKING:
 
 _INTEGERS = (torch.int64, torch.int32)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# what a number has to fit into: the kernels compute in float32, where one over a smaller number is infinite
+_LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+_LARGEST_WHOLE = 2**63 - 1
+# rewards and advantages end as float32; the difference of two of this size still fits
+_LARGEST_REWARD = 1e38
+# no response has an index above it: a larger one is an error of its maker, and arithmetic on it would wrap
+_LARGEST_INDEX = 2**31 - 1
+_LONGEST = 120  # characters of a value in a message
 
 
 def describe(value: Any) -> str:
-    """A value as an error message shows it: short for tensors."""
+    """A value as an error message shows it: short for tensors, cut where it is long."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return repr(value)
+    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to write down the longest
+        return f"a whole number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def fail(argument: str, got: Any, expected: str, error: type[Exception] = ValueError) -> None:
@@ -38,6 +52,30 @@ def readable(value: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return value.device.type == "cpu" or os.environ.get("PREFIXLOSS_CHECK") == "1"
+
+
+def dense(argument: str, value: Any, wants: str = "a tensor") -> None:
+    """A tensor whose numbers lie in memory, one beside the other: subclasses may, and a compiler's inputs do."""
+    if not isinstance(value, Tensor):
+        fail(argument, type(value).__name__, wants, TypeError)
+    odd = None if torch.compiler.is_compiling() else _oddity(value)
+    if odd is not None:
+        fail(argument, odd, "a dense tensor with values", TypeError)
+
+
+def _oddity(value: Tensor) -> str | None:
+    """What a tensor is that is not one of numbers in memory, if so. In this order: a nested one takes few questions."""
+    kinds: dict[str, Callable[[], bool]] = {
+        "a nested tensor": lambda: value.is_nested,
+        "a quantized tensor": lambda: value.is_quantized,
+        "a sparse tensor, or one of another layout": lambda: value.layout != torch.strided,
+        "a tensor on the meta device, without values": lambda: value.device.type == "meta",
+        "a fake tensor, without values": lambda: isinstance(value, FakeTensor),
+        "a tensor with named dimensions": lambda: any(getattr(value, "names", ())),  # torch 2.13 has none
+        # kernels read memory, where the sign does not stand
+        "a tensor with its negative bit set": lambda: value.is_neg(),
+    }
+    return next((kind for kind, holds in kinds.items() if holds()), None)
 
 
 def tensor(argument: str, value: Any, kind: str) -> None:
@@ -57,8 +95,7 @@ def tensor(argument: str, value: Any, kind: str) -> None:
         "number": "a tensor of numbers",
         "mask": "a tensor of bool or of 0 and 1",
     }[kind]
-    if not isinstance(value, Tensor):
-        fail(argument, type(value).__name__, wants, TypeError)
+    dense(argument, value, wants)
     if value.dtype not in dtypes:
         fail(argument, value, wants, TypeError)
 
@@ -73,16 +110,43 @@ def device(argument: str, value: Tensor, expected: torch.device) -> None:
         fail(argument, f"a tensor on {value.device}", f"one on {expected}, like the others")
 
 
-def number(argument: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
-    limits = f" between {low:g} and {high:g}" if math.isfinite(low) else ""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
-        fail(argument, repr(value), f"a finite number{limits}")
+def is_number(value: Any) -> bool:
+    """A finite number in float32's range: of Python or NumPy, or a fraction; no bool, no Decimal, no tensor."""
+    if isinstance(value, np.generic):
+        value = value.item()  # NumPy would compare in a type too small for the limits
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and (value == 0 or _SMALLEST <= value <= _LARGEST or -_LARGEST <= value <= -_SMALLEST)
+
+
+def is_whole(value: Any, low: int = 0) -> bool:
+    """A whole number of at least `low` that fits into int64."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= _LARGEST_WHOLE
+
+
+def number(argument: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """The number, as Python's own."""
+    limits = f" between {low:g} and {high:g}" if math.isfinite(low) else " within float32's range"
+    if not is_number(value) or not low <= value <= high:
+        fail(argument, describe(value), f"a finite number{limits}")
+    return float(value)
+
+
+def flag(argument: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        fail(argument, describe(value), "True or False", TypeError)
+
+
+def rows(argument: str, value: Tensor) -> None:
+    if value.dim() not in (1, 2):
+        fail(argument, f"shape {list(value.shape)}", "[B, T] or [N]")
+
+
+def tokens(value: Any) -> None:
+    tensor("tokens", value, "integer")
+    rows("tokens", value)
 
 
 def layout(shape_of_tokens: torch.Size, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    if len(shape_of_tokens) not in (1, 2):
-        fail("tokens", f"shape {list(shape_of_tokens)}", "[B, T] or [N]")
     if mask is not None:
         tensor("mask", mask, "mask")
         shape("mask", mask, shape_of_tokens, "the shape of tokens")
@@ -101,13 +165,13 @@ def layout(shape_of_tokens: torch.Size, mask: Tensor | None, cu_seqlens: Tensor 
         fail("cu_seqlens", f"shape {list(cu_seqlens.shape)}", "[B + 1]")
     if not readable(cu_seqlens):
         return
-    tokens = shape_of_tokens[0]
+    count = shape_of_tokens[0]
     if int(cu_seqlens[0]) != 0:
         fail("cu_seqlens", f"a first value of {int(cu_seqlens[0])}", "0")
     if bool((cu_seqlens.diff() < 0).any()):
         fail("cu_seqlens", f"decreasing values {cu_seqlens.tolist()[:8]}", "increasing offsets [B + 1]")
-    if int(cu_seqlens[-1]) != tokens:
-        fail("cu_seqlens", f"a last value of {int(cu_seqlens[-1])}", f"N = {tokens}, the number of tokens")
+    if int(cu_seqlens[-1]) != count:
+        fail("cu_seqlens", f"a last value of {int(cu_seqlens[-1])}", f"N = {count}, the number of tokens")
 
 
 def token_advantages(advantages: TokenAdvantages, where: Layout) -> None:
@@ -116,69 +180,110 @@ def token_advantages(advantages: TokenAdvantages, where: Layout) -> None:
         tensor(f"advantages.{name}", value, kind)
         shape(f"advantages.{name}", value, (where.responses("advantages"),), "[B]")
         device(f"advantages.{name}", value, where.scored.device)
-    if readable(advantages.prefix_lengths) and bool((advantages.prefix_lengths < 0).any()):
-        fail("advantages.prefix_lengths", f"{int(advantages.prefix_lengths.min())}", "0 or more scored tokens")
+    prefixes = advantages.prefix_lengths
+    if readable(prefixes):
+        _none("advantages.prefix_lengths", prefixes, prefixes < 0, "0 or more scored tokens")
+        lengths = where.lengths("advantages")
+        beyond = (prefixes > lengths) & (lengths > 0)  # of a response that is masked altogether nothing is looked at
+        _none("advantages.prefix_lengths", prefixes, beyond, "no more than its scored tokens,", lengths)
 
 
-def responses(**arguments: Tensor) -> None:
-    """Per-response arguments of an advantage function: dtypes, one shared shape [B], and ranges."""
+def finite(argument: str, values: Tensor, where: Layout) -> None:
+    """Per-token values [N]: no NaN and no infinity at a scored token."""
+    if not readable(values):
+        return
+    wrong = where.scored & ~values.isfinite()
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        fail(argument, f"{float(values[at])} at {where.place(at)}", "finite values at scored tokens")
+
+
+def responses(judged: Tensor | None = None, **arguments: Tensor) -> None:
+    """Per-response arguments of an advantage function: dtypes, one shared shape [B], and, where `judged`, ranges."""
     kinds = {"correct": "bool", "lengths": "integer", "first_error": "integer", "group_ids": "integer"}
-    kinds |= {"right_steps": "integer", "total_steps": "integer", "rewards": "number"}
+    kinds |= {"right_steps": "integer", "total_steps": "integer", "rewards": "number", "judged": "bool"}
     first = next(iter(arguments.values()))
-    for name, value in arguments.items():
+    for name, value in (arguments if judged is None else {**arguments, "judged": judged}).items():
         tensor(name, value, kinds.get(name, "float"))
         if value.dim() != 1:
             fail(name, f"shape {list(value.shape)}", "[B]")
         shape(name, value, first.shape, "[B]")
         device(name, value, first.device)
     for name, low in (("lengths", 0), ("first_error", -1), ("right_steps", 0), ("total_steps", 0)):
-        if name in arguments and bool((arguments[name] < low).any()):
-            fail(name, f"{int(arguments[name].min())}", f"{low} or more")
+        if name in arguments:
+            _within(name, arguments[name], low, judged)
     if "first_error" in arguments and "lengths" in arguments:
         first_error, lengths = arguments["first_error"], arguments["lengths"]
-        _none("first_error", first_error, first_error >= lengths, lengths, "an index below the response's length,")
+        wants = "an index below the response's length,"
+        _none("first_error", first_error, first_error >= lengths, wants, lengths, judged)
     if "right_steps" in arguments:
         right, total = arguments["right_steps"], arguments["total_steps"]
-        _none("right_steps", right, right > total, total, "no more than total_steps,")
+        _none("right_steps", right, right > total, "no more than total_steps,", total, judged)
+    for name in ("rewards", "mean_step_scores", "response_advantages"):
+        if name in arguments and arguments[name].is_floating_point() and readable(arguments[name]):
+            value = arguments[name]
+            wants = f"a finite number between -{_LARGEST_REWARD:g} and {_LARGEST_REWARD:g}"
+            # a NaN is not below any limit
+            _none(name, value, ~(value.double().abs() <= _LARGEST_REWARD), wants, judged=judged)
 
 
-def _none(argument: str, values: Tensor, wrong: Tensor, limits: Tensor, wants: str) -> None:
+def _within(argument: str, values: Tensor, low: int, judged: Tensor | None) -> None:
+    _none(argument, values, values < low, f"{low} or more", judged=judged)
+    _none(argument, values, values > _LARGEST_INDEX, f"no more than {_LARGEST_INDEX}", judged=judged)
+
+
+def _none(
+    argument: str,
+    values: Tensor,
+    wrong: Tensor,
+    wants: str,
+    limits: Tensor | None = None,
+    judged: Tensor | None = None,
+) -> None:
+    """The error for the first response that is `wrong`, if any; those without a verdict never are."""
+    if judged is not None:
+        wrong = wrong & judged
     if bool(wrong.any()):
         at = int(wrong.nonzero()[0])
-        fail(argument, f"{int(values[at])} for response {at}", f"{wants} {int(limits[at])}")
+        fail(
+            argument,
+            f"{values[at].item()} for response {at}",
+            wants if limits is None else f"{wants} {int(limits[at])}",
+        )
 
 
-def shorten(value: Any, lengths: Tensor, prompt_lengths: Tensor | None) -> None:
+def shorten(value: Any, lengths: Tensor, prompt_lengths: Tensor | None, judged: Tensor | None = None) -> None:
     wants = '"prompt", a whole number of tokens >= 0, or a float share of the length between 0 and 1'
-    if value == "prompt":
+    if isinstance(value, str) and value == "prompt":
         if prompt_lengths is None:
             fail("prompt_lengths", "None", 'int64 [B], since shorten="prompt"')
         assert prompt_lengths is not None
         tensor("prompt_lengths", prompt_lengths, "integer")
         shape("prompt_lengths", prompt_lengths, lengths.shape, "[B]")
-        if bool((prompt_lengths < 0).any()):
-            fail("prompt_lengths", f"{int(prompt_lengths.min())}", "0 or more tokens")
+        device("prompt_lengths", prompt_lengths, lengths.device)
+        _within("prompt_lengths", prompt_lengths, 0, judged)
         return
-    whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
-    share = isinstance(value, float) and 0 <= value <= 1
-    if not (whole or share):
-        fail("shorten", repr(value), wants)
+    share = is_number(value) and not isinstance(value, Integral) and 0 <= value <= 1
+    if not (is_whole(value) or share):
+        fail("shorten", describe(value), wants)
 
 
-def token_ids(tokens: Tensor, scored: Tensor, vocabulary: int) -> None:
-    """Ids of scored tokens in [0, V)."""
+def token_ids(tokens: Tensor, where: Layout, vocabulary: int) -> None:
+    """Ids [N] of scored tokens in [0, V)."""
     if not readable(tokens):
         return
-    wrong = scored & ((tokens < 0) | (tokens >= vocabulary))
+    wrong = where.scored & ((tokens < 0) | (tokens >= vocabulary))
     if bool(wrong.any()):
         at = int(wrong.nonzero()[0])
-        fail("tokens", f"id {int(tokens[at])} at flat position {at}", f"ids in [0, V) with V = {vocabulary}")
+        fail("tokens", f"id {int(tokens[at])} at {where.place(at)}", f"ids in [0, V) with V = {vocabulary}")
 
 
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str], rows: torch.Size) -> None:
     """Hidden states [*rows, D] with a head [V, D] and an optional bias [V]; `names` are the three arguments' names."""
     tensor(names[0], hidden, "float")
     tensor(names[1], weight, "float")
+    if hidden.dim() and hidden.shape[-1] == 0:
+        fail(names[0], f"shape {list(hidden.shape)}", "a width D of at least 1")
     if hidden.dim() != len(rows) + 1 or hidden.shape[:-1] != rows:
         fail(names[0], f"shape {list(hidden.shape)}", f"[*tokens.shape, D] with tokens of shape {list(rows)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -249,37 +354,40 @@ def not_over(tp_group: Any, mesh: Any) -> None:
 
 def vocab_size(value: Any, columns: int, tp_group: Any) -> None:
     """columns: those that are given, of this process where there are several."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
-        fail("vocab_size", repr(value), "a whole number of at least 1")
+    if not is_whole(value, 1):
+        fail("vocab_size", describe(value), "a whole number of at least 1")
     if tp_group is None and int(value) > columns:
         fail("vocab_size", f"{value} with {columns} columns", "no more than there are")
 
 
 def normalizer(value: Any) -> None:
     if isinstance(value, Tensor):
+        dense("normalizer", value)
         if value.dim() != 0:
             fail("normalizer", f"shape {list(value.shape)}", "a number or a 0-d tensor")
-        if value.device.type != "cpu":
+        if value.dtype == torch.bool or value.is_complex():
+            fail("normalizer", value, "a number or a 0-d tensor of one", TypeError)
+        if not readable(value):
             return
         value = value.item()
     if not isinstance(value, Real) or isinstance(value, bool):
-        fail("normalizer", repr(value), "a number or a 0-d tensor", TypeError)
-    if not math.isfinite(value) or value <= 0:
-        fail("normalizer", repr(value), "a finite number > 0")
+        fail("normalizer", describe(value), "a number or a 0-d tensor", TypeError)
+    if not is_number(value) or value <= 0:
+        fail("normalizer", describe(value), f"a finite number > 0, from {_SMALLEST:g} to {_LARGEST:g}")
 
 
 def most_tokens(argument: str, value: Any, computed: Tensor) -> None:
     """An upper bound on the True entries of computed [N]."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 0:
-        fail(argument, repr(value), "a whole number of tokens >= 0")
+    if not is_whole(value):
+        fail(argument, describe(value), "a whole number of tokens >= 0")
     if readable(computed) and int(computed.sum()) > value:
         fail(argument, f"{value} with {int(computed.sum())} tokens to compute", "at least as many")
 
 
 def backend(name: Any, tp_group: Any, cp_group: Any, *inputs: Any) -> str:
     """The back-end to use for these inputs: for "auto" the kernels wherever they run as compiled code."""
-    if name not in ("auto", "triton", "torch", "reference"):
-        fail("backend", repr(name), '"auto", "triton", "torch" or "reference"')
+    if not isinstance(name, str) or name not in ("auto", "triton", "torch", "reference"):
+        fail("backend", describe(name), '"auto", "triton", "torch" or "reference"')
     process_group("tp_group", tp_group)
     process_group("cp_group", cp_group)
     if cp_group is not None and name == "reference":
@@ -291,7 +399,7 @@ def backend(name: Any, tp_group: Any, cp_group: Any, *inputs: Any) -> str:
     if name in ("torch", "reference"):
         return name
     first = inputs[0]
-    if not isinstance(first, Tensor) or (name == "auto" and first.device.type == "cpu"):
+    if not isinstance(first, Tensor) or first.device.type == "meta" or (name == "auto" and first.device.type == "cpu"):
         return "torch"  # which says what is wrong with it, if anything
     obstacle = _triton_obstacle(*inputs)
     if obstacle is None:

@@ -9,13 +9,11 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal
 
+from prefixloss import check
+
 Objective = Literal["clip", "cispo", "sapo", "reinforce", "topr"]
 KL = Literal["k1", "k2", "k3", "full"]
 Reduction = Literal["token-mean", "group-token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "none"]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def _one_of(*names: str | None) -> tuple[Callable[[Any], bool], str]:
@@ -25,8 +23,8 @@ def _one_of(*names: str | None) -> tuple[Callable[[Any], bool], str]:
 def _number(low: float, *, above: bool = False) -> tuple[Callable[[Any], bool], str]:
     """A finite number >= low (> low with `above`)."""
     return (
-        lambda v: _is_number(v) and math.isfinite(v) and (v > low if above else v >= low),
-        f"a finite number {'>' if above else '>='} {low:g}",
+        lambda v: check.is_number(v) and (v > low if above else v >= low),
+        f"a finite number {'>' if above else '>='} {low:g}, in float32's range",
     )
 
 
@@ -39,17 +37,28 @@ def _pair(low: float, *, above: bool, ordered: bool) -> tuple[Callable[[Any], bo
     """Two numbers >= low (> low with `above`); the second may be infinite when they are bounds (`ordered`)."""
 
     def accepts(v: Any) -> bool:
-        if not isinstance(v, (tuple, list)) or len(v) != 2 or not all(map(_is_number, v)):
+        if not isinstance(v, (tuple, list)) or len(v) != 2:
             return False
-        in_range = all(x > low if above else x >= low for x in v) and math.isfinite(v[0])
-        return in_range and (v[0] <= v[1] if ordered else math.isfinite(v[1]))
+        endless = ordered and isinstance(v[1], Real) and v[1] == math.inf
+        if not check.is_number(v[0]) or not (endless or check.is_number(v[1])):
+            return False
+        return all(x > low if above else x >= low for x in v) and (v[0] <= v[1] or not ordered)
 
     wants = f"two numbers {'>' if above else '>='} {low:g}"
     return accepts, wants + (", the first not above the second" if ordered else "")
 
 
 def _positive_int() -> tuple[Callable[[Any], bool], str]:
-    return lambda v: isinstance(v, Integral) and not isinstance(v, bool) and int(v) > 0, "a whole number > 0"
+    return lambda v: check.is_whole(v, 1), "a whole number > 0"
+
+
+def _plain(value: Any) -> Any:
+    """A value that was accepted, numbers of NumPy and fractions as Python's own: what `encoded` can write down."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_plain, value))
+    if isinstance(value, (bool, int, float)) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _value(word: str) -> Any:
@@ -66,7 +75,7 @@ def _value(word: str) -> Any:
     return word
 
 
-_any_number = (lambda v: _is_number(v) and math.isfinite(v), "a finite number")
+_any_number = (check.is_number, "a finite number, in float32's range")
 _flag = (lambda v: isinstance(v, bool), "True or False")
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -164,7 +173,8 @@ class LossConfig:
             accepts, wants = _RULES[field.name]
             value = getattr(self, field.name)
             if not accepts(value):
-                raise ValueError(f"{field.name}: got {value!r}, expected {wants}")
+                check.fail(field.name, check.describe(value), wants)
+            object.__setattr__(self, field.name, _plain(value))
         # once, here: a compiler may take the numbers of an object that it is given for variables
         object.__setattr__(self, "_encoded", " ".join(map(self._encoded_field, fields(self))))
         if self.kl is None and self.kl_coef != 0:

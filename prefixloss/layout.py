@@ -79,6 +79,13 @@ class Layout:
             first = first + self._of_all(before[starts].diff())[:rank].sum(0)
         return before[:-1] + first[self.response_of_token("advantages")]
 
+    def place(self, position: int) -> str:
+        """Where a token lies, in words, for an error message."""
+        if self.offsets is None:
+            return f"position {position}"
+        response = int(self.response_of_token("tokens")[position])
+        return f"response {response}, position {position - int(self.offsets[response])}"
+
     def lengths(self, argument: str) -> Tensor:
         """int64 [B]: scored tokens of each response."""
         before = torch.nn.functional.pad(self.scored.long().cumsum(0), (1, 0))

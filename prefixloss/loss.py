@@ -111,7 +111,7 @@ def linear_prefix_loss(
     """
     backend = check.backend(backend, tp_group, cp_group, hidden, lm_head_weight)
     check.config(config, LossConfig)
-    check.tensor("tokens", tokens, "integer")
+    check.tokens(tokens)
     lm_head_weight, lm_head_bias = _whole(lm_head_weight, tp_group), _whole(lm_head_bias, tp_group)
     ref_lm_head_weight = _whole(ref_lm_head_weight, tp_group)
     ref_lm_head_bias = _whole(ref_lm_head_bias, tp_group)
@@ -178,7 +178,8 @@ def prefix_loss(
     """
     backend = check.backend(backend, tp_group, cp_group, logits)
     check.config(config, LossConfig)
-    check.tensor("tokens", tokens, "integer")
+    check.flag("inplace", inplace)
+    check.tokens(tokens)
     check.logits("logits", logits, tokens)
     inputs = TokenInputs(
         tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer, cp_group
@@ -240,7 +241,8 @@ def linear_logps(
     `linear_prefix_loss`.
     """
     backend = check.backend(backend, tp_group, None, hidden, lm_head_weight)
-    check.tensor("tokens", tokens, "integer")
+    check.tokens(tokens)
+    check.flag("entropy", entropy)
     # checks the three; a coefficient says that the entropy has a gradient
     options = LossConfig(
         temperature=temperature, softcap=softcap, logit_scale=logit_scale, entropy_coef=1.0 if entropy else 0.0
@@ -253,7 +255,7 @@ def linear_logps(
     ids = tokens.reshape(-1).long().contiguous()
     dtype = accumulation_dtype(hidden, lm_head_weight)
     columns = _columns(tp_group, len(lm_head_weight), vocab_size, tokens, dtype, 1)
-    check.token_ids(ids, layout.scored, columns.vocabulary)
+    check.token_ids(ids, layout, columns.vocabulary)
     if max_scored_tokens is not None:
         check.most_tokens("max_scored_tokens", max_scored_tokens, layout.scored)
     head = (_rows(hidden), *columns.head(lm_head_weight, lm_head_bias))

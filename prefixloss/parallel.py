@@ -38,8 +38,12 @@ def global_normalizer(
     ValueError: reduction="group-token-mean" with a group on several ranks, whose tokens no rank could count.
     """
     check.config(config, LossConfig)
-    check.tensor("tokens", tokens, "integer")
+    check.tokens(tokens)
+    check.process_group("group", group)
     check.process_group("cp_group", cp_group)
+    check.flag("averaged", averaged)
+    if not torch.distributed.is_initialized():
+        check.fail("group", "no process group in this process", "torch.distributed.init_process_group() before")
     counts = cp_group is None or torch.distributed.get_rank(cp_group) == 0
     layout = Layout.of(tokens.shape, tokens.device, mask, cu_seqlens)
     argument = f'reduction="{config.reduction}"'
@@ -49,6 +53,8 @@ def global_normalizer(
         if group_ids is None:
             check.fail("group_ids", "None", f"int64 [B], since {argument}")
         assert group_ids is not None
+        check.tensor("group_ids", group_ids, "integer")
+        check.shape("group_ids", group_ids, (layout.responses("group_ids"),), "[B]")
         count = float(_own_groups(group_ids if counts else group_ids[:0], group))
     elif config.reduction == "none":
         count = 1 / torch.distributed.get_world_size(group)

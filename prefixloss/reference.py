@@ -162,15 +162,9 @@ def report_impossible_tokens(scores: Tensor, tokens: Tensor, rows: Tensor, batch
     if not len(impossible):
         return
     at = int(impossible[0])
-    position = int(rows[at])
-    where = f"position {position}"
-    offsets = batch.layout.offsets
-    if offsets is not None:
-        response = int(batch.layout.response_of_token("tokens")[position])
-        where = f"response {response}, position {position - int(offsets[response])}"
     raise ValueError(
-        f"tokens: {where}: token {int(tokens[at])} has logit -inf, so its log-prob is -inf; expected a token that the "
-        "policy can produce"
+        f"tokens: {batch.layout.place(int(rows[at]))}: token {int(tokens[at])} has logit -inf, so log-prob -inf; "
+        "expected a token that the policy can produce"
     )
 
 

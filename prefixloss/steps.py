@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
+from prefixloss import check
+
 Segmenter = Literal["markers", "blank-lines", "lines", "sentences"]
 SEGMENTERS: tuple[Segmenter, ...] = get_args(Segmenter)
 
@@ -46,8 +48,10 @@ def split(text: str, by: Segmenter = "markers") -> list[Span]:
         "lines": lambda t: [m.end() for m in re.finditer(r"\r?\n|\r", t)],
         "sentences": lambda t: [m.end() for m in _SENTENCE.finditer(t)],
     }
-    if by not in cuts:
-        raise ValueError(f"by: got {by!r}, expected {' | '.join(map(repr, cuts))}")
+    if not isinstance(text, str):
+        check.fail("text", type(text).__name__, "a string", TypeError)
+    if not isinstance(by, str) or by not in cuts:
+        check.fail("by", check.describe(by), " | ".join(map(repr, cuts)))
     if not text:
         return []
     inner = [cut for cut in cuts[by](text) if 0 < cut < len(text)]
@@ -79,6 +83,9 @@ def token_boundaries(tokenizer: Any, ids: Sequence[int], offsets: Sequence[int])
     """
     ids = list(ids)
     text = decode(tokenizer, ids)
+    for offset in offsets:
+        if not check.is_whole(offset) or offset > len(text):
+            check.fail("offsets", check.describe(offset), f"whole numbers from 0 to {len(text)}, the text's length")
     reached: dict[int, int] = {0: 0, len(ids): len(text)}
 
     def reach(count: int) -> int:

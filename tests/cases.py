@@ -278,7 +278,10 @@ def random_case(seed: int) -> Case:  # noqa: PLR0912, PLR0915  (one draw after a
     if form == "response":
         case.advantages = maybe_zero(normal(batch))
     elif form == "pair":
-        lengths_good = torch.randint(0, 4, (batch,), generator=gen)
+        scored = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
+        sizes = torch.tensor([len(part) for part in scored]) if cu_seqlens is None else cu_seqlens.long().diff()
+        scored_of_each = torch.tensor([int(part.sum()) for part in scored.reshape(-1).split(sizes.tolist())])
+        lengths_good = torch.minimum(torch.randint(0, 4, (batch,), generator=gen), scored_of_each)
         case.advantages = Pair(maybe_zero(normal(batch)), maybe_zero(normal(batch)), lengths_good)
 
     ref_banned = banned if rng.random() < 0.5 else None

@@ -59,6 +59,45 @@ def test_other_names_are_refused_with_what_there_is(name: str) -> None:
         by_name(name)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vote(maths,maths", "vote(maths))", ")(", "maths)", "(", "vote((", "earliest(vote(maths),code",
+        "vote(" * 5000 + "maths" + ")" * 5000, "(" * 10**6, "vote(" * 17 + "maths" + ")" * 17,
+    ],
+    ids=lambda name: name[:20],
+)  # fmt: skip
+def test_brackets_that_do_not_pair_up_or_go_too_deep_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"detector: got .*, expected brackets that pair up, at most 16") as caught:
+        by_name(name)
+    assert len(str(caught.value)) < 1000
+
+
+def test_groups_stand_beside_each_other_and_within_each_other() -> None:
+    both = by_name("vote(maths),earliest(maths, vote(code,rules))")
+    assert isinstance(both, FirstOf)
+    vote, earliest = both.detectors
+    assert isinstance(vote, Vote)
+    assert isinstance(earliest, Earliest)
+    assert isinstance(earliest.detectors[1], Vote)
+    deep = by_name("vote(" * 16 + "maths" + ")" * 16)
+    assert isinstance(deep, Vote)
+    assert by_name("prm:models/one(two,three)").model == "models/one(two,three)"  # type: ignore[attr-defined]
+
+
+def test_a_detector_that_cannot_be_read_ends_the_command_with_a_line(tmp_path: Path) -> None:
+    path = written(tmp_path / "in.jsonl", {"problem": "1 + 1 =", "steps": ["1 + 1 = 2"]})
+    result = invoke(path, "--detector", "vote(maths,maths")
+    assert result.exit_code == 2
+    assert "--detector: got 'vote(maths,maths', expected brackets" in result.output
+
+
+@pytest.mark.parametrize("name", [None, 1, b"maths", ["maths"]])
+def test_a_detectors_name_is_a_string(name: object) -> None:
+    with pytest.raises(TypeError, match=r"detector: got .*, expected a name"):
+        by_name(name)  # type: ignore[arg-type]
+
+
 def test_auto_sends_each_kind_of_problem_to_its_own_reader() -> None:
     auto = by_name("auto")
     row = "In a row: an owl, a crow, and a hawk.\nThe owl is the leftmost.\nThe crow is the rightmost."

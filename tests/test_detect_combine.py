@@ -203,3 +203,20 @@ def test_any_results_combine_to_a_members_step_or_to_nothing(table):
                 assert found == verdicts[0]
             if combine is Earliest and verdicts:
                 assert found.step == min((v.step for v in verdicts if v.step is not None), default=None)
+
+
+@pytest.mark.parametrize("bad", [None, 3, "maths", (), [], [None], [Stub(), "maths"], {"a": Stub()}])
+@pytest.mark.parametrize("kind", [FirstOf, Earliest, Vote])
+def test_members_are_detectors_and_at_least_one(kind: type, bad: object) -> None:
+    with pytest.raises(ValueError, match=r"detectors: got .*, expected at least one Detector"):
+        kind(bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [1.0, "ab", [1.0], [1.0, 0.0], [1.0, -1.0], [1.0, math.nan], [1.0, math.inf], [1, "2"], [1, True], [1, 10**400]],
+)
+def test_weights_are_a_number_above_0_for_each_member(bad: object) -> None:
+    assert Vote([Stub(), Stub()], weights=[1, 0.5]).weights == (1, 0.5)
+    with pytest.raises(ValueError, match=r"weights: got .*, expected 2 finite numbers above 0"):
+        Vote([Stub(), Stub()], weights=bad)  # type: ignore[arg-type]

@@ -201,3 +201,24 @@ def test_pieces_join_to_the_text_and_end_where_the_tokens_do(
     for count in range(len(ids)):
         assert decode(tokenizer, ids[:count]).startswith("".join(found[:count]))
     assert pieces(tokenizer, []) == []
+
+
+@pytest.mark.parametrize("text", [None, b"Step 1: 2", 3, ["Step 1"]])
+def test_only_a_text_is_cut(text: object) -> None:
+    with pytest.raises(TypeError, match=r"text: got .*, expected a string"):
+        split(text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("by", [None, "words", ["lines"], 1])
+def test_only_known_ways_to_cut_are_taken(by: object) -> None:
+    with pytest.raises(ValueError, match=r"by: got .*, expected 'markers'"):
+        split("a", by)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("offset", [-1, 1000, 0.5, True, None])
+def test_offsets_lie_within_the_text(offset: object) -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    ids = tokenizer("Step 1: 2", add_special_tokens=False)["input_ids"]
+    assert token_boundaries(tokenizer, ids, [0, len("Step 1: 2")]) == [0, len(ids)]
+    with pytest.raises(ValueError, match=r"offsets: got .*, expected whole numbers from 0 to 9"):
+        token_boundaries(tokenizer, ids, [0, offset])  # type: ignore[list-item]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from importlib import import_module
 
+from prefixloss import check
 from prefixloss.detect.base import Detector
 
 _CLASSES = {
@@ -22,6 +24,7 @@ _CLASSES = {
 # each reads its own kind of problem only; what runs code, or a model, is never chosen unasked
 _AUTO = ("brackets", "swaps", "sorting", "orderings", "knights", "maths", "rules")
 _COMBINED = {"first": "FirstOf", "earliest": "Earliest", "vote": "Vote"}
+_DEEPEST = 16  # brackets within brackets
 _GROUP = re.compile(rf"({'|'.join(_COMBINED)})\((.*)\)", re.DOTALL)
 
 EXPECTED = (
@@ -32,17 +35,25 @@ EXPECTED = (
 
 def by_name(name: str) -> Detector:
     """ValueError if there is none of that name."""
+    if not isinstance(name, str):
+        raise TypeError(f"detector: got {type(name).__name__}, expected a name: {EXPECTED}")
+    _check_brackets(name)
+    return _by_name(name)
+
+
+def _by_name(name: str) -> Detector:
     name = name.strip()
+    parts = _parts(name)
+    if len(parts) > 1:
+        return _combined("first", parts)
     group = _GROUP.fullmatch(name)
     if group:
-        return _combined(group[1], group[2])
-    if "," in name:
-        return _combined("first", name)
+        return _combined(group[1], _parts(group[2]))
     if name == "auto":
-        return _combined("first", ",".join(_AUTO))
+        return _combined("first", _AUTO)
     kind, _, setting = name.partition(":")
     if kind not in _CLASSES or (bool(setting) != (kind in ("prm", "judge"))):
-        raise ValueError(f"detector: got {name!r}, expected {EXPECTED}")
+        raise ValueError(f"detector: got {check.describe(name)}, expected {EXPECTED}")
     module, _, cls = _CLASSES[kind].partition(".")
     make = getattr(import_module(f"prefixloss.detect.{module}"), cls)
     if kind == "prm":
@@ -57,9 +68,21 @@ def by_name(name: str) -> Detector:
     return make()
 
 
-def _combined(kind: str, names: str) -> Detector:
+def _combined(kind: str, names: Sequence[str]) -> Detector:
     combine = import_module("prefixloss.detect.combine")
-    return getattr(combine, _COMBINED[kind])([by_name(name) for name in _parts(names)])
+    return getattr(combine, _COMBINED[kind])([_by_name(name) for name in names])
+
+
+def _check_brackets(name: str) -> None:
+    """They pair up, and are no deeper than anybody means: after that `_by_name` comes to an end."""
+    depth = 0
+    for character in name:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if not 0 <= depth <= _DEEPEST:
+            break
+    if depth != 0:
+        wants = f"brackets that pair up, at most {_DEEPEST} within each other: {EXPECTED}"
+        raise ValueError(f"detector: got {check.describe(name)}, expected {wants}")
 
 
 def _parts(names: str) -> list[str]:

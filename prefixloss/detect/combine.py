@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from prefixloss import check
 from prefixloss.detect.base import Detector, FirstError
 
 
@@ -20,9 +21,10 @@ class _Combined(Detector):
     seconds: float = field(default=5.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "detectors", tuple(self.detectors))  # hashable, and nobody else's list
-        if not self.detectors or not all(isinstance(d, Detector) for d in self.detectors):
-            raise ValueError(f"detectors: got {self.detectors!r}, expected at least one Detector")
+        given = self.detectors
+        if not isinstance(given, Sequence) or not given or not all(isinstance(d, Detector) for d in given):
+            raise ValueError(f"detectors: got {check.describe(given)}, expected at least one Detector")
+        object.__setattr__(self, "detectors", tuple(given))  # hashable, and nobody else's list
 
     def find(self, problem: str, steps: Sequence[str], answer: str | None) -> FirstError:
         return self.detect_batch([problem], [steps], [answer])[0]
@@ -97,9 +99,14 @@ class Vote(_Combined):
         super().__post_init__()
         if self.weights is None:
             return
-        object.__setattr__(self, "weights", tuple(self.weights))
-        if len(self.weights) != len(self.detectors) or not all(0 < w < math.inf for w in self.weights):
-            raise ValueError(f"weights: got {self.weights!r}, expected {len(self.detectors)} numbers above 0")
+        given, count = self.weights, len(self.detectors)
+        if (
+            not isinstance(given, Sequence)
+            or len(given) != count
+            or not all(check.is_number(w) and w > 0 for w in given)
+        ):
+            raise ValueError(f"weights: got {check.describe(given)}, expected {count} finite numbers above 0")
+        object.__setattr__(self, "weights", tuple(given))
 
     def _combine(self, results: Sequence[FirstError]) -> FirstError:
         weights = self.weights or [1.0] * len(results)

@@ -57,6 +57,7 @@ def policy_loss(
     """
     check.config(config, LossConfig)
     check.tensor("logps", logps, "float")
+    check.rows("logps", logps)
     if config.kl == "full":
         check.fail("kl", "'full'", "'k1', 'k2' or 'k3': the exact KL needs logits, and these are log-probs")
     if entropy is not None:
