@@ -1,9 +1,12 @@
-"""How a kernel is cut into blocks: a short table by element size and vocabulary, and how many programs share a row."""
+"""How a kernel is cut into blocks: a short table by element size and vocabulary, and how many programs share a row; and
+on which device it runs."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -71,6 +74,29 @@ def _processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return _PROCESSORS
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device the current one: Triton launches on the current device's stream, wherever the tensors are."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def on_device(launcher: Callable[..., None]) -> Callable[..., None]:
+    """For every launcher: the kernel runs where its first argument is, logits (of a problem) or a tensor."""
+
+    @wraps(launcher)
+    def launch_there(first: Any, *others: Any) -> None:
+        with current(getattr(first, "logits", first).device):
+            launcher(first, *others)
+
+    return launch_there
+
+
+def warp_size() -> int:
+    """Lanes of a warp of the current device."""
+    if triton.knobs.runtime.interpret:
+        return 32
+    return triton.runtime.driver.active.get_current_target().warp_size
 
 
 def options(num_warps: int) -> dict[str, object]:

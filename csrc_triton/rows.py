@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launch, options
+from .launch import Launch, on_device, options
 from .maths import expm1
 from .objective import Coefficients, Given, Objective, Options, token_terms
 from .softmax import (
@@ -122,6 +122,7 @@ class Problem:
         return triton.cdiv(triton.cdiv(self.vocabulary, self.launch.block), splits) * self.launch.block
 
 
+@on_device
 def launch_rows(
     problem: Problem, stats: torch.Tensor, terms: torch.Tensor, grads: torch.Tensor, scales: torch.Tensor
 ) -> None:
@@ -134,6 +135,7 @@ def launch_rows(
     )  # fmt: skip
 
 
+@on_device
 def launch_slices(problem: Problem, sums: torch.Tensor) -> None:
     """sums: float32 [6, rows, splits]."""
     lanes, vector, num_warps = problem.launch
@@ -145,6 +147,7 @@ def launch_slices(problem: Problem, sums: torch.Tensor) -> None:
     )  # fmt: skip
 
 
+@on_device
 def launch_combine(problem: Problem, sums: torch.Tensor, stats: torch.Tensor, terms: torch.Tensor) -> None:
     """From `launch_slices`' sums to stats [7, N] and terms [6, N]."""
     combine_kernel[(problem.rows,)](
@@ -154,6 +157,7 @@ def launch_combine(problem: Problem, sums: torch.Tensor, stats: torch.Tensor, te
     )  # fmt: skip
 
 
+@on_device
 def launch_gradient(
     problem: Problem,
     stats: torch.Tensor,

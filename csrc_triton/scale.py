@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import options
+from .launch import on_device, options
 
 _BLOCK = 4096
 _NUM_WARPS = 8
@@ -24,6 +24,7 @@ def scale_kernel(x_ptr, factor_ptr, size, BLOCK: tl.constexpr):
     tl.store(x_ptr + at, (x.to(tl.float32) * factor).to(x.dtype), mask=wanted)
 
 
+@on_device
 def launch_scale(x: torch.Tensor, factor: torch.Tensor) -> None:
     """x: contiguous, any shape. factor: float32, 0-d."""
     scale_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, factor, x.numel(), _BLOCK, **options(_NUM_WARPS))

@@ -6,7 +6,7 @@ Without it the table in `launch` decides, and a first call costs one compilation
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +18,8 @@ from . import launch, rows
 _BEST: dict[object, launch.Launch] = {}
 # rows to time: enough to fill a device several times over
 _ROWS = 512
+# threads a program may have on any device: 32 warps of 32, 16 of AMD's 64
+_MOST_THREADS = 1024
 
 
 def wanted() -> bool:
@@ -34,14 +36,23 @@ def best_launch(
         timer = timer or triton.testing.do_bench
         trial = _trial(problem)
         run = _runner(trial, torch.empty_like(trial.logits, dtype=grads))
-        choices = {
-            launch.launch_with(num_warps, bytes_a_thread, problem.vocabulary, *dtypes)
-            for num_warps in (4, 8, 16, 32)
-            for bytes_a_thread in (32, 64, 128)
-        }
-        times = {choice: timer(partial(run, replace(trial, launch=choice))) for choice in sorted(choices)}
+        with launch.current(problem.logits.device):  # the timer's events and its own buffer belong there too
+            tried = choices(problem.vocabulary, dtypes, launch.warp_size())
+            times = {choice: timer(partial(run, replace(trial, launch=choice))) for choice in tried}
         _BEST[key] = min(times, key=lambda choice: times[choice])
     return _BEST[key]
+
+
+def choices(vocabulary: int, dtypes: Sequence[torch.dtype], lanes_a_warp: int) -> list[launch.Launch]:
+    """The launches to time: none has more threads than a program may have."""
+    return sorted(
+        {
+            launch.launch_with(num_warps, bytes_a_thread, vocabulary, *dtypes)
+            for num_warps in (4, 8, 16, 32)
+            for bytes_a_thread in (32, 64, 128)
+            if num_warps * lanes_a_warp <= _MOST_THREADS
+        }
+    )
 
 
 def _trial(problem: rows.Problem) -> rows.Problem:

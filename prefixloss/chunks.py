@@ -1,7 +1,8 @@
 """An LM head over many tokens, a chunk of logits at a time: what `backend="triton"` multiplies.
 
-Every chunk of a call has the same number of rows, so that no token's result depends on where in the batch it lies. One
-buffer holds a chunk's float32 logits and then, in the same memory, their gradient.
+Every chunk of a call has the same number of rows, so that no token's result depends on where in the batch it lies; with
+`chunk_tokens` every call's chunks have, so that none depends on the batch. One buffer holds a chunk's float32 logits
+and then, in the same memory, their gradient.
 """
 
 from __future__ import annotations
@@ -57,9 +58,11 @@ class Rows(NamedTuple):
 
 
 def chunk_rows(rows: int, tokens: int, bytes_per_row: int, device: torch.device, chosen: int | None) -> int:
-    """Rows in every chunk: `chosen`, or as many as the memory budget allows, divided evenly, in whole tiles."""
-    if rows == 0 or chosen is not None:
-        return min(rows, chosen or 0)
+    """Tokens in every chunk: `chosen`, or as many as the memory budget allows, divided evenly, in whole tiles."""
+    if rows == 0:
+        return 0
+    if chosen is not None:
+        return chosen
     most = memory.rows_in_budget(tokens, bytes_per_row, device)
     tile = _TILE if most >= _TILE else 1
     most = most // tile * tile
@@ -94,7 +97,9 @@ class HeadChunks:
         hidden, weight, _ = head
         self.vocabulary, self.device = len(weight), hidden.device
         buffers = 1 if reference is None else 2
-        self.size = chunk_rows(len(rows.token), len(hidden), 4 * self.vocabulary * buffers, self.device, chosen)
+        self.step = chunk_rows(len(rows.token), len(hidden), 4 * self.vocabulary * buffers, self.device, chosen)
+        # the rows of the buffers and of every product
+        self.size = self.step if chosen is None else memory.product_rows(self.step)
         self.logits = self._room(torch.float32)
         self.reference_logits = None if reference is None else self._room(torch.float32)
         self.hidden = self._hidden_room(head)
@@ -114,14 +119,13 @@ class HeadChunks:
             self.d_bias = torch.zeros(self.vocabulary, 1, device=self.device)
 
     def _room(self, dtype: torch.dtype) -> Tensor:
-        """[size, V], rows a multiple of 16 apart: what Triton needs to see that they are aligned."""
-        stride = -(-self.vocabulary // 16) * 16
-        return torch.empty(self.size, stride, device=self.device, dtype=dtype)[:, : self.vocabulary]
+        """[size, V]."""
+        return memory.room(self.size, self.vocabulary, dtype, self.device)
 
     def _hidden_room(self, head: Head) -> Tensor:
         """[size, D]; rows beyond a chunk's own are never NaN."""
         dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
-        return torch.zeros(self.size, head.hidden.shape[1], device=self.device, dtype=dtype)
+        return memory.room(self.size, head.hidden.shape[1], dtype, self.device).zero_()
 
     def gradient_room(self, apart: bool) -> Tensor:
         """[size, V] in the products' dtype: over the logits themselves, for half precision in the upper half of each
@@ -135,8 +139,8 @@ class HeadChunks:
         return halves[:, stride : stride + self.vocabulary]
 
     def __iter__(self) -> Iterator[Chunk]:
-        for start in range(0, len(self.rows.token), max(1, self.size)):
-            here = slice(start, start + self.size)
+        for start in range(0, len(self.rows.token), max(1, self.step)):
+            here = slice(start, start + self.step)
             rows, wanted = self.rows.token[here], None if self.rows.wanted is None else self.rows.wanted[here]
             self._multiply(self.head, rows, wanted, self.hidden, self.logits)
             reference = None

@@ -132,7 +132,13 @@ class LossConfig:
             every token in the mask.
         row_tolerance: 0 is exact. Above 0, tokens whose logit gradient is surely at most this times the largest one
             (in L1 norm, by bounds on both) leave the backward.
-        chunk_tokens: tokens per chunk; None sizes it from a memory budget (see `prefixloss.memory`).
+        chunk_tokens: tokens per chunk; None sizes it from a memory budget (see `prefixloss.memory`). A number is also a
+            promise: a token's log-prob, entropy, KL and gradient (of its hidden state or logits) then have the same
+            bits alone, at any place in any batch and under any mask, given the same weight in the loss (`normalizer`).
+            For that every product has this many rows, rounded up to 16, however few tokens there are: the cost of a
+            call is that of whole chunks. The head's gradient is a sum over tokens: the same from run to run, not more.
+            Left out: `row_tolerance`, which looks at all tokens, `tp_group`, and `backend="torch"` on a GPU. For
+            kernels on a GPU it holds where the vendor's library sums all rows of a product alike.
     """
 
     objective: Objective = "clip"

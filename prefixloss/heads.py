@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from prefixloss import memory
+from prefixloss import memory, products
 from prefixloss.softmax import Transform
 
 # elements of a half-precision head turned into float32 at a time: 16 MiB
@@ -70,7 +70,9 @@ def as_slice(rows: Tensor) -> Tensor | slice:
 class LinearRows:
     """Logits of hidden [N, D] under a head weight [V, D] and bias [V] (or None).
 
-    share: whether the head is a part of one, and the hidden states' gradient a share of it.
+    share: whether the head is a part of one, and the hidden states' gradient a share of it. chosen: tokens a chunk,
+    where the caller chose: then every product has the same number of rows, those beyond a chunk's own 0, and no token's
+    bits depend on the others.
     """
 
     multiplies = True
@@ -82,8 +84,10 @@ class LinearRows:
         needs: tuple[bool, ...] = (False, False, False),
         buffers: int = 1,
         share: bool = False,
+        chosen: int | None = None,
     ) -> None:
         self.hidden, self.weight, self.bias = tensors
+        self.padded = None if chosen is None else memory.product_rows(chosen)
         self.transform = transform
         self.buffers = buffers
         self.dtype = accumulation_dtype(self.hidden, self.weight)
@@ -105,7 +109,18 @@ class LinearRows:
         return iter(rows.split(memory.chunk_sizes(len(rows), len(self.hidden), per_row, self.hidden.device, chosen)))
 
     def _hidden(self, rows: Tensor) -> Tensor:
-        return self.hidden.index_select(0, rows).to(self.dtype).mul_(self.transform.before)
+        hidden = self.hidden.index_select(0, rows).to(self.dtype).mul_(self.transform.before)
+        if self.padded is None:
+            return hidden
+        whole = self._room(hidden.shape[1])
+        whole[: len(rows)] = hidden
+        whole[len(rows) :] = 0
+        return whole
+
+    def _room(self, columns: int) -> Tensor:
+        """Where every product's rows lie, [padded, columns]."""
+        assert self.padded is not None
+        return memory.room(self.padded, columns, self.dtype, self.hidden.device)
 
     def _weight_slices(self) -> Iterator[tuple[slice, Tensor]]:
         """The head in the accumulation dtype, whole if it has that dtype, else a slice of the vocabulary at a time."""
@@ -116,11 +131,14 @@ class LinearRows:
             yield columns, self.weight[columns].to(self.dtype)
 
     def scores(self, rows: Tensor) -> Tensor:
-        if len(self.buffer) < len(rows):
+        if self.padded is not None and len(self.buffer) == 0:
+            self.buffer = self._room(self.vocabulary)
+        elif len(self.buffer) < len(rows):
             self.buffer = memory.zeros((len(rows), self.vocabulary), self.dtype, self.buffer.device)
-        scores, hidden = self.buffer[: len(rows)], self._hidden(rows)
+        hidden = self._hidden(rows)
         for columns, weight in self._weight_slices():
-            torch.mm(hidden, weight.t(), out=scores[:, columns])
+            products.multiply(hidden, weight.t(), self.buffer[: len(hidden), columns])
+        scores = self.buffer[: len(rows)]
         if self.scaled_bias is not None:
             scores.add_(self.scaled_bias)
         return self.transform.cap_(scores)
@@ -129,17 +147,26 @@ class LinearRows:
         return self.buffer[: len(rows)]
 
     def hidden_gradient(self, gradient: Tensor, scale: float) -> Tensor:
-        """scale * gradient @ weight: [n, D]."""
-        product = gradient.new_zeros(len(gradient), self.weight.shape[1])
+        """scale * gradient @ weight: [n, D]. gradient: the first rows of `room`."""
+        width, whole = self.weight.shape[1], self._whole(gradient)
+        product = gradient.new_empty(len(whole), width) if self.padded is None else self._room(width)
+        product.zero_()
         for columns, weight in self._weight_slices():
-            product.addmm_(gradient[:, columns], weight)
-        return product.mul_(self.transform.before * scale)
+            products.add_product(product, whole[:, columns], weight)
+        return product[: len(gradient)].mul_(self.transform.before * scale)
+
+    def _whole(self, gradient: Tensor) -> Tensor:
+        """The gradient with 0 for the rows that a product has beyond it."""
+        if self.padded is None:
+            return gradient
+        self.buffer[len(gradient) :] = 0
+        return self.buffer
 
     def add_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
         if self.d_hidden is not None:
             self.d_hidden.index_copy_(0, rows, self.hidden_gradient(gradient, scale).to(self.d_hidden.dtype))
         if self.d_weight is not None:
-            self.d_weight.addmm_(gradient.t(), self._hidden(rows), alpha=scale)
+            products.add_product(self.d_weight, self._whole(gradient).t(), self._hidden(rows), alpha=scale)
         if self.d_bias is not None:
             self.d_bias.add_(gradient.sum(0), alpha=self.transform.before * scale)
 

@@ -231,21 +231,26 @@ def linear_logps(
     backend: str = "auto",
     max_scored_tokens: int | None = None,
     vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
 ) -> LogpOutput:
     """Log-probs (and entropies) of `tokens`, differentiable, for trainers that keep their own loss.
 
     hidden: [B, T, D] or [N, D]; lm_head_weight: [V, D]; tokens, mask: [B, T] or [N]. Results are float32 (float64 for
     float64 input), 0 outside the mask. The backward skips every token whose incoming gradients are exactly 0.
     max_scored_tokens: an upper bound on the tokens in the mask, with which nothing waits for the device (and the
-    backward skips none of them; a bound that is too low makes everything NaN). tp_group, vocab_size and errors as in
-    `linear_prefix_loss`.
+    backward skips none of them; a bound that is too low makes everything NaN). chunk_tokens as in `LossConfig`.
+    tp_group, vocab_size and errors as in `linear_prefix_loss`.
     """
     backend = check.backend(backend, tp_group, None, hidden, lm_head_weight)
     check.tokens(tokens)
     check.flag("entropy", entropy)
-    # checks the three; a coefficient says that the entropy has a gradient
+    # checks the four; a coefficient says that the entropy has a gradient
     options = LossConfig(
-        temperature=temperature, softcap=softcap, logit_scale=logit_scale, entropy_coef=1.0 if entropy else 0.0
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        entropy_coef=1.0 if entropy else 0.0,
+        chunk_tokens=chunk_tokens,
     )
     lm_head_weight, lm_head_bias = _whole(lm_head_weight, tp_group), _whole(lm_head_bias, tp_group)
     names = ("hidden", "lm_head_weight", "lm_head_bias")

@@ -16,6 +16,8 @@ from torch import Tensor
 _PER_TOKEN = 64
 # each chunk reads the head twice, and reads and writes its gradient: with fewer rows a CPU spends over 7 % on that
 _ROWS_ON_CPU = 512
+# rows of a tile, and elements of a row, that every product can take whole: 64 bytes at least of any dtype but half
+ALIGNED = 16
 
 
 def budget(device: torch.device) -> int:
@@ -58,3 +60,15 @@ def zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch
         return torch.zeros(shape, dtype=dtype, device=device)
     raw = np.zeros(tuple(shape), dtype=f"i{dtype.itemsize}")
     return torch.from_numpy(raw).view(dtype)
+
+
+def room(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, columns] to write into, rows a multiple of 16 elements apart: Triton sees then that they are aligned, and
+    a CPU's products treat all of them alike."""
+    return torch.empty(rows, -(-columns // ALIGNED) * ALIGNED, dtype=dtype, device=device)[:, :columns]
+
+
+def product_rows(chosen: int) -> int:
+    """Rows of every product where chunks have `chosen` tokens, so that a row's bits depend on nothing else: whole
+    tiles, since a library sums the rows that are left over in another order."""
+    return -(-chosen // ALIGNED) * ALIGNED

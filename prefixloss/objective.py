@@ -121,9 +121,14 @@ def _policy(config: LossConfig, advantages: Tensor, logp: Tensor, ratio: Tensor)
         tau = torch.where(a > 0, a.new_full((), positive), other)
         gate = tau * (ratio - 1)
         # d (4 / tau) sigmoid(tau (rho - 1)) / d logp = 4 sigmoid' rho, which tends to 0 as rho overflows
-        slope = 4 * torch.sigmoid(gate) * torch.sigmoid(-gate) * ratio.clamp(max=torch.finfo(a.dtype).max)
-        return -(4 / tau) * torch.sigmoid(gate) * a, -slope * a
+        slope = 4 * _sigmoid(gate) * _sigmoid(-gate) * ratio.clamp(max=torch.finfo(a.dtype).max)
+        return -(4 / tau) * _sigmoid(gate) * a, -slope * a
     return -a * logp, -a  # reinforce
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """torch.sigmoid has other bits for the last few numbers of a tensor than for the rest; exp has not."""
+    return 1 / (1 + torch.exp(-x))
 
 
 def _sampler_weight(config: LossConfig, given: Given, logp: Tensor) -> Tensor:

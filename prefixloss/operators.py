@@ -128,6 +128,11 @@ def _run(problem: Problem, stats: Tensor, terms: Tensor, grads: Tensor, scales: 
         rows.launch_gradient(problem, stats, terms[3:], grads, scales, splits)
 
 
+def _splits_of_logits(problem: Problem, config: LossConfig) -> int:
+    """By the rows that there are; with chunk_tokens by those of a chunk, so that no row's bits depend on the batch."""
+    return _splits(problem, config.chunk_tokens or problem.rows)
+
+
 def _splits(problem: Problem, programs: int) -> int:
     return launch.splits_for(programs, problem.vocabulary, problem.launch.block, problem.logits.device)
 
@@ -156,7 +161,7 @@ def _from_logits(
     tokens = Tokens(ids, flags, given, ids)
     work = {"terms": True, "gradient": grads is not None, "clear": True}
     problem = problem_of(config, logits, ref, tokens, off_policy, logits.dtype, **work)
-    _run(problem, stats, terms, logits if grads is None else grads, stats, _splits(problem, problem.rows))
+    _run(problem, stats, terms, logits if grads is None else grads, stats, _splits_of_logits(problem, config))
     return _total(terms, given, flags, -1), stats, terms
 
 
@@ -195,8 +200,9 @@ def logit_statistics(logits: Tensor, ref: Tensor | None, ids: Tensor, flags: Ten
     """stats alone."""
     stats = _no_stats(ids)
     tokens = Tokens(ids, flags, stats, ids)
-    problem = problem_of(_decoded(options), logits, ref, tokens, False, logits.dtype)
-    _run(problem, stats, stats, logits, stats, _splits(problem, problem.rows))
+    config = _decoded(options)
+    problem = problem_of(config, logits, ref, tokens, False, logits.dtype)
+    _run(problem, stats, stats, logits, stats, _splits_of_logits(problem, config))
     return stats
 
 
@@ -214,9 +220,11 @@ def _logit_gradient(
     grads: Tensor,
 ) -> None:  # fmt: skip
     tokens = Tokens(ids, flags, stats, ids)
-    problem = problem_of(_decoded(options), logits, ref, tokens, False, grads.dtype, gradient=True, clear=True)
+    config = _decoded(options)
+    problem = problem_of(config, logits, ref, tokens, False, grads.dtype, gradient=True, clear=True)
     if problem.rows:
-        rows.launch_gradient(problem, stats, coefficients, grads, stats, _splits(problem, problem.rows))
+        splits = _splits_of_logits(problem, config)
+        rows.launch_gradient(problem, stats, coefficients, grads, stats, splits)
 
 
 @torch.library.custom_op("prefixloss::logit_gradient", mutates_args=())

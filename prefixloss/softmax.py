@@ -129,28 +129,40 @@ def row_stats(scores: Tensor, tokens: Tensor, probs: Tensor, ref_scores: Tensor 
         # torch.softmax is fast, but its running sum loses up to 5 digits over a large vocabulary: sum() is pairwise
         p = torch.softmax(shifted, 1, out=probs[rows])
         torch.gather(p, 1, target[rows], out=at_target[rows])
-        torch.sum(p.scatter_(1, target[rows], 0), 1, keepdim=True, out=others[rows])
+        others[rows] = row_sums(p.scatter_(1, target[rows], 0))
         torch.amax(p.scatter_(1, target[rows], at_target[rows]), 1, keepdim=True, out=at_top[rows])
         if ref_scores is not None:
-            ref_lse[rows] = ref_scores[rows].logsumexp(1, keepdim=True)
+            ref_lse[rows] = _not_alone(ref_scores[rows]).logsumexp(1, keepdim=True)[: len(s)]
             log_norm = torch.log((others[rows] + at_target[rows]) / at_top[rows])
             log_ratio = (shifted - ref_scores[rows]).add_(ref_lse[rows] - log_norm)
-            torch.sum(log_ratio.masked_fill_(p == 0, 0).mul_(p), 1, keepdim=True, out=kl[rows])
-        torch.sum(shifted.mul_(p), 1, keepdim=True, out=mean_shifted[rows])
+            kl[rows] = row_sums(log_ratio.masked_fill_(p == 0, 0).mul_(p))
+        mean_shifted[rows] = row_sums(shifted.mul_(p))
 
     total = others + at_target
     log_norm = torch.log(total / at_top)  # log sum_j exp(s_j - top)
     # log p_t = -log(1 + others / p_t) keeps its digits near 0; far from it, p_t may underflow
     logp = torch.where(others < at_target, -torch.log1p(others / at_target), target_shifted.sub_(top).sub_(log_norm))
     entropy = log_norm - mean_shifted / total
-    if bool((mean_shifted.isnan() & ~total.isnan()).any()):  # a banned token's -inf * 0
+    banned = mean_shifted.isnan() & ~total.isnan()  # a banned token's -inf * 0
+    if bool(banned.any()):
         for rows in blocks(n, vocabulary):
-            entropy[rows] = torch.special.entr(probs[rows] / total[rows]).sum(1, keepdim=True)
+            summed = row_sums(torch.special.entr(probs[rows] / total[rows]))
+            entropy[rows] = torch.where(banned[rows], summed, entropy[rows])
     columns = (logp, log_norm + top, total, entropy)
     logp, lse, total, entropy = (x.squeeze(1) for x in columns)
     if ref_scores is None:
         return RowStats(logp, lse, total, entropy, None, None)
     return RowStats(logp, lse, total, entropy, kl.squeeze(1) / total, ref_lse.squeeze(1))
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """[n, 1], the sum of each row of x [n, V], whatever the number of rows."""
+    return _not_alone(x).sum(1, keepdim=True)[: len(x)]
+
+
+def _not_alone(x: Tensor) -> Tensor:
+    """A single row twice: torch would share the sum over one row out to threads, and so sum in another order."""
+    return x.expand(2, -1) if len(x) == 1 else x
 
 
 def probabilities(scores: Tensor, probs: Tensor) -> None:

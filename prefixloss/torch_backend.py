@@ -49,10 +49,11 @@ def linear_source(
 ) -> Source:
     """Rows from hidden states [N, D], a head [V, D] and a bias; `reference` likewise, for the exact KL."""
     buffers, transform = 1 if reference is None else 2, _transform(config)
+    share, chosen = isinstance(columns, Shard), config.chunk_tokens
     return Source(
-        lambda tensors, needs: LinearRows(tensors, transform, needs, buffers, isinstance(columns, Shard)),
+        lambda tensors, needs: LinearRows(tensors, transform, needs, buffers, share, chosen),
         transform,
-        None if reference is None else LinearRows(reference, transform),
+        None if reference is None else LinearRows(reference, transform, chosen=chosen),
         () if reference is None else reference,
         tokens,
         config.chunk_tokens or columns.rows_at_once,

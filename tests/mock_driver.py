@@ -1,7 +1,7 @@
 """What Triton would compile, and the code it makes, on a machine without a device.
 
-A program of its own, since a process either interprets kernels or compiles them. It prints "variants" and "offsets" as
-JSON: what the functions below return.
+A program of its own, since a process either interprets kernels or compiles them. It prints "variants", "offsets",
+"devices" and "tuned" as JSON: what the functions below return.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from prefixloss._kernels import launch, rows
+from prefixloss._kernels import launch, rows, scale, tune
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -27,13 +27,20 @@ COMPUTED, LEARNING = rows.COMPUTED.value, rows.LEARNING.value
 
 
 class Driver:
-    """As much of a device's driver as the compiler asks for."""
+    """As much of a device's driver as the compiler asks for. asked: what it was told when it asked for the device."""
+
+    target = GPUTarget("cuda", 90, 32)
+    current = 0
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        self.asked.append(self.current)
+        return self.current
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0
@@ -106,6 +113,80 @@ def variants() -> dict[str, list[str]]:
     return result
 
 
+class Current:
+    """In place of torch.cuda.device and torch.xpu.device: makes the mock driver's device the current one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> None:
+        self.before, Driver.current = Driver.current, self.device.index
+
+    def __exit__(self, *_: object) -> None:
+        Driver.current = self.before
+
+
+def problem_on(device: torch.device | None = None, vocabulary: int = 4096) -> rows.Problem:
+    """Four rows of logits that say they are on `device`."""
+    count, logits = 4, torch.zeros(4, vocabulary)
+    if device is not None:
+        logits = logits.as_subclass(type("Elsewhere", (torch.Tensor,), {"device": device}))
+    ids, flags = torch.zeros(count, dtype=torch.int64), torch.full((count,), COMPUTED | LEARNING, dtype=torch.uint8)
+    tokens = rows.Tokens(ids, flags, torch.ones(5, count), ids)
+    return operators.problem_of(LossConfig(), logits, None, tokens, False, logits.dtype, terms=True, gradient=True)
+
+
+def launches(problem: rows.Problem) -> dict[str, Callable[[], None]]:
+    """Every launcher, by its name."""
+    stats, terms, sums, grads = torch.zeros(7, 4), torch.zeros(6, 4), torch.zeros(6, 4, 2), torch.zeros(4, 4096)
+    return {
+        "launch_rows": lambda: rows.launch_rows(problem, stats, terms, grads, stats),
+        "launch_slices": lambda: rows.launch_slices(problem, sums),
+        "launch_combine": lambda: rows.launch_combine(problem, sums, stats, terms),
+        "launch_gradient": lambda: rows.launch_gradient(problem, stats, terms[3:], grads, stats, 2),
+        "launch_scale": lambda: scale.launch_scale(problem.logits, torch.ones(())),
+    }
+
+
+def devices() -> dict[str, dict[str, list[int]]]:
+    """For logits on cuda:1, xpu:1 and the CPU, while device 0 is current: where each launcher's kernel runs, and which
+    device is current after them all."""
+    triton.knobs.runtime.jit_cache_hook = lambda **_: True  # do not compile
+    torch.cuda.device = torch.xpu.device = Current
+    result: dict[str, dict[str, list[int]]] = {}
+    for name in ("cuda:1", "xpu:1", "cpu"):
+        result[name] = {}
+        for launcher, run in launches(problem_on(torch.device(name))).items():
+            driver.active.asked.clear()
+            run()
+            result[name][launcher] = sorted(set(driver.active.asked))
+        result[name]["after"] = [Driver.current]
+    triton.knobs.runtime.jit_cache_hook = None
+    return result
+
+
+def tuned() -> dict[str, list[int]]:
+    """The threads of every launch that autotuning tries, for each target."""
+    triton.knobs.runtime.jit_cache_hook = lambda **_: True  # do not compile
+    tune._ROWS = 2
+    targets = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+    result: dict[str, list[int]] = {}
+    for name, target in targets.items():
+        Driver.target = target
+        tune._BEST.clear()
+        tried: list[int] = []
+
+        def timer(run: Any, tried: list[int] = tried, lanes: int = target.warp_size) -> float:
+            (problem,) = run.args
+            tried.append(problem.launch.num_warps * lanes)
+            return 1.0
+
+        tune.best_launch(problem_on(vocabulary=2**17), torch.float32, timer)
+        result[name] = sorted(set(tried))
+    triton.knobs.runtime.jit_cache_hook = None
+    return result
+
+
 def row_offsets() -> dict[str, list[str]]:
     """For each kernel the types of the offsets that are added to its pointer arguments, and of the products in them."""
     code: dict[str, str] = {}
@@ -143,4 +224,6 @@ def offset_types(text: str) -> list[str]:
 if __name__ == "__main__":
     driver.set_active(Driver())
     launch._processors.cache_clear()
-    print(json.dumps({"variants": variants(), "offsets": row_offsets()}))
+    # the offsets last: they leave Triton's launcher changed
+    results = {"variants": variants(), "devices": devices(), "tuned": tuned(), "offsets": row_offsets()}
+    print(json.dumps(results))

@@ -619,7 +619,8 @@ def test_linear_loss_never_holds_all_logits() -> None:
     case.options |= {"kl": "full", "kl_coef": 0.1}
     with Counter() as count:
         call_with_grads(case, "torch")
-    assert count.largest < 64 * 50 / 4  # chunks of 4 tokens hold 200, weight and hidden states 300 and 384
+    # the rows of a chunk come in tiles of 16 with 64 places each; weight and hidden states hold 300 and 384
+    assert count.largest <= 16 * 64 < 64 * 50 / 3
 
 
 # Invariances

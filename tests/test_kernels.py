@@ -19,7 +19,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from prefixloss._kernels import launch, rows
+from prefixloss._kernels import launch, rows, scale
 from prefixloss._kernels import objective as device_form
 from prefixloss._kernels.launch import Launch
 from prefixloss._kernels.maths import expm1, log1p, softplus, tanh
@@ -800,6 +800,24 @@ def test_every_kernel_computes_its_offsets_in_64_bits(compiler: Compiled) -> Non
     for kernel, types in offsets.items():
         assert len(types) > 5, kernel
         assert set(types) == {"i64"}, kernel
+
+
+@pytest.mark.parametrize(("tensors", "runs_on"), [("cuda:1", 1), ("xpu:1", 1), ("cpu", 0)])
+def test_a_kernel_runs_where_its_tensors_are_whatever_device_is_current(
+    compiler: Compiled, tensors: str, runs_on: int
+) -> None:
+    asked = dict(compiler["devices"][tensors])
+    assert asked.pop("after") == [0]  # the caller's current device is as it was
+    launchers = {name for module in (rows, scale) for name in vars(module) if name.startswith("launch_")}
+    assert set(asked) == launchers  # none is forgotten
+    assert all(devices == [runs_on] for devices in asked.values()), asked
+
+
+# 32 warps of 32 lanes, or 16 of 64: more threads no device starts
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_autotuning_tries_no_more_threads_than_a_program_may_have(compiler: Compiled, target: str) -> None:
+    assert len(compiler["tuned"][target]) > 2
+    assert max(compiler["tuned"][target]) == 1024
 
 
 def test_a_call_compiles_one_kernel_and_few_rows_three(compiler: Compiled) -> None:
