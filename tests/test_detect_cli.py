@@ -1,5 +1,6 @@
 """`prefixloss detect` and `detect eval`: names, file formats, scores, and errors before any work."""
 
+import codecs
 import json
 import pickle
 from pathlib import Path
@@ -27,6 +28,10 @@ def invoke(*arguments: object) -> Any:
 def written(path: Path, *rows: object) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def prm(**step: object) -> dict[str, Any]:
+    return {"question": {"problem": "x"}, "label": {"steps": [step]}}
 
 
 # names
@@ -119,6 +124,11 @@ def test_published_sets_are_read(tmp_path: Path) -> None:
         ("processbench", {"problem": "x", "steps": ["a"], "label": -2}, "the label -2 is no step"),
         ("prm800k", {"question": "x", "label": {}}, "line 2: the key 'question'"),
         ("prm800k", {"question": {"problem": "x"}, "label": {"steps": 3}}, "line 2: the key 'steps'"),
+        ("prm800k", {"question": {"problem": "x"}, "label": {"steps": [3]}}, "line 2: the key 'steps'"),
+        ("prm800k", prm(completions=3), "line 2: the key 'completions'"),
+        ("prm800k", prm(completions=[3]), "line 2: the key 'completions'"),
+        ("prm800k", prm(completions=[], chosen_completion=0), "line 2: the key 'chosen_completion'"),
+        ("prm800k", prm(completions=[{"text": 1}]), "line 2: the key 'text'"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, form: str, row: object, says: str) -> None:
@@ -141,6 +151,55 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     ):
         with pytest.raises(FormatError, match=says):
             read_records(path, "plain")
+
+
+ROWS = '{"problem": "a", "response": "é"}\r\n\r\n{"problem": "b", "response": "\U0001d465"}\r\n'
+ARRAY = '\n[ {"problem": "a",\n "response": "é"} ,\r\n{"problem": "b", "response": "\U0001d465"}\n]\n'
+
+
+@pytest.mark.parametrize("text", [ROWS, ARRAY], ids=["lines", "array"])
+@pytest.mark.parametrize(
+    ("mark", "encoding"),
+    [
+        (b"", "utf-8"),
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+        (codecs.BOM_UTF32_LE, "utf-32-le"),
+        (codecs.BOM_UTF32_BE, "utf-32-be"),
+    ],
+)
+def test_lines_and_arrays_are_read_in_every_encoding_that_a_mark_names(
+    tmp_path: Path, text: str, mark: bytes, encoding: str
+) -> None:
+    (tmp_path / "x.json").write_bytes(mark + text.encode(encoding))
+    records = read_records(tmp_path / "x.json", "plain")
+    assert [(record.problem, *record.steps) for record in records] == [("a", "é"), ("b", "\U0001d465")]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b'[{"problem": "a", "response": "b"},\n\n 2]', "line 3: expected an object"),
+        (b'[{"problem": "a", "response": "b"},\n{}]', "line 2: the key 'response'"),
+        (b'[{"problem": "a", "response": "b"},\n\n{"problem": \n}]', "line 4: not JSON"),
+        (b'[{"problem": "a", "response": "b"}\n', "line 1: not JSON"),
+        (b'[{"problem": "a", "response": "b"},\n', "line 2: not JSON"),
+        (b'[{"problem": "a", "response": "b"},\n]', "line 2: not JSON"),
+        (b'[{"problem": "a", "response": "b"}\n{}]', "line 1: not JSON .no comma"),
+        (b'[{"problem": "a", "response": "b"}\n]\n[]', "line 2: not JSON .more behind"),
+        (b"\n[]", "line 2: expected an object, got an empty array"),
+        (b"[" * 100_000, "line 1: not JSON"),
+        (b'{"problem": "a", "response": "b"}\n\xff', "line 2: not UTF-8 text"),
+        (b"\xff\xfe{\x00\n", "line 1: not UTF-8 text, and not the UTF-16"),
+        (b"a,b\n1,2\n", "line 1: not JSON"),
+        (b'{"problem": ' + b"9" * 5000 + b"}", "line 1: not JSON"),
+    ],
+)
+def test_what_is_neither_is_refused_with_its_line(tmp_path: Path, data: bytes, says: str) -> None:
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(FormatError, match=rf"x\.json, {says}"):
+        read_records(tmp_path / "x.json", "plain")
 
 
 # commands
