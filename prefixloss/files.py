@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all; JSON lines that hold any text."""
+"""Files that are there whole or not at all, or grow under another name until they are; JSON lines of any text."""
 
 from __future__ import annotations
 
@@ -45,6 +45,40 @@ def check_writable(path: Path) -> None:
     temporary = _beside(path)
     temporary.open("wb").close()
     temporary.unlink()
+
+
+class Growing:
+    """A file written while the work goes on, as PATH.part until it is whole: what was done before a crash is there.
+
+    FileExistsError where PATH.part is left from a run that did not end. A device or a pipe is written to as it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, direct = path, path.exists() and not path.is_file()
+        self.part = path if direct else path.with_name(f"{path.name}.part")
+        self.file = self.part.open("wb" if direct else "xb")
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.file.flush()
+
+    def finish(self) -> None:
+        """It is whole, and gets its name."""
+        if self.part == self.path:
+            self.file.close()
+            return
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.part.replace(self.path)
+        _sync_directory(self.path.parent)
+
+    def leave(self) -> bool:
+        """It stays as it is; whether there is anything in it."""
+        self.file.close()
+        if self.part == self.path or self.part.stat().st_size:
+            return True
+        self.part.unlink()
+        return False
 
 
 def write_whole_directory(path: Path, write: Callable[[Path], object]) -> None:

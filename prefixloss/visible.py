@@ -6,6 +6,7 @@ Models write what they like, and a terminal obeys escape sequences wherever they
 from __future__ import annotations
 
 import re
+from typing import Any
 
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls but tab and newline, ESC and CSI among them
@@ -26,3 +27,14 @@ def visible(text: str) -> str:
 def _picture(match: re.Match[str]) -> str:
     code = ord(match[0])
     return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+
+
+def print_table(console: Any, table: Any) -> None:
+    """A table of rich's, as wide as it has to be: where the terminal is narrower its rows wrap, and nothing is cut."""
+    narrow = console.width
+    wanted = console.measure(table, options=console.options.update(width=1000)).maximum
+    try:
+        console.width = max(narrow, wanted)
+        console.print(table)
+    finally:
+        console.width = narrow
