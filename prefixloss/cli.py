@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from prefixloss.rl import UsageError
 from prefixloss.rl.config import ADVANTAGES, GENERAL, Config
 from prefixloss.show import read_shown, to_html, to_terminal
 from prefixloss.steps import SEGMENTERS
+from prefixloss.visible import visible
 
 
 def missing(error: ModuleNotFoundError) -> str:
@@ -50,7 +52,7 @@ app.add_typer(bench.app, name="bench")
 
 def fail(message: str) -> typer.Exit:
     """One line on standard error; the exit code of a wrong argument."""
-    typer.echo(f"prefixloss: {message}", err=True)
+    typer.echo(f"prefixloss: {visible(message)}", err=True)
     return typer.Exit(2)
 
 
@@ -206,6 +208,9 @@ def _number(text: str) -> str | int | float:
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that has no letter for it shows its number
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

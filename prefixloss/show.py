@@ -6,6 +6,7 @@ In the terminal with rich, or as one HTML page that needs nothing else.
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from prefixloss.detect.records import FormatError, json_lines
+from prefixloss.visible import visible
 
 Part = Literal["good", "trimmed", "wrong", "after", "unknown"]
 
@@ -113,6 +115,14 @@ def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
+def _is_finite(value: Any) -> bool:
+    """Of a number: it can be shown. 10**400 is a number in JSON, and none that can be."""
+    try:
+        return not isinstance(value, (int, float)) or math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _checked(line: dict[str, Any], key: str) -> Any:
     kind, wants = _KEYS[key]
     value = line.get(key)
@@ -120,7 +130,7 @@ def _checked(line: dict[str, Any], key: str) -> Any:
         return None
     members = _MEMBERS.get(wants)
     right = _is(value, kind) and (members is None or all(_is(member, members) for member in value or ()))
-    if not right:
+    if not right or not all(map(_is_finite, value if isinstance(value, list) else [value])):
         raise FormatError(f"the key {key!r} has to be {wants}")
     return value
 
@@ -162,12 +172,12 @@ def to_terminal(records: Sequence[Shown], console: Any) -> None:
     for number, record in enumerate(records, 1):
         console.print()
         console.print(Text(f"{number}. {record.verdict}", "bold"))
-        console.print(Text(record.problem.strip(), "italic"))
+        console.print(Text(visible(record.problem).strip(), "italic"))
         text = Text()
         for step, of_step in groupby(record.pieces(), key=lambda piece: piece.step):
             pieces = list(of_step)
             for piece in pieces:
-                text.append(piece.text, _STYLES[piece.part])
+                text.append(visible(piece.text), _STYLES[piece.part])
             values = [piece.advantage for piece in pieces if piece.advantage is not None]
             if values:
                 text.rstrip()
@@ -176,7 +186,7 @@ def to_terminal(records: Sequence[Shown], console: Any) -> None:
                 text.append("\n" if step < len(record.steps) - 1 else "")
         console.print(text)
         if record.first_error is not None and record.reason:
-            console.print(Text(f"why: {record.reason}", "red"))
+            console.print(Text(visible(f"why: {record.reason}"), "red"))
 
 
 # ---- one page
@@ -215,25 +225,29 @@ def to_html(records: Sequence[Shown], title: str) -> str:
     """A page of its own: no script, nothing fetched. A token's step and advantage show while the pointer is on it."""
     legend = "".join(f'<span class="{part}">{label}</span>' for part, label in _LABELS.items())
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n<p class="legend">{legend}</p>\n'
+        f'<style>{_STYLE}</style></head>\n<body><h1>{_escape(title)}</h1>\n<p class="legend">{legend}</p>\n'
         + "".join(_details(number, record) for number, record in enumerate(records, 1))
         + "</body></html>\n"
     )
 
 
+def _escape(text: str) -> str:
+    return html.escape(visible(text))
+
+
 def _details(number: int, record: Shown) -> str:
     body = "".join(
-        f'<span class="{piece.part}" title="{html.escape(_hover(piece))}">{html.escape(piece.text)}</span>'
+        f'<span class="{piece.part}" title="{_escape(_hover(piece))}">{_escape(piece.text)}</span>'
         for piece in record.pieces()
     )
     sure = "" if record.confidence is None else f", confidence {record.confidence:.2g}"
     badge = "good" if record.first_error is None and record.confidence else "unknown"
     badge = badge if record.first_error is None else "wrong"
-    why = f'<p class="why"><b class="{badge}">Why</b> {html.escape(record.reason)}{sure}</p>\n' if record.reason else ""
+    why = f'<p class="why"><b class="{badge}">Why</b> {_escape(record.reason)}{sure}</p>\n' if record.reason else ""
     return (
-        f'<details open><summary>{number} <span class="verdict">{html.escape(record.verdict)}</span></summary>\n'
-        f'<div class="problem">{html.escape(record.problem.strip())}</div>\n'
+        f'<details open><summary>{number} <span class="verdict">{_escape(record.verdict)}</span></summary>\n'
+        f'<div class="problem">{_escape(record.problem.strip())}</div>\n'
         f'<div class="response">{body}</div>\n{why}</details>\n'
     )

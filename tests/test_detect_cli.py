@@ -1,7 +1,12 @@
 """`prefixloss detect` and `detect eval`: names, file formats, scores, and errors before any work."""
 
+import codecs
+import errno
 import json
+import os
 import pickle
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +14,13 @@ import pytest
 from typer.testing import CliRunner
 
 from prefixloss import cli
-from prefixloss.detect.base import Detector
+from prefixloss.detect import commands
+from prefixloss.detect.base import Detector, FirstError
 from prefixloss.detect.choose import by_name
 from prefixloss.detect.combine import Earliest, FirstOf, Vote
-from prefixloss.detect.evaluate import Scores, kind_of
+from prefixloss.detect.evaluate import KINDS, Scores, kind_of
 from prefixloss.detect.records import FormatError, read_records
+from prefixloss.files import Growing
 
 WRONG_AT_1 = {"problem": "(2 + 3) * 4 =", "steps": ["2 + 3 = 5.", "5 * 4 = 21.", "So the answer is 21"], "answer": "20"}
 RIGHT = {"problem": "(2 + 3) * 4 =", "response": "Step 1: 2 + 3 = 5.\nStep 2: 5 * 4 = 20.\nSo the answer is 20"}
@@ -27,6 +34,10 @@ def invoke(*arguments: object) -> Any:
 def written(path: Path, *rows: object) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def prm(**step: object) -> dict[str, Any]:
+    return {"question": {"problem": "x"}, "label": {"steps": [step]}}
 
 
 # names
@@ -158,6 +169,11 @@ def test_published_sets_are_read(tmp_path: Path) -> None:
         ("processbench", {"problem": "x", "steps": ["a"], "label": -2}, "the label -2 is no step"),
         ("prm800k", {"question": "x", "label": {}}, "line 2: the key 'question'"),
         ("prm800k", {"question": {"problem": "x"}, "label": {"steps": 3}}, "line 2: the key 'steps'"),
+        ("prm800k", {"question": {"problem": "x"}, "label": {"steps": [3]}}, "line 2: the key 'steps'"),
+        ("prm800k", prm(completions=3), "line 2: the key 'completions'"),
+        ("prm800k", prm(completions=[3]), "line 2: the key 'completions'"),
+        ("prm800k", prm(completions=[], chosen_completion=0), "line 2: the key 'chosen_completion'"),
+        ("prm800k", prm(completions=[{"text": 1}]), "line 2: the key 'text'"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, form: str, row: object, says: str) -> None:
@@ -180,6 +196,55 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     ):
         with pytest.raises(FormatError, match=says):
             read_records(path, "plain")
+
+
+ROWS = '{"problem": "a", "response": "é"}\r\n\r\n{"problem": "b", "response": "\U0001d465"}\r\n'
+ARRAY = '\n[ {"problem": "a",\n "response": "é"} ,\r\n{"problem": "b", "response": "\U0001d465"}\n]\n'
+
+
+@pytest.mark.parametrize("text", [ROWS, ARRAY], ids=["lines", "array"])
+@pytest.mark.parametrize(
+    ("mark", "encoding"),
+    [
+        (b"", "utf-8"),
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+        (codecs.BOM_UTF32_LE, "utf-32-le"),
+        (codecs.BOM_UTF32_BE, "utf-32-be"),
+    ],
+)
+def test_lines_and_arrays_are_read_in_every_encoding_that_a_mark_names(
+    tmp_path: Path, text: str, mark: bytes, encoding: str
+) -> None:
+    (tmp_path / "x.json").write_bytes(mark + text.encode(encoding))
+    records = read_records(tmp_path / "x.json", "plain")
+    assert [(record.problem, *record.steps) for record in records] == [("a", "é"), ("b", "\U0001d465")]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b'[{"problem": "a", "response": "b"},\n\n 2]', "line 3: expected an object"),
+        (b'[{"problem": "a", "response": "b"},\n{}]', "line 2: the key 'response'"),
+        (b'[{"problem": "a", "response": "b"},\n\n{"problem": \n}]', "line 4: not JSON"),
+        (b'[{"problem": "a", "response": "b"}\n', "line 1: not JSON"),
+        (b'[{"problem": "a", "response": "b"},\n', "line 2: not JSON"),
+        (b'[{"problem": "a", "response": "b"},\n]', "line 2: not JSON"),
+        (b'[{"problem": "a", "response": "b"}\n{}]', "line 1: not JSON .no comma"),
+        (b'[{"problem": "a", "response": "b"}\n]\n[]', "line 2: not JSON .more behind"),
+        (b"\n[]", "line 2: expected an object, got an empty array"),
+        (b"[" * 100_000, "line 1: not JSON"),
+        (b'{"problem": "a", "response": "b"}\n\xff', "line 2: not UTF-8 text"),
+        (b"\xff\xfe{\x00\n", "line 1: not UTF-8 text, and not the UTF-16"),
+        (b"a,b\n1,2\n", "line 1: not JSON"),
+        (b'{"problem": ' + b"9" * 5000 + b"}", "line 1: not JSON"),
+    ],
+)
+def test_what_is_neither_is_refused_with_its_line(tmp_path: Path, data: bytes, says: str) -> None:
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(FormatError, match=rf"x\.json, {says}"):
+        read_records(tmp_path / "x.json", "plain")
 
 
 # commands
@@ -223,6 +288,149 @@ def test_eval_counts_every_kind_of_outcome(tmp_path: Path) -> None:
         "50.0%",
     ):
         assert words in " ".join(result.output.split()), words
+
+
+HALF = "half of \ud83d, then \udc00"
+ESCAPES = "\x1b[2J\x1b]0;title\x07 \x9b31m \u202egnorw\u202c \r \x08"
+
+
+def test_half_a_character_stays_the_escape_that_it_was(tmp_path: Path) -> None:
+    rows = [{"problem": HALF, "response": f"2 + 2 = 5 {HALF}", HALF: [HALF]}, WRONG_AT_1]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = invoke(source, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert b"\\ud83d" in out.read_bytes()
+    first, second = map(json.loads, out.read_text(encoding="utf-8").splitlines())
+    assert {key: first[key] for key in (HALF, "problem", "response")} == rows[0]
+    assert "".join(first["steps"]) == rows[0]["response"]
+    assert (first["first_error"], second["first_error"]) == (0, 1)
+    assert invoke(source).stdout_bytes.startswith(out.read_bytes())
+
+
+def test_responses_and_reasons_do_not_reach_the_terminal_as_escapes(tmp_path: Path, monkeypatch: Any) -> None:
+    class Saying(Detector):
+        def find(self, problem: str, steps: Sequence[str], answer: str | None) -> FirstError:
+            return FirstError(0, f"because{ESCAPES}{HALF}", 0.5)
+
+    monkeypatch.setattr(commands, "by_name", lambda name: Saying())
+    rows = [{"problem": "p", "steps": [f"a{ESCAPES}{HALF}"], "label": -1}]
+    (tmp_path / ESCAPES.replace("\x08", "")).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = invoke("eval", tmp_path / ESCAPES.replace("\x08", ""), "--format", "processbench", "--errors")
+    assert result.exit_code == 0, result.output
+    assert "because\u241b[2J" in result.output
+    assert not set(ESCAPES + HALF) & set("\x1b\x07\x9b\u202e\u202c\r\x08\ud83d") & set(result.output)
+    missing = invoke(tmp_path / "no\x1b[2Jsuch")
+    assert (missing.exit_code, "\x1b" in missing.output) == (2, False)
+
+
+class Failing(Detector):
+    """Fails where the problem says so, and in the way that it says."""
+
+    def find(self, problem: str, steps: Sequence[str], answer: str | None) -> FirstError:
+        return FirstError(None, "read", 0.5)
+
+    def detect_batch(self, problems: Sequence[str], *others: Any) -> list[FirstError]:
+        for problem in problems:
+            if problem == "fail":
+                raise UnicodeError("no text")
+            if problem == "interrupt":
+                raise KeyboardInterrupt
+            if problem == "terminate":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if problem == "crash":
+                raise SystemExit(7)
+        return super().detect_batch(problems, *others)
+
+
+def annotated(tmp_path: Path, monkeypatch: Any, *problems: str, batch_size: int = 2) -> tuple[Any, Path]:
+    monkeypatch.setattr(commands, "by_name", lambda name: Failing())
+    source = written(tmp_path / "in.jsonl", *({"problem": problem, "response": "r"} for problem in problems))
+    out = tmp_path / "out.jsonl"
+    return invoke(source, "--out", out, "--batch-size", batch_size), out
+
+
+def test_a_response_at_which_the_detector_fails_has_that_as_its_reason(tmp_path: Path, monkeypatch: Any) -> None:
+    result, out = annotated(tmp_path, monkeypatch, "a", "fail", "b", "c")
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["reason"] for line in lines] == ["read", "failed: UnicodeError: no text", "read", "read"]
+    assert [line["confidence"] for line in lines] == [0.5, 0.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(("how", "code"), [("interrupt", 130), ("terminate", 130), ("crash", 7)])
+def test_what_was_done_before_an_end_is_there(tmp_path: Path, monkeypatch: Any, how: str, code: int) -> None:
+    result, out = annotated(tmp_path, monkeypatch, "a", "b", "c", how, "d")
+    assert result.exit_code == code, result.output
+    assert not out.exists()
+    part = out.with_name("out.jsonl.part")
+    assert [json.loads(line)["problem"] for line in part.read_text().splitlines()] == ["a", "b"]
+    if code == 130:
+        assert f"stopped: 2 of 5 responses in {part}" in result.output.replace("\n", "")
+    kept = part.read_bytes()
+    again, _ = annotated(tmp_path, monkeypatch, "a")
+    assert again.exit_code == 2
+    assert "out.jsonl.part is left from a run that did not end" in again.output
+    assert part.read_bytes() == kept
+    part.unlink()
+    assert annotated(tmp_path, monkeypatch, how)[0].exit_code == code
+    assert not part.exists()  # nothing was done
+
+
+def test_a_full_disk_loses_no_line(tmp_path: Path, monkeypatch: Any) -> None:
+    write = Growing.write
+
+    def fill(self: Growing, data: bytes) -> None:
+        if b'"c"' in data:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, data)
+
+    monkeypatch.setattr(Growing, "write", fill)
+    result, out = annotated(tmp_path, monkeypatch, "a", "b", "c")
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    both = out.with_name("out.jsonl.part").read_text() + result.stdout
+    assert [json.loads(line)["problem"] for line in both.splitlines()] == ["a", "b", "c"]
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    source, null = written(tmp_path / "in.jsonl", RIGHT), tmp_path / "null"
+    null.symlink_to("/dev/null")
+    for command in ([source, "--out"], ["eval", "--format", "processbench", labelled(tmp_path), "--json"]):
+        assert invoke(*command, null).exit_code == 0
+        assert null.is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "labelled.jsonl", "null"]
+
+
+def labelled(tmp_path: Path, count: int = 3) -> Path:
+    row = {"problem": "(2 + 3) * 4 =", "steps": ["2 + 3 = 5.", "5 * 4 = 21."], "label": 1}
+    return written(tmp_path / "labelled.jsonl", *[row] * count)
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_no_table_is_cut(tmp_path: Path, monkeypatch: Any, width: int) -> None:
+    class Found(Detector):
+        def find(self, problem: str, steps: Sequence[str], answer: str | None) -> FirstError:
+            return FirstError(1, "x", 1.0)
+
+    monkeypatch.setattr(commands, "by_name", lambda name: Found())
+    monkeypatch.setenv("COLUMNS", str(width))
+    result = invoke("eval", labelled(tmp_path, 12_345), "--format", "processbench")
+    assert result.exit_code == 0, result.output
+    assert "\u2026" not in result.output
+    for heading in ("responses", *KINDS, "nothing to say", "ProcessBench F1", "steps/s", "none", "8+", "12345"):
+        assert heading in result.output
+    assert "100.0%" in result.output
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(commands, "evaluate", None)
+    source = labelled(tmp_path)
+    for command in (["--out"], ["--json"]):
+        arguments = ["eval", source, "--format", "processbench"] if command == ["--json"] else [source]
+        result = invoke(*arguments, *command, tmp_path)
+        assert result.exit_code == 2
+        assert f"cannot write {tmp_path}" in result.output.replace("\n", "")
 
 
 @pytest.mark.parametrize(

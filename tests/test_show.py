@@ -2,6 +2,11 @@
 
 import io
 import json
+import os
+import re
+import subprocess
+import sys
+import unicodedata
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +21,7 @@ from typer.testing import CliRunner
 from prefixloss import cli
 from prefixloss.detect.records import FormatError
 from prefixloss.show import Shown, read_shown, to_html, to_terminal
+from prefixloss.visible import visible
 
 STEPS = ["Step 1: 1 + 1 = 2\n", "Step 2: 2 + 2 = 5\n", "Step 3: so 5"]
 TOKENS = ["Step 1", ": 1 + 1", " = 2\nSt", "ep 2: 2 + 2 = 5\n", "Step 3: so 5"]
@@ -121,6 +127,49 @@ def test_text_is_never_markup_and_the_page_needs_nothing() -> None:
     assert "[red]no[/red]" in terminal(record)
 
 
+def every_unsafe_character() -> str:
+    turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI", "BN"}
+    joiners = "\u200c\u200d"  # letters of some scripts, and emoji, need them
+    return "".join(
+        character
+        for character in map(chr, range(sys.maxunicode + 1))
+        if (unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in "\u200e\u200f\u061c\ufeff")
+        or (unicodedata.category(character) == "Cf" and unicodedata.bidirectional(character) in turning)
+        if character not in "\n\t" + joiners and not "\U00013430" <= character <= "\U0001d17a"  # hieroglyphs, music
+    )
+
+
+def test_no_character_of_a_response_moves_hides_or_turns_anything_round() -> None:
+    unsafe = every_unsafe_character()
+    assert {"\x1b", "\x9b", "\r", "\x00", "\x7f", "\u202e", "\u2066", "\ud83d", "\U000e0041"} <= set(unsafe)
+    assert not set(unsafe) & set(visible(unsafe))
+    assert len(visible(unsafe)) == len(unsafe)
+    assert visible("\x1b[31m\r\n\tä\u6c34\U0001f600") == "\u241b[31m\n\tä\u6c34\U0001f600"
+    plain = {"tokens": None, "advantages": None, "prefix_tokens": None}
+    text = f"{unsafe[::7]}\x1b]0;title\x07\x9b\u202e"
+    record = shown(problem=f"p{text}", steps=[f"a{text}", text], reason=text, first_error=1, **plain)
+    page = to_html([record], text)
+    page.encode()
+    assert not set(unsafe) & set(page)
+    said = re.sub(r"\x1b\[[0-9;]*m", "", terminal(record))  # rich's own colours
+    said.encode()
+    assert not set(unsafe) & set(said)
+
+
+def test_the_command_shows_half_a_character_and_escapes_on_any_terminal(tmp_path: Path) -> None:
+    path, page = tmp_path / "x.jsonl", tmp_path / "x.html"
+    line = {"problem": "p\ud83d\x1b[2J", "steps": ["é\udc00 \x9b31m"], "first_error": 0, "reason": "\u202er"}
+    path.write_text(json.dumps(line))
+    assert CliRunner().invoke(cli.app, ["show", str(path), "--html", str(page)]).exit_code == 0
+    assert "p\ufffd\u241b[2J" in page.read_text(encoding="utf-8")
+    assert "é\ufffd \ufffd31m" in CliRunner().invoke(cli.app, ["show", str(path)]).output
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "prefixloss", "show", str(path)]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert "\\xe9\\ufffd \\ufffd31m" in done.stdout.decode("ascii")
+
+
 def test_the_terminal_shows_colours_reasons_and_each_step_s_advantages() -> None:
     said = terminal(shown(), shown(first_error=None, confidence=0.9))
     for words in ("step 2 is the first wrong one", "why: 4 = 5 is false", "no error found", "[+0 to +0.25]", "[-0.75]"):
@@ -146,6 +195,8 @@ def test_a_long_response_is_shown() -> None:
         ({"tokens": ["a"]}, "do not join"),
         ({"advantages": [1.0]}, "1 advantages for 5 tokens"),
         ({"advantages": ["1"] * 5}, "'advantages' has to be a list of numbers"),
+        ({"confidence": 10**400}, "'confidence' has to be a number"),
+        ({"advantages": [1.0, 0, 0, 0, float("inf")]}, "'advantages' has to be a list of numbers"),
         ({"prefix_tokens": 6}, "prefix_tokens is 6, of 5 tokens"),
         ({"tokens": None}, "need the key 'tokens'"),
     ],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,14 +15,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from prefixloss.detect.base import Detector, FirstError
 from prefixloss.detect.choose import EXPECTED, by_name
 from prefixloss.detect.evaluate import KINDS, Scores, evaluate, kind_of
 from prefixloss.detect.records import FORMS, FormatError, Record, read_records
-from prefixloss.files import write_whole
+from prefixloss.files import Growing, check_writable, json_line, write_whole
 from prefixloss.steps import SEGMENTERS
+from prefixloss.visible import print_table, visible
 
 _SHOWN_ERRORS = 5  # of each kind, with --errors
 
@@ -58,20 +62,88 @@ def annotate(
 ) -> None:
     """Add steps, first_error (from 0, null for none), reason and confidence to each line."""
     chosen, records = _opened(detector, file, form, steps)
-    with _progress(len(records)) as advance:
-        _, found = evaluate(chosen, records, answers=True, batch_size=batch_size, clock=time.monotonic, advance=advance)
-    lines = "".join(
-        json.dumps(_annotated(*pair), ensure_ascii=False) + "\n" for pair in zip(records, found, strict=True)
-    )
-    if out is None:
-        typer.echo(lines, nl=False)
-    else:
-        _write(out, lines)
+    lines = _Lines(out)
+    found: list[FirstError] = []
+    stopped = False
+    with _progress(len(records)) as tick, _interruptible():
+
+        def advance(count: int) -> None:
+            tick(count)
+            lines.write(map(_annotated, records[len(found) - count :], found[len(found) - count :]))
+
+        try:
+            evaluate(
+                chosen, records, answers=True, batch_size=batch_size, clock=time.monotonic, advance=advance, found=found
+            )
+        except KeyboardInterrupt:
+            stopped = True
+        except BaseException:
+            lines.end(whole=False)
+            raise
+    where = lines.end(whole=not stopped)
     wrong, silent = (
         sum(result.step is not None for result in found),
         sum(result.step is None and result.confidence == 0 for result in found),
     )
-    typer.echo(f"{len(found)} responses: an error in {wrong}, nothing to say of {silent}", err=True)
+    done = f"stopped: {len(found)} of {len(records)}" if stopped else str(len(found))
+    typer.echo(f"{done} responses{where}: an error in {wrong}, nothing to say of {silent}", err=True)
+    if stopped:
+        raise typer.Exit(130)
+
+
+class _Lines:
+    """The annotated lines, handed over as they are found: whatever ends the command, what was done is there."""
+
+    def __init__(self, out: Path | None) -> None:
+        try:
+            self.file = None if out is None else Growing(out)
+        except FileExistsError:
+            raise _fail(f"--out: {out}.part is left from a run that did not end; move it away or delete it") from None
+        except OSError as error:
+            raise _fail(f"cannot write {out}: {error.strerror}") from None
+
+    def write(self, lines: Iterable[dict[str, Any]]) -> None:
+        """To the file; to standard output where there is none, or where it cannot be written any more."""
+        data = b"".join(map(json_line, lines))
+        if self.file is None:
+            typer.echo(data, nl=False)
+            return
+        try:
+            self.file.write(data)
+        except OSError as error:
+            typer.echo(data, nl=False)
+            raise self._cut_off(error) from None
+
+    def end(self, whole: bool) -> str:
+        """Where the lines are, if that is not where they should be."""
+        if self.file is None:
+            return ""
+        try:
+            if whole:
+                self.file.finish()
+                return ""
+            return f" in {self.file.part}" if self.file.leave() else ""
+        except OSError as error:
+            raise self._cut_off(error) from None
+
+    def _cut_off(self, error: OSError) -> typer.Exit:
+        assert self.file is not None
+        part = visible(str(self.file.part))
+        typer.echo(f"prefixloss: cannot write {part}: {error.strerror}; what was done is there", err=True)
+        return typer.Exit(1)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """A job that is told to end, by SIGTERM, is interrupted as by Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _annotated(record: Record, found: FirstError) -> dict[str, Any]:
@@ -99,16 +171,18 @@ def eval_(
     if form == "plain":
         raise _fail("--format: got 'plain', which has no labels")
     chosen, records = _opened(detector, file, form, "markers")
+    _check_writable(json_file)
     with _progress(len(records)) as advance:
         scores, found = evaluate(
             chosen, records, answers=answers, batch_size=batch_size, clock=time.monotonic, advance=advance
         )
     console = Console()
-    console.print(_shares(file.name, detector, scores), _confusion(scores))
+    for table in (_shares(file.name, detector, scores), _confusion(scores)):
+        print_table(console, table)
     if errors:
         _show_errors(console, records, found)
     if json_file:
-        _write(json_file, json.dumps({"file": file.name, "detector": detector, **scores.as_json()}, indent=1) + "\n")
+        _write(json_file, {"file": file.name, "detector": detector, **scores.as_json()})
 
 
 def _opened(detector: str, file: Path, form: str, steps: str) -> tuple[Detector, list[Record]]:
@@ -126,13 +200,22 @@ def _opened(detector: str, file: Path, form: str, steps: str) -> tuple[Detector,
 
 
 def _fail(message: str) -> typer.Exit:
-    typer.echo(f"prefixloss: {message}", err=True)
+    typer.echo(f"prefixloss: {visible(message)}", err=True)
     return typer.Exit(2)
 
 
-def _write(path: Path, text: str) -> None:
+def _check_writable(path: Path | None) -> None:
+    """Before the work, not after it."""
     try:
-        write_whole(path, lambda file: file.write(text.encode()))
+        if path is not None:
+            check_writable(path)
+    except OSError as error:
+        raise _fail(f"cannot write {path}: {error.strerror}") from None
+
+
+def _write(path: Path, figures: dict[str, Any]) -> None:
+    try:
+        write_whole(path, lambda file: file.write((json.dumps(figures, indent=1) + "\n").encode()))
     except OSError as error:
         raise _fail(f"cannot write {path}: {error.strerror}") from None
 
@@ -146,18 +229,18 @@ def _progress(total: int) -> Iterator[Any]:
 
 
 def _shares(name: str, detector: str, scores: Scores) -> Table:
-    table = Table(title=f"{name}, detector {detector}", title_justify="left")
-    columns = (*KINDS, "nothing to say", "ProcessBench F1", "steps/s")
-    for column in ("responses", *columns):
-        table.add_column(column, justify="right")
+    table = Table(title=Text(visible(f"{name}, detector {detector}")), title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
     f1 = "-" if scores.f1 is None else f"{100 * scores.f1:.1f}"
-    table.add_row(
-        str(len(scores.pairs)),
-        *(f"{scores.share(kind):.1%}" for kind in KINDS),
-        f"{scores.unsure / len(scores.pairs):.1%}",
-        f1,
-        f"{scores.steps / max(scores.seconds, 1e-9):,.0f}",
-    )
+    for label, value in (
+        ("responses", str(len(scores.pairs))),
+        *((kind, f"{scores.share(kind):.1%}") for kind in KINDS),
+        ("nothing to say", f"{scores.unsure / len(scores.pairs):.1%}"),
+        ("ProcessBench F1", f1),
+        ("steps/s", f"{scores.steps / max(scores.seconds, 1e-9):,.0f}"),
+    ):
+        table.add_row(label, value)
     return table
 
 
@@ -181,14 +264,12 @@ def _show_errors(console: Console, records: list[Record], found: list[FirstError
             if kind_of(-1 if record.label is None else record.label, result.step) == kind
         ]
         for number, record, result in wrong[:_SHOWN_ERRORS]:
-            labelled = "none" if record.label in (None, -1) else f"step {record.label + 1}"
-            said = "none" if result.step is None else f"step {result.step + 1}"
-            console.print(
-                f"{kind}, response {number}: labelled {labelled}, found {said}: {result.reason}", markup=False
-            )
+            labelled, said = _name(record.label), _name(result.step)
+            head = f"{kind}, response {number}: labelled {labelled}, found {said}: {result.reason}"
+            console.print(Text(visible(head)))
             if result.step is not None:
-                console.print(f"    {record.steps[result.step].strip()[:300]}", markup=False)
+                console.print(Text(visible(f"    {record.steps[result.step].strip()[:300]}")))
 
 
 def _name(step: int | None) -> str:
-    return "none" if step in (None, -1) else f"step {(step or 0) + 1}"
+    return "none" if step is None or step < 0 else f"step {step + 1}"

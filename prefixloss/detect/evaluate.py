@@ -80,14 +80,16 @@ def evaluate(
     batch_size: int,
     clock: Callable[[], float],
     advance: Callable[[int], None],
+    found: list[FirstError] | None = None,
 ) -> tuple[Scores, list[FirstError]]:
-    """answers: whether the detector is told the right final answers. advance: told how many responses were done."""
+    """answers: whether the detector is told the right final answers. advance: told how many responses were done.
+    found: the list that is filled, for a caller who keeps what was done if he is interrupted.
+    """
     begun = clock()
-    found: list[FirstError] = []
+    found = [] if found is None else found
     for start in range(0, len(records), batch_size):
         batch = records[start : start + batch_size]
-        known = [record.answer if answers else None for record in batch]
-        found += detector.detect_batch([r.problem for r in batch], [r.steps for r in batch], known)
+        found += _detected(detector, batch, answers)
         advance(len(batch))
     pairs = [
         (-1 if record.label is None else record.label, -1 if result.step is None else result.step)
@@ -95,3 +97,15 @@ def evaluate(
     ]
     unsure = sum(result.step is None and result.confidence == 0 for result in found)
     return Scores(pairs, unsure, sum(len(record.steps) for record in records), clock() - begun), found
+
+
+def _detected(detector: Detector, batch: Sequence[Record], answers: bool) -> list[FirstError]:
+    """One result a response. A batch that fails is tried again one by one, and what fails alone says so in its
+    reason: hours of work are not lost to one response."""
+    known = [record.answer if answers else None for record in batch]
+    try:
+        return detector.detect_batch([r.problem for r in batch], [r.steps for r in batch], known)
+    except Exception as error:
+        if len(batch) == 1:
+            return [FirstError(None, f"failed: {type(error).__name__}: {error}"[:200], 0.0)]
+    return [_detected(detector, [record], answers)[0] for record in batch]

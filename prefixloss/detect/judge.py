@@ -42,7 +42,7 @@ _VERDICT = re.compile(
     r'|"first_error"\s*:\s*(?P<json>-?\d{1,9}|null)\s*[,}]'
 )
 _CONFIDENCE = 0.7  # of a single verdict
-_MOST_BYTES = 8 << 20  # of a reply
+_MOST_BYTES = 2 << 20  # of a reply; a critique of 100,000 tokens has less than half of that
 _BACKOFF = 0.5  # seconds before the second try, doubled for each further one
 _LONGEST = 200  # characters of a reason
 
@@ -190,10 +190,13 @@ class _Endpoint:
     key: str = field(repr=False)
 
     async def critique(self, request: dict[str, Any]) -> str:
-        """The text of a completion. Redirects are not followed: the key is for this address."""
+        """The text of a completion. Redirects are not followed: the key is for this address. Nothing is unpacked: ten
+        packed kilobytes can hold gigabytes, and unpacking them ignores every limit."""
         import httpx  # noqa: PLC0415
 
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers = {"Accept-Encoding": "identity"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         body = bytearray()
         try:
             async with self.client.stream("POST", self.url, json=request, headers=headers) as reply:
@@ -201,7 +204,10 @@ class _Endpoint:
                     raise _BusyError(f"HTTP {reply.status_code}", _retry_after(reply.headers.get("Retry-After", "")))
                 if reply.status_code != 200:
                     raise _UnansweredError(f"HTTP {reply.status_code}")
-                async for part in reply.aiter_bytes():
+                packing = reply.headers.get("Content-Encoding", "identity").strip().lower()
+                if packing not in ("", "identity"):
+                    raise _UnansweredError(f"unreadable verdict: packed ({packing}), which was not asked for")
+                async for part in reply.aiter_raw():
                     body += part
                     if len(body) > _MOST_BYTES:
                         raise _UnansweredError(f"unreadable verdict: more than {_MOST_BYTES} bytes")

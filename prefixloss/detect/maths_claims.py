@@ -41,7 +41,7 @@ def holds(left: Run, right: Run, relation: str, values: Mapping[str, Rational], 
     """
     allowed = max(rounding(left, relation), rounding(right, relation))
     try:
-        if any(_true(a, b, relation, values, allowed) for a, b in _readings(left, right)):
+        if any(_true(a, b, relation, values, allowed) for a, b in readings(left, right)):
             return True
         if right.places is None or "%" not in right.expression or relation not in EQUALITIES:
             return False
@@ -76,7 +76,7 @@ def rounding(run: Run, relation: str = "=") -> Fraction:
     return max(unit / 2 if unit > 1 else unit, Fraction(number) / 100)
 
 
-def _readings(left: Run, right: Run) -> Iterator[tuple[Expression, Expression]]:
+def readings(left: Run, right: Run) -> Iterator[tuple[Expression, Expression]]:
     """What the two sides may mean: as written; percentages as plain numbers (100% - 20 = 80%); in common units."""
     kinds = [{unit.dimension for _, unit in run.units} for run in (left, right)]
     sizes = {unit.size for run in (left, right) for _, unit in run.units}

@@ -1,13 +1,25 @@
-"""Responses from JSON lines: our own form and those of three published sets with human labels."""
+"""Responses from JSON lines, or a JSON array: our own form and those of three published sets with human labels."""
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefixloss.detect.maths_answers import right_answer
 from prefixloss.steps import Segmenter, split
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_MARKS = (  # the longer ones first: UTF-32's starts as UTF-16's does
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 class Record(NamedTuple):
@@ -43,21 +55,78 @@ def read_records(path: Path, form: str, by: Segmenter = "markers") -> list[Recor
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file with one a line, with the lines' numbers from 1; FormatError for anything else."""
+    """The objects of a file, one a line or all in one array, with the lines they start in from 1; FormatError for
+    anything else."""
+    text = _text(path)
+    items = _array if text.lstrip().startswith("[") else _lines
     try:
-        rows = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    for number, row in enumerate(rows, 1):
-        if not row.strip():
-            continue
+        for number, item in items(text):
+            if not isinstance(item, dict):
+                raise FormatError(f"line {number}: expected an object")
+            yield number, item
+    except FormatError as error:
+        raise FormatError(f"{path}, {error}") from None
+
+
+def _lines(text: str) -> Iterator[tuple[int, Any]]:
+    for number, row in enumerate(text.split("\n"), 1):
+        if row.strip():
+            try:
+                yield number, json.loads(row)
+            except (ValueError, RecursionError) as error:
+                raise _not_json(number, error) from None
+
+
+def _array(text: str) -> Iterator[tuple[int, Any]]:
+    """The members of the one array that a text is: each is read by itself, so that its line is known."""
+    decoder, number, counted = json.JSONDecoder(), 1, 0
+    place = _behind_space(text, text.index("[") + 1)
+    if text.startswith("]", place):
+        raise FormatError(f"line {_line_of(text, place)}: expected an object, got an empty array")
+    ended = False
+    while not ended:
+        number, counted = number + text.count("\n", counted, place), place
         try:
-            item = json.loads(row)
+            item, end = decoder.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
-            raise FormatError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', 'too deep')})") from None
-        if not isinstance(item, dict):
-            raise FormatError(f"{path}, line {number}: expected an object")
+            raise _not_json(getattr(error, "lineno", number), error) from None
         yield number, item
+        place = _behind_space(text, end)
+        ended = text.startswith("]", place)
+        if not ended:
+            if not text.startswith(",", place):
+                raise FormatError(f"line {number}: not JSON (no comma and no ] behind the member that starts here)")
+            place = _behind_space(text, place + 1)
+    if _behind_space(text, place + 1) < len(text):
+        raise FormatError(f"line {_line_of(text, place)}: not JSON (more behind the array's end)")
+
+
+def _line_of(text: str, place: int) -> int:
+    return 1 + text.count("\n", 0, place)
+
+
+def _behind_space(text: str, place: int) -> int:
+    space = _SPACE.match(text, place)
+    return space.end() if space else place
+
+
+def _not_json(number: int, error: ValueError | RecursionError) -> FormatError:
+    return FormatError(f"line {number}: not JSON ({getattr(error, 'msg', 'too deep, or too long a number')})")
+
+
+def _text(path: Path) -> str:
+    """UTF-8, or what the byte order mark at its start says."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from None
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        number = data[: error.start].count(b"\n") + 1
+        announced = "" if "8" in encoding else f", and not the {encoding.upper()} that its first bytes announce"
+        raise FormatError(f"cannot read {path}, line {number}: not UTF-8 text{announced}") from None
 
 
 def _get(source: dict[str, Any], key: str, kind: type | tuple[type, ...], wants: str) -> Any:
@@ -75,7 +144,7 @@ def _texts(source: dict[str, Any], key: str) -> list[str]:
 
 
 def _plain(source: dict[str, Any], by: Segmenter) -> Record:
-    """problem; steps, or response; perhaps answer, the right one."""
+    """problem; steps, or response; perhaps answer, the right one, which may be a written solution that states it."""
     if "steps" in source:
         steps = _texts(source, "steps")
     else:
@@ -83,7 +152,7 @@ def _plain(source: dict[str, Any], by: Segmenter) -> Record:
         steps = [span.of(text) for span in split(text, by)]
     answer = source.get("answer")
     if answer is not None:
-        answer = str(_get(source, "answer", (str, int, float), "a text or a number"))
+        answer = right_answer(str(_get(source, "answer", (str, int, float), "a text or a number")))
     return Record(_get(source, "problem", str, "a text"), steps, answer, None, source)
 
 
@@ -110,10 +179,7 @@ def _prm800k(source: dict[str, Any], _: Segmenter) -> Record:
     labelled = _get(_get(source, "label", dict, "an object"), "steps", list, "a list")
     steps, label = [], -1
     for number, step in enumerate(labelled):
-        completions = step.get("completions") or []
-        chosen = step.get("chosen_completion")
-        human = step.get("human_completion")
-        taken = completions[chosen] if chosen is not None else human or (completions[0] if completions else None)
+        taken = _taken(step)
         if taken is None:
             break
         steps.append(_get(taken, "text", str, "a text"))
@@ -124,6 +190,23 @@ def _prm800k(source: dict[str, Any], _: Segmenter) -> Record:
     return Record(
         _get(question, "problem", str, "a text"), steps, None if answer is None else str(answer), label, source
     )
+
+
+def _taken(step: Any) -> dict[str, Any] | None:
+    """The completion that was gone on from, or else the first."""
+    if not isinstance(step, dict):
+        raise FormatError("the key 'steps' has to be a list of objects")
+    completions = _get({"completions": step.get("completions") or []}, "completions", list, "a list")
+    chosen, human = step.get("chosen_completion"), step.get("human_completion")
+    if chosen is None:
+        taken = human or (completions[0] if completions else None)
+    elif isinstance(chosen, int) and 0 <= chosen < len(completions):
+        taken = completions[chosen]
+    else:
+        raise FormatError(f"the key 'chosen_completion' has to be one of {len(completions)} completions or null")
+    if taken is not None and not isinstance(taken, dict):
+        raise FormatError("the key 'completions' has to be a list of objects")
+    return taken
 
 
 FORMS: dict[str, Callable[[dict[str, Any], Segmenter], Record]] = {

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from prefixloss.files import write_whole
+from prefixloss.visible import print_table, visible
 
 SHOWN = {"loss": "loss {:.3f}", "good_prefix": "first error at token {:.0f}"}
 
@@ -86,10 +87,9 @@ class Report:
                 table.add_row(label, form.format(values[0]), form.format(values[-1]))
         table.add_row("skipped steps", "", str(updates[-1]["skipped"]) if updates else "0")
         table.add_row("minutes in this sitting", "", f"{(time.monotonic() - self.began) / 60:.1f}")
-        self.console.print(table)
-        self.console.print(
-            f"{run}: metrics.jsonl, responses.jsonl, report.png, checkpoint.pt, policy/", highlight=False
-        )
+        print_table(self.console, table)
+        files = "metrics.jsonl, responses.jsonl, report.png, checkpoint.pt, policy/"
+        self.console.print(visible(f"{run}: {files}"), highlight=False, markup=False)
 
 
 def plot(path: Path, history: list[dict[str, Any]], k: int) -> None:

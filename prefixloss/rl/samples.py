@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from itertools import accumulate
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from prefixloss import TokenAdvantages
-from prefixloss.files import write_whole
+from prefixloss.files import json_line, write_whole
 from prefixloss.rl import task
 from prefixloss.rl.policy import Policy, Sampled
 from prefixloss.steps import Segmenter, pieces, split
@@ -44,8 +43,8 @@ def write_samples(
         line |= _advantages(credit, i, len(tokens))
         if not line["correct"] and first < 0:
             line |= {"confidence": 0.0, "reason": "no first wrong step was found"}
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_whole(path, lambda file: file.write("".join(lines).encode()))
+        lines.append(json_line(line))
+    write_whole(path, lambda file: file.write(b"".join(lines)))
 
 
 def _advantages(credit: Tensor | TokenAdvantages, i: int, count: int) -> dict[str, Any]:

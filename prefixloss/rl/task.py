@@ -7,7 +7,6 @@ responses are checked by the arithmetic equalities they state. Nothing here runs
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import zlib
@@ -15,6 +14,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+
+from prefixloss.detect.maths_answers import right_answer, states
+from prefixloss.detect.records import FormatError, json_lines
 
 MAX_VALUE = 99  # every number of a built-in problem has one or two digits
 HELD_OUT_SHARE = 8  # one problem in eight is held out
@@ -105,28 +107,19 @@ def chains(
 
 
 def load_problems(path: Path) -> list[Problem]:
-    """Read {"question": ..., "answer": ...} lines, each question once. ValueError names the file and the line."""
+    """Read {"question": ..., "answer": ...} objects, each question once. FormatError names the file and the line.
+
+    An answer may be a written solution that ends in what it is, as GSM8K's: "... #### 72".
+    """
     problems: dict[str, Problem] = {}
-    try:
-        rows = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    for number, row in enumerate(rows, 1):
-        if not row.strip():
-            continue
-        try:
-            item = json.loads(row)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}, line {number}: not JSON ({getattr(error, 'msg', 'too deep or too long')})"
-            ) from None
-        if not isinstance(item, dict):
-            raise ValueError(f"{path}, line {number}: expected an object with the keys question and answer")
+    for number, item in json_lines(path):
         for key, kinds in (("question", str), ("answer", (str, int, float))):
             value = item.get(key)
             if not isinstance(value, kinds) or isinstance(value, bool) or not str(value).strip():
-                raise ValueError(f"{path}, line {number}: the key {key!r} is missing, empty or of the wrong type")
-        problems.setdefault(item["question"], Problem(item["question"], str(item["answer"])))
+                raise FormatError(f"{path}, line {number}: the key {key!r} is missing, empty or of the wrong type")
+            if any("\ud800" <= character <= "\udfff" for character in str(value)):
+                raise FormatError(f"{path}, line {number}: the key {key!r} has half a character, a lone surrogate")
+        problems.setdefault(item["question"], Problem(item["question"], right_answer(str(item["answer"])).strip()))
     return list(problems.values())
 
 
@@ -151,36 +144,9 @@ def shuffled(problems: list[Problem], seed: int, start: int, count: int) -> list
 # ---- answers -----------------------------------------------------------------------------------------------
 
 
-def extract_answer(response: str) -> str | None:
-    r"""The text of the last \boxed{...}, else what follows the first "Answer:" that starts a line, else None."""
-    start = response.rfind("\\boxed{")
-    if start >= 0:
-        depth = 0
-        for place in range(start + len("\\boxed"), len(response)):
-            depth += {"{": 1, "}": -1}.get(response[place], 0)
-            if depth == 0:
-                return response[start + len("\\boxed{") : place]
-    match = re.search(r"^[*# ]*Answer[*]*:[* ]*([^\n]*)", response, flags=re.MULTILINE)
-    return match[1] if match else None
-
-
-def normalise(answer: str) -> str:
-    """One spelling for equal answers: 1,200.0 = $1200 = 1200; 1/2 = 0.5 = \\frac{1}{2}; case and spaces ignored."""
-    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", answer)
-    text = re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\[()\[\],;! ]|[$*\s]", "", text).rstrip(".").lower()
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?", text):
-        text = text.replace(",", "")
-    number = re.fullmatch(r"([+-]?[0-9]{1,30}(?:\.[0-9]{0,30})?|[+-]?\.[0-9]{1,30})(?:/([0-9]{1,30}))?", text)
-    if number and int(number[2] or 1) != 0:
-        return str(Fraction(number[1]) / int(number[2] or 1))
-    return text
-
-
 def check_answer(problem: Problem, response: str) -> bool:
     """Whether the response states the right final answer, whatever stands around it."""
-    answer = extract_answer(response)
-    return answer is not None and normalise(answer) == normalise(problem.answer)
+    return states(response, problem.answer)
 
 
 # ---- steps -------------------------------------------------------------------------------------------------

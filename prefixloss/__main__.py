@@ -1,0 +1,5 @@
+"""`python -m prefixloss` is the `prefixloss` command."""
+
+from prefixloss.cli import main
+
+main()
