@@ -249,6 +249,18 @@ def reward_case() -> tuple[Tensor, Tensor]:
     return rewards, mask
 
 
+@pytest.mark.parametrize("estimator", ["vppo", "cliff", "neutral_prefix"])
+def test_a_response_without_a_verdict_learns_nothing_and_moves_no_baseline(estimator: str) -> None:
+    """NaN scores: those of the other responses are as if it were not there."""
+    scores = torch.tensor([*SCORES, NAN, NAN])
+    lengths, labels = torch.cat([LENGTHS, torch.tensor([5, 3])]), [*LABELS, "a", "c"]
+    got = token_loss.token_advantages(scores, lengths, labels, estimator)
+    want = token_loss.token_advantages(torch.tensor(SCORES), LENGTHS, LABELS, estimator)
+    for ours, others in zip(got, want, strict=True):
+        assert torch.equal(ours[:6], others)
+    assert got.suffix[6:].tolist() == got.prefix_lengths[6:].tolist() == [0, 0]
+
+
 def test_estimators_are_those_of_the_package() -> None:
     scores = torch.tensor(SCORES)
     for got, want in zip(token_loss.token_advantages(scores, LENGTHS, LABELS), vppo(), strict=True):
@@ -486,6 +498,82 @@ def test_verl_estimators_spread_credit_up_to_the_first_error(verl: Any) -> None:
     assert good > bad
 
 
+def test_verl_puts_a_score_behind_what_a_tool_wrote(verl: Any) -> None:
+    """As verl 0.9.1 does: at the last token that was attended to. Row 0 is right: 1 - (1 + 0.5 * 2 / 6) / 2."""
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0], [1] * 6])
+    rewards = torch.zeros(2, 6)
+    rewards[:, 5] = torch.tensor([1.0, -3.0])
+    got, _ = verl.advantage_estimator(rewards, mask, index=["a", "a"], estimator="vppo")
+    baseline = (1 + 0.5 * 2 / 6) / 2
+    assert 1 - baseline == pytest.approx(0.417, abs=1e-3)
+    right = [1 - baseline] * 6
+    right[2] = right[5] = 0
+    wrong = [0.5 - baseline] * 2 + [-baseline] * 4
+    torch.testing.assert_close(got, torch.tensor([right, wrong]))
+
+
+def test_verl_first_errors_count_what_tools_wrote(verl: Any) -> None:
+    """verl's reward loop sees no mask: the fifth token (4) is the third of the model's own (2). The wrong response of
+    row 1 breaks only in what its tool says: its last own token is in doubt. Row 2 was rejected by its sampler."""
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0], [0] * 7, [1] * 7])
+    rewards = torch.zeros(4, 7)
+    rewards[[0, 1, 2, 3], [5, 4, 6, 6]] = torch.tensor([-5.0, -5.0, -4.0, 1.0])
+    got, _ = verl.advantage_estimator(rewards, mask, index=["a"] * 4, estimator="vppo")
+    want = advantages.vppo(
+        torch.tensor([False, False, False, True]),
+        mask.sum(1),
+        torch.tensor([2, 2, -1, -1]),
+        torch.zeros(4, dtype=torch.int64),
+        shorten=0,
+    )
+    assert torch.equal(got, want.per_token(mask, mask))
+    assert got[0, :2].unique().item() > got[0, 4].item()
+    rewards[1, 4] = -6.0  # token 5 of a response that ends with token 4
+    with pytest.raises(ValueError, match=r"^token_level_rewards: got -6 for response 1, whose score is at token 4"):
+        verl.advantage_estimator(rewards, mask, index=["a"] * 4, estimator="vppo")
+
+
+@pytest.mark.parametrize(
+    ("reward", "said", "score"),
+    [
+        (None, None, NAN),
+        (NAN, None, NAN),
+        (torch.tensor(NAN), None, NAN),
+        (-1, False, 0),
+        (0.0, False, 0),
+        (0.3, True, 1),
+    ],
+)
+def test_verl_a_reward_function_without_a_verdict_gives_none(verl: Any, reward: Any, said: Any, score: float) -> None:
+    assert verl._verdict(reward) is said
+    assert token_loss.signed_score(said, -1) == pytest.approx(score, nan_ok=True)
+
+
+def test_verl_finds_first_errors_among_all_tokens_of_the_last_output(verl: Any) -> None:
+    """The shapes of verl 0.9.1's `_compute_score`: several outputs padded together, their lengths beside them; the last
+    columns of the mask are then those of a longer prompt's row."""
+    ids = [ord(c) for c in WRONG]
+    responses = torch.tensor(ids + [ord("7")] * 3)
+    item = SimpleNamespace(
+        batch={"responses": responses, "attention_mask": torch.ones(len(ids) + 9, dtype=torch.long)},
+        non_tensor_batch={
+            "response_len": len(ids),
+            "raw_prompt": [{"role": "user", "content": "(2 + 2) * 3"}],
+            "reward_model": {"ground_truth": "12"},
+        },
+    )
+
+    class Seen(Characters):
+        def decode(self, ids: Any, **_: Any) -> str:
+            assert len(ids) <= len(WRONG)
+            return super().decode(ids)
+
+    assert verl._first_error(Seen(), item, detector="maths") == WRONG.index("Step 2")
+    del item.non_tensor_batch["response_len"]  # older batches
+    item.batch = {"responses": responses, "attention_mask": torch.tensor([1] * (4 + len(ids)) + [0] * 3)}
+    assert verl._first_error(Seen(), item, detector="maths") == WRONG.index("Step 2")
+
+
 def test_verl_fused_head_has_log_probs_and_entropies_with_gradients(verl: Any) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(2, 5, 8, requires_grad=True)
@@ -558,6 +646,30 @@ def test_verl_itself_computes_our_advantages_from_its_batch(verl_itself: Any) ->
     config = OmegaConf.create({"adv_estimator": "vppo", "vppo": {"alpha": 0.25}})
     batch = compute_advantage(data, adv_estimator="vppo", config=config).batch
     assert torch.equal(batch["advantages"], vppo(alpha=0.25).per_token(mask, mask))
+
+
+def test_verl_itself_puts_scores_behind_what_tools_wrote(verl_itself: Any) -> None:
+    from tensordict import TensorDict  # noqa: PLC0415
+    from verl import DataProto  # noqa: PLC0415
+    from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase  # noqa: PLC0415
+    from verl.trainer.ppo.ray_trainer import compute_advantage  # noqa: PLC0415
+
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0]])
+    attended = torch.arange(9) < torch.tensor([8, 8, 4])[:, None]  # two tokens of a prompt, then the response
+    tensors = {"prompts": mask[:, :2], "responses": mask, "attention_mask": attended.long()}
+    scores = [1.0, -3.0, NAN]
+    rewards = RewardManagerBase.assemble_rm_scores(DataProto(batch=TensorDict(tensors, batch_size=3)), scores)
+    assert rewards[0, 5] == 1
+    assert mask[0, 5] == 0
+    data = DataProto.from_dict(
+        tensors={"token_level_rewards": rewards, "response_mask": mask},
+        non_tensors={"uid": np.array(["a"] * 3, dtype=object)},
+    )
+    got = compute_advantage(data, adv_estimator="vppo").batch["advantages"]
+    correct, first_error, group = torch.tensor([True, False]), torch.tensor([-1, 2]), torch.tensor([0, 0])
+    want = advantages.vppo(correct, mask[:2].sum(1), first_error, group, shorten=0)
+    assert torch.equal(got[:2], want.per_token(mask[:2], mask[:2]))
+    assert not got[2].any()
 
 
 def test_verl_itself_composes_the_configuration_file(verl_itself: Any, verl: Any) -> None:
@@ -647,7 +759,7 @@ def test_verl_itself_runs_our_head_under_its_fused_forward(verl_itself: Any, ver
     assert (torch_functional.FusedLinearForPPO.forward, kernel.linear_cross_entropy) == before
 
 
-@pytest.mark.parametrize(("text", "score"), [(RIGHT, 1.0), (WRONG, -(WRONG.index("Step 2") + 1.0))])
+@pytest.mark.parametrize(("text", "score"), [(RIGHT, 1.0), (WRONG, -(WRONG.index("Step 2") + 1.0)), (WRONG + "?", NAN)])
 def test_verl_itself_rewards_with_the_first_error(verl_itself: Any, text: str, score: float) -> None:
     from omegaconf import OmegaConf  # noqa: PLC0415
     from verl import DataProto  # noqa: PLC0415
@@ -657,7 +769,9 @@ def test_verl_itself_rewards_with_the_first_error(verl_itself: Any, text: str, s
         manager = get_reward_manager_cls("prefixloss")(
             OmegaConf.create({"reward": {"prefixloss": {"detector": "maths"}}}),
             Characters(),
-            lambda data_source, solution_str, ground_truth, extra_info: float(solution_str.endswith(ground_truth)),
+            lambda data_source, solution_str, ground_truth, extra_info: (
+                None if "?" in solution_str else float(solution_str.endswith(ground_truth))
+            ),
         )
         ids = torch.tensor([[ord(c) for c in text] + [0, 0]])
         objects = {
@@ -672,8 +786,11 @@ def test_verl_itself_rewards_with_the_first_error(verl_itself: Any, text: str, s
         return await manager.run_single(data)
 
     result = asyncio.run(rewarded())
-    assert result["reward_score"] == score
-    assert result["reward_extra_info"]["first_error"] == -score - 1 or score == 1
+    assert result["reward_score"] == pytest.approx(score, nan_ok=True)
+    extra = result["reward_extra_info"]
+    assert extra["first_error"] == (-score - 1 if score < 0 else -1)
+    assert extra["correct"] == pytest.approx(NAN if text.endswith("?") else float(score == 1), nan_ok=True)
+    assert all(isinstance(x, (int, float)) for x in extra.values())
 
 
 # --- OpenRLHF ---
@@ -712,6 +829,25 @@ def test_openrlhf_ranks_average_to_the_whole_batch() -> None:
             for r in (slice(0, 3), slice(3, 4))
         ]
         same(torch.stack(parts).mean(), whole, case)
+
+
+def test_openrlhf_credit_from_its_experiences_with_turns_of_a_tool() -> None:
+    """Action masks as OpenRLHF makes them: over all tokens but the first, prompt and tools not in it; a reward a
+    response, in no token. Response 1 gave no verdict."""
+    masks = [torch.tensor([[0, 0, 1, 1, 0, 0, 1, 1]]), torch.tensor([[0, 1, 1]]), torch.tensor([[0, 1, 0, 1, 1, 0]])]
+    rewards = [torch.tensor([-4.0]), torch.tensor([NAN]), torch.tensor([1.0])]
+    experiences = [
+        SimpleNamespace(rewards=reward, action_mask=mask, index=[i], info={}, kl=0)
+        for i, (reward, mask) in enumerate(zip(rewards, masks, strict=True))
+    ]
+    openrlhf.compute_advantages(experiences, 3)
+    # averages 0.5 * 3 / 4 and 1
+    baseline = (0.375 + 1) / 2
+    good, bad, right = 0.5 - baseline, -baseline, 1 - baseline
+    for experience, want in zip(
+        experiences, ([0, 0, good, good, 0, 0, good, bad], [0, 0, 0], [0, right, 0, right, right, 0]), strict=True
+    ):
+        torch.testing.assert_close(experience.advantages, torch.tensor([want], dtype=torch.float32))
 
 
 def test_openrlhf_corrections_that_are_not_here_are_refused() -> None:
@@ -927,6 +1063,22 @@ def test_skyrl_estimators_spread_credit_up_to_the_first_error() -> None:
     assert torch.equal(returns, got)
 
 
+def test_skyrl_gives_credit_to_responses_at_the_right_of_its_batch() -> None:
+    """The shapes of SkyRL 0.3.0: responses right-aligned, rewards at the ends of turns, a mask over all tokens of a
+    response, tools' as well, and a copy of row 0 under a label of its own to fill the batch up."""
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+    rewards = torch.zeros(4, 6)
+    rewards[[0, 3], 5] = -4.0
+    rewards[1, 2], rewards[1, 5] = 0.25, 0.75  # the score is the sum of the turns
+    rewards[2, 5] = NAN
+    got = skyrl.advantage_estimator(rewards, mask, np.array(["a", "a", "a", "pad0"]))[0]
+    # averages 0.5 * 3 / 5 and 1
+    baseline = (0.3 + 1) / 2
+    torch.testing.assert_close(got[0], torch.tensor([0] + [0.5 - baseline] * 3 + [-baseline] * 2))
+    torch.testing.assert_close(got[1], torch.full((6,), 1 - baseline))
+    assert not got[2].any()
+
+
 @pytest.mark.parametrize("std", [True, False])
 def test_a_trainer_s_own_switch_for_the_standard_deviation_counts_for_neutral_prefixes(verl: Any, std: bool) -> None:
     rewards, mask = reward_case()
@@ -1072,6 +1224,33 @@ def test_slime_credit_goes_from_all_samples_to_the_tokens_of_a_rank() -> None:
         torch.testing.assert_close(got, want[i, : LENGTHS[i]])
         assert torch.equal(got, returns)
     assert all(isinstance(reward, float) for reward in data["rewards"])
+
+
+def test_slime_samples_without_a_verdict_and_removed_ones() -> None:
+    """Removed ones are part of the baseline, as in slime, which clears their masks afterwards; None and NaN are not."""
+    samples = [
+        SimpleNamespace(
+            get_reward_value=lambda _, s=score: s,
+            response_length=4,
+            loss_mask=[1] * 4,
+            group_index=0,
+            remove_sample=gone,
+        )
+        for score, gone in ((1.0, False), (-3.0, True), (None, False), (NAN, False))
+    ]
+    raw, rewards = slime.reward_post_process(SimpleNamespace(), samples)
+    assert str(raw) == "[1.0, 0.0, nan, nan]"
+    # averages 1 and 0.5 * 2 / 4
+    assert rewards[0] == pytest.approx([1 - 0.625, 1 - 0.625, 0])
+    data: dict[str, Any] = {
+        "rewards": rewards,
+        "loss_masks": [torch.ones(4), torch.zeros(4), torch.ones(4), torch.ones(4)],
+        "kl": [torch.zeros(4)] * 4,
+    }
+    slime.advantages(SimpleNamespace(), data)
+    assert data["advantages"][0].tolist() == pytest.approx([0.375] * 4)
+    assert not any(x.any() for x in data["advantages"][1:])
+    assert rewards[1][2] == 0  # a prefix of no more tokens than are left
 
 
 def slime_batch(case: Case, a: Tensor) -> tuple[dict[str, Any], list[Tensor], list[Tensor], Any]:

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -593,6 +594,38 @@ def test_evaluation_finds_first_errors_in_groups_of_its_own_size(tmp_path):
     assert advantages_by_text(trainer, batch) == {text: pytest.approx(row) for text, row in want.items()}
 
 
+@pytest.mark.parametrize("advantage", ["vppo", "cliff", "neutral"])
+def test_a_verifier_that_abstains_leaves_a_response_what_trl_gives_it(advantage, tmp_path, monkeypatch):
+    """`checked` has no verdict on "b", which earns TRL's advantage by its form; the others' baseline is over three."""
+
+    def checked(completions, **_):
+        return [None if text == "b" else float("a" in text) for text in completions]
+
+    def form(completions, **_):
+        return [2.0 * (text == "b") for text in completions]
+
+    extra = {"detector": SecondStep(), "segmenter": "lines", "shorten": 0, "advantage": advantage, "correct": "checked"}
+    trainer = grpo(tmp_path, PrefixGRPOTrainer, [checked, form], extra, max_steps=1, scale_rewards="none")
+    say(trainer)
+    seen.clear()
+    batches = spied_batches(trainer, monkeypatch)
+    trainer.train()
+    rows = advantages_by_text(trainer, batches[0])
+    # TRL's rewards are 1, 0, 2, 0, their mean 0.75
+    assert rows["b"] == pytest.approx([1.25] * 2 + [0] * 5)
+    assert [steps for _, steps, _ in seen] == [["123\n", "4b"]]
+    sigma = (2 / 9) ** 0.5  # mu = 1 / 3
+    mean = (6 * 2 / 3 - 8 / 3) / sigma / 18  # over 6 right tokens, and 3 + 5 wrong ones behind 4 good ones
+    right, good, bad = {
+        "vppo": (1 - 3 / 7, 0.5 - 3 / 7, -3 / 7),  # averages 1, 0.5 * 4 / 7, 0
+        "cliff": (2 / 3 / sigma - mean, -mean, -1 / 3 / sigma - mean),
+        "neutral": (0.25, 0.0, -0.75),
+    }[advantage]
+    assert rows["12\n3a"] == pytest.approx([right] * 6 + [0], abs=1e-6)
+    assert rows["123\n4b"] == pytest.approx([good] * 4 + [bad] * 3, abs=1e-6)
+    assert rows["12\n3b"] == pytest.approx([bad] * 5 + [0] * 2, abs=1e-6)
+
+
 def test_a_response_without_any_reward_teaches_nothing(tmp_path, monkeypatch):
     def unsure(completions, **_):
         return [None if text == "b" else float("a" in text) for text in completions]
@@ -617,6 +650,8 @@ def test_a_response_without_any_reward_teaches_nothing(tmp_path, monkeypatch):
         (1.5, [False] * 3),
         ("right", [True, False, False]),
         (lambda r: r[:, 1] > 0, [False, True, True]),
+        ("form", [None, False, False]),
+        (lambda r: r[:, 1] + r[:, 0], [None, True, True]),
     ],
 )
 def test_rewards_become_right_or_wrong_as_asked(correct, expected, tmp_path):
@@ -625,8 +660,10 @@ def test_rewards_become_right_or_wrong_as_asked(correct, expected, tmp_path):
 
     extra = {"correct": correct}
     trainer = grpo(tmp_path, PrefixGRPOTrainer, [right, form], extra, reward_weights=[1.0, 2.0])
-    rewards = torch.tensor([[1.0, 0.0], [0.0, 0.2], [0.0, 0.5]])
-    assert trainer._is_correct(rewards).tolist() == expected
+    form_gave = torch.nan if None in expected else 0.0
+    rewards = torch.tensor([[1.0, form_gave], [0.0, 0.2], [0.0, 0.5], [torch.nan, torch.nan]])
+    said = [None if math.isnan(x) else bool(x) for x in trainer._verdicts(rewards).tolist()]
+    assert said == [*expected, None]
 
 
 def test_which_reward_says_right_has_to_be_said(tmp_path):

@@ -13,11 +13,13 @@ with settings, all optional, in prefixloss.yaml:
 
 slime needs Megatron, SGLang and GPUs: no command was run here. PyPI does not have it, so these functions follow the
 signatures in its repository (2026). A sample's reward has to be a signed score (`token_loss.signed_score`): 1 for a
-correct response, -(first_error + 1) for a wrong one, 0 where no error was found.
+correct response, -(first_error + 1) for a wrong one, 0 where no error was found, NaN or None where the verifier gave no
+verdict.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,16 +36,21 @@ from prefixloss.objective import clipped
 def reward_post_process(args: Any, samples: list[Any]) -> tuple[list[float], list[list[float]]]:
     """(raw_rewards, rewards) of slime's Samples, while a group's are still in one process.
 
-    A raw reward is 1 or 0, for logs. A reward is [prefix, suffix, prefix_length] of `TokenAdvantages`, which
-    `advantages` spreads over the tokens on the ranks that train.
+    A raw reward is 1 or 0, for logs, NaN without a verdict. A reward is [prefix, suffix, prefix_length] of
+    `TokenAdvantages`, which `advantages` spreads over the tokens on the ranks that train.
     """
-    scores = torch.tensor([float(s.get_reward_value(args)) for s in samples])
+    given = [s.get_reward_value(args) for s in samples]
+    scores = torch.tensor([math.nan if x is None else float(x) for x in given])
     lengths = torch.tensor([s.response_length if s.loss_mask is None else sum(s.loss_mask) for s in samples])
     estimator = getattr(args, "prefixloss_estimator", "vppo")
     options = getattr(args, "prefixloss_estimator_options", None) or {}
     spread = token_advantages(scores, lengths, [s.group_index for s in samples], estimator, **options)
-    correct = outcomes(scores)[0]
-    return correct.float().tolist(), torch.stack([x.double() for x in spread], 1).tolist()
+    # slime takes all tokens of these out of the loss, once this has returned
+    removed = torch.tensor([bool(getattr(s, "remove_sample", False)) for s in samples])
+    spread = spread._replace(prefix_lengths=spread.prefix_lengths.masked_fill(removed, 0))
+    judged = ~scores.isnan()
+    raw = torch.where(judged, outcomes(torch.where(judged, scores, 0))[0].float(), scores)
+    return raw.tolist(), torch.stack([x.double() for x in spread], 1).tolist()
 
 
 def advantages(args: Any, rollout_data: dict[str, Any]) -> None:

@@ -116,12 +116,15 @@ def logged(metrics: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(shares, torch.stack([x.double() for x in shares.values()]).tolist(), strict=True))
 
 
-def signed_score(correct: bool, first_error: int) -> float:
+def signed_score(correct: bool | None, first_error: int) -> float:
     """An outcome and a first error as the one number that a trainer's reward is.
 
     1 for a correct response; -(first_error + 1) for a wrong one, first_error being the 0-based index among the scored
-    tokens of the first token of the first wrong step; 0 for a wrong one without a known first error (-1).
+    tokens of the first token of the first wrong step; 0 for a wrong one without a known first error (-1). NaN for None:
+    the verifier gave no verdict.
     """
+    if correct is None:
+        return float("nan")
     return 1.0 if correct else -(first_error + 1.0)
 
 
@@ -143,13 +146,16 @@ def token_advantages(
 ) -> TokenAdvantages:
     """Advantages from signed scores, float [B]. lengths: scored tokens, int64 [B]. group_labels: any B labels.
 
+    A score of NaN is no verdict: that response gets 0 everywhere and is no part of its group's baseline.
+
     estimator: "vppo", "cliff" or "neutral_prefix" (GRPO, 0 on good prefixes), with their options in
     `prefixloss.advantages`. Trainers do not hand over the prompts' lengths: `shorten` is 0 unless set.
     """
-    correct, first_error = outcomes(scores)
+    judged = ~scores.isnan()
+    correct, first_error = outcomes(torch.where(judged, scores, 0))
     first_error = torch.where(lengths > 0, first_error, -1)  # a response that a trainer has masked altogether
     numbers = np.unique(np.asarray(group_labels), return_inverse=True)[1]
-    group_ids = torch.as_tensor(numbers, dtype=torch.int64, device=scores.device)
+    group_ids = alone_unless(judged, torch.as_tensor(numbers, dtype=torch.int64, device=scores.device))
     if estimator == "vppo":
         return credit.vppo(correct, lengths, first_error, group_ids, **{"shorten": 0, **options})
     if estimator == "cliff":
@@ -158,6 +164,13 @@ def token_advantages(
         return credit.neutral_prefix(credit.grpo(correct.float(), group_ids, **options), correct, first_error)
     check.fail("estimator", repr(estimator), "'vppo' | 'cliff' | 'neutral_prefix'")
     raise AssertionError
+
+
+def alone_unless(judged: Tensor, group_ids: Tensor) -> Tensor:
+    """The groups 0, 1, .. [B] of those that are `judged`; each other response gets one of its own, where it is its own
+    baseline and its advantage 0."""
+    index = torch.arange(len(group_ids), device=group_ids.device)
+    return torch.where(judged, group_ids, len(group_ids) + index)
 
 
 def first_error_of(

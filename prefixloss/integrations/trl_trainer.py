@@ -14,6 +14,7 @@ from trl.trainer.grpo_trainer import is_peft_model
 from prefixloss import LossConfig, TokenAdvantages, advantages, check
 from prefixloss.detect.base import Detector
 from prefixloss.detect.choose import by_name
+from prefixloss.integrations.token_loss import alone_unless
 from prefixloss.integrations.trl_logps import FusedLoss, LogProbs, add_fused_loss, check_version, scored_by
 from prefixloss.steps import SEGMENTERS, Segmenter, step_tokens
 
@@ -25,12 +26,12 @@ Correct = float | str | Callable[[Tensor], Tensor]
 class Outcome:
     """What the rewards and the detector say about a batch.
 
-    correct, scored: bool, over all processes; not scored: every reward function returned None.
+    correct, judged: bool, over all processes; not judged: the reward function that says it gave none for this response.
     first_token: int64, of this process's responses: the first token of the first wrong step, -1 where none was found.
     """
 
     correct: Tensor
-    scored: Tensor
+    judged: Tensor
     first_token: Tensor
 
 
@@ -44,8 +45,11 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         alpha, shorten: as in `advantages.vppo`, whose advantages like cliff's are not divided by a standard deviation:
             TRL's `scale_rewards` counts for "neutral" and "grpo", and "batch" is refused with the others.
         correct: which responses are right. A number: those whose weighted sum of rewards is above it. The name of a
-            reward function: those to which it alone gives more than 0.5. A function: rewards [B, functions] -> bool
-            [B]. None: the only reward function; with several an error asks which one it is.
+            reward function: those to which it alone gives more than 0.5. A function: rewards [B, functions], NaN where
+            one gave None, -> bool [B], or 1, 0 and NaN. None: the only reward function; with several an error asks
+            which one it is.
+            There is no verdict where that function gave None or NaN, yours gave NaN, or all gave None. Such a response
+            has no credit to split: it keeps TRL's advantage, and is no part of the baseline of the others.
         answer: the dataset's column with the right answer, for the detector; rows may lack it.
         fused_loss: make loss and gradient in one pass over the head (`linear_prefix_loss`), where TRL's `loss_type` is
             grpo, bnpo, dr_grpo, dapo, luspo, cispo or sapo with token-level ratios. Same loss; every log-prob of
@@ -117,20 +121,28 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         """TRL's rewards, [B of all processes, functions]; on the way, the first wrong step of the wrong responses."""
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
         if self.advantage != "grpo":
-            scored = ~rewards.isnan().all(1)
-            correct = self._is_correct(rewards) & scored
+            verdicts = self._verdicts(rewards)
+            correct, judged = verdicts == 1, ~verdicts.isnan()
             here = self._local(len(prompts))
-            searched = (scored & ~correct)[here].tolist()
+            searched = (judged & ~correct)[here].tolist()
             first = self._first_wrong_tokens(inputs, prompts, completion_ids, searched)
-            self._outcome = Outcome(correct, scored, torch.tensor(first, device=rewards.device))
+            self._outcome = Outcome(correct, judged, torch.tensor(first, device=rewards.device))
         return rewards
 
-    def _is_correct(self, rewards: Tensor) -> Tensor:
+    def _verdicts(self, rewards: Tensor) -> Tensor:
+        """float [B]: 1 for right, 0 for wrong, NaN where nothing says which."""
+        silent = rewards.isnan().all(1)
         if callable(self.correct):
-            return self.correct(rewards).to(device=rewards.device, dtype=torch.bool)
-        if isinstance(self.correct, str):
-            return rewards[:, self.reward_func_names.index(self.correct)] > 0.5
-        return (rewards * self.reward_weights.to(rewards.device)).nansum(1) > self.correct
+            said = self.correct(rewards).to(rewards.device)
+            silent |= said.isnan()
+            right = said != 0
+        elif isinstance(self.correct, str):
+            reward = rewards[:, self.reward_func_names.index(self.correct)]
+            silent |= reward.isnan()
+            right = reward > 0.5
+        else:
+            right = (rewards * self.reward_weights.to(rewards.device)).nansum(1) > self.correct
+        return right.float().masked_fill(silent, torch.nan)
 
     def _first_wrong_tokens(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completion_ids: list[list[int]], searched: list[bool]
@@ -175,20 +187,21 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             # a group may lie on several processes
             sizes = torch.stack([mask.sum(1), first_error, batch["prompt_mask"].sum(1)], 1)
             lengths, everywhere, prompt_lengths = self.accelerator.gather(sizes).unbind(1)
-            groups = self._groups(outcome.scored)
+            groups = self._groups(outcome.judged)
             if self.advantage == "vppo":
                 options: Any = {"prompt_lengths": prompt_lengths, "alpha": self.alpha, "shorten": self.shorten}
                 by_token = advantages.vppo(outcome.correct, lengths, everywhere, groups, **options)
             else:
                 by_token = advantages.cliff(outcome.correct, lengths, everywhere, groups)
             by_token = TokenAdvantages(*(x[here] for x in by_token))
+            suffix = torch.where(outcome.judged[here], by_token.suffix, batch["advantages"].to(by_token.suffix))
+            by_token = by_token._replace(suffix=suffix)  # without a verdict there is no prefix
         return by_token.per_token(batch["completion_ids"], mask)
 
-    def _groups(self, scored: Tensor) -> Tensor:
-        """int64 [B of all processes]: which prompt each answers; without a reward a response is alone, and gets 0."""
+    def _groups(self, judged: Tensor) -> Tensor:
+        """int64 [B of all processes]: which prompt each answers; without a verdict a response is alone."""
         size = self.num_generations if self.model.training else self.num_generations_eval
-        index = torch.arange(len(scored), device=scored.device)
-        return torch.where(scored, index // size, len(scored) + index)
+        return alone_unless(judged, torch.arange(len(judged), device=judged.device) // size)
 
     def _local(self, responses: int) -> slice:
         """This process's part of what was gathered."""

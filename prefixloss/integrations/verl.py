@@ -14,12 +14,15 @@ with PREFIXLOSS_VERL_HEAD=1 in the environment of the workers to have our head u
 settings are in `verl_vppo.yaml` beside this file. The command needs Ray and GPUs and was not run here.
 
 verl hands an estimator one reward a response. The reward manager puts the first error into it: 1 for a correct
-response, -(first_error + 1) for a wrong one, 0 where no error was found (`token_loss.signed_score`); a reward function
-of your own may return the same. So `algorithm.use_kl_in_reward` has to stay off.
+response, -(first_error + 1) for a wrong one, 0 where no error was found, NaN where the reward function gave no verdict
+(None or NaN; `token_loss.signed_score`); a reward function of your own may return the same. first_error counts all of
+the response's tokens here, those that tools wrote as well: verl's reward loop does not say which those are, and the
+estimator finds out. So `algorithm.use_kl_in_reward` has to stay off.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -27,8 +30,10 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
+from prefixloss import check
 from prefixloss.config import LossConfig, Objective
 from prefixloss.integrations.token_loss import (
     first_error_of,
@@ -113,18 +118,35 @@ def advantage_estimator(
 ) -> tuple[Tensor, Tensor]:
     """An advantage estimator in verl's signature: (advantages, returns), [B, T] both, the same tensor.
 
-    token_level_rewards: [B, T], a response's sum is its signed score. index: [B], equal for answers to one prompt.
-    config: verl's AlgoConfig; `algorithm.<estimator>` holds the options of `prefixloss.advantages`. A prompt's length
-    does not reach an estimator: `shorten` is a number here, 0 unless set. `norm_adv_by_std_in_grpo` is for
-    neutral_prefix; vppo has an option `std` of its own, off unless set, and cliff has none.
+    token_level_rewards: [B, T], a response's sum is its signed score, at whatever token verl put it: the last one that
+    was attended to may be a tool's. index: [B], equal for answers to one prompt. config: verl's AlgoConfig;
+    `algorithm.<estimator>` holds the options of `prefixloss.advantages`. A prompt's length does not reach an estimator:
+    `shorten` is a number here, 0 unless set. `norm_adv_by_std_in_grpo` is for neutral_prefix; vppo has an option `std`
+    of its own, off unless set, and cliff has none.
     """
     options = dict((config.get(estimator) if config is not None else None) or {})
     if estimator == "neutral_prefix" and config is not None:
         options.setdefault("std", config.get("norm_adv_by_std_in_grpo", True))
-    scores = (token_level_rewards * response_mask).sum(-1)
+    scores = _in_scored_tokens(token_level_rewards, response_mask.bool())
     spread = token_advantages(scores, response_mask.bool().sum(-1), index, estimator, **options)
     of_token = spread.per_token(response_mask, response_mask)
     return of_token, of_token
+
+
+def _in_scored_tokens(rewards: Tensor, scored: Tensor) -> Tensor:
+    """The signed scores [B] in rewards [B, T], their first errors counted in scored tokens alone."""
+    scores = rewards.sum(-1)
+    column = -scores - 1
+    end = (rewards != 0).int().cumsum(1).argmax(1)  # where the score was put: the response's last token
+    beyond = (scores < 0) & (column > end)
+    if beyond.any():
+        at = int(beyond.nonzero()[0])
+        got = f"{scores[at]:g} for response {at}, whose score is at token {int(end[at])}"
+        check.fail("token_level_rewards", got, "-(first_error + 1), first_error counting from 0 the response's tokens")
+    before = scored & (torch.arange(rewards.shape[1], device=rewards.device) < column[:, None])
+    # an error that begins behind the last scored token leaves that one in doubt
+    kept = torch.minimum(before.sum(1), (scored.sum(1) - 1).clamp(min=0))
+    return torch.where(scores < 0, -(kept + 1.0), scores)
 
 
 def fused_logps(
@@ -202,24 +224,29 @@ def _register_reward_manager() -> None:
         async def run_single(self, data: Any) -> dict[str, Any]:
             result = await super().run_single(data)
             item = data[-1:][0]
-            correct = result["reward_score"] > 0
+            correct = _verdict(result["reward_score"])
             find = partial(_first_error, self.tokenizer, item, **dict(self.config.reward.get("prefixloss") or {}))
-            first_error = -1 if correct else await self.loop.run_in_executor(None, find)
-            extra = {**result["reward_extra_info"], "correct": float(correct), "first_error": first_error}
+            first_error = await self.loop.run_in_executor(None, find) if correct is False else -1
+            # verl averages what is here: None would end the run
+            extra = {name: math.nan if x is None else x for name, x in result["reward_extra_info"].items()}
+            extra |= {"correct": math.nan if correct is None else float(correct), "first_error": first_error}
             return {"reward_score": signed_score(correct, first_error), "reward_extra_info": extra}
 
 
+def _verdict(reward: Any) -> bool | None:
+    """Whether a reward says that a response is right; None where a reward function gave no verdict."""
+    return None if reward is None or math.isnan(reward) else bool(reward > 0)
+
+
 def _first_error(tokenizer: Any, item: Any, **options: Any) -> int:
-    """Among the scored tokens of a response. item: a DataProtoItem of verl."""
-    ids = item.batch["responses"]
-    valid = int(item.batch["attention_mask"][-len(ids) :].sum())
-    problem = next((m["content"] for m in reversed(item.non_tensor_batch["raw_prompt"]) if m["role"] == "user"), "")
-    answer = str(item.non_tensor_batch["reward_model"]["ground_truth"])
-    found = first_error_of(tokenizer, ids[:valid].tolist(), problem, answer, **options)
-    if found < 0 or "response_mask" not in item.batch:
-        return found
-    scored = item.batch["response_mask"][:valid]  # what tools wrote is not
-    return min(int(scored[:found].sum()), max(0, int(scored.sum()) - 1))
+    """Among all tokens of a response. item: a DataProtoItem of verl."""
+    ids, others = item.batch["responses"], item.non_tensor_batch
+    # of several outputs padded together, the mask's last columns are not the response's
+    valid = int(others.get("response_len", item.batch["attention_mask"][-len(ids) :].sum()))
+    problem = next((m["content"] for m in reversed(others["raw_prompt"]) if m["role"] == "user"), "")
+    return first_error_of(
+        tokenizer, ids[:valid].tolist(), problem, str(others["reward_model"]["ground_truth"]), **options
+    )
 
 
 POLICY_LOSSES = {name: partial(policy_loss, objective=name) for name in get_args(Objective)}
