@@ -1,4 +1,7 @@
-"""Kernels run on the GPU where there is one, else on CPU tensors in Triton's interpreter, which is chosen at import."""
+"""Kernels run on the GPU where there is one, else on CPU tensors: in Triton's interpreter, or with `--emulate` as PTX.
+
+Which one is chosen before the first kernel is loaded.
+"""
 
 import os
 from collections.abc import Iterator
@@ -6,8 +9,34 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("kernels")
+    group.addoption("--emulate", action="store_true", help="run kernels as sm_90 code in tests/ptx_emulator")
+    group.addoption("--noise", type=int, default=0, help="with --emulate: seed of approximate instructions' errors")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("emulate"):
+        _emulate(config)
+    elif not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _emulate(config: pytest.Config) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    from ptx_emulator import Emulator  # noqa: PLC0415 (after the choice)
+
+    from prefixloss import check  # noqa: PLC0415
+
+    config.emulator = Emulator(config.getoption("noise"))
+    config.emulator.install()
+    check._interpreted = lambda: True  # the back-end takes CPU tensors
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if emulator := getattr(terminalreporter.config, "emulator", None):
+        terminalreporter.write_line(str(emulator.figures))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -136,24 +136,25 @@ def test_functions_at_0_at_infinity_and_at_nan(name: str, x: list[float], want: 
 
 
 # --- the objective, against the torch form
+# A kernel's own parameter cannot be called `options`: Triton's launcher has that name for its keyword arguments.
 
 
 @triton.jit
-def policy_kernel(a_ptr, logp_ptr, ratio_ptr, out_ptr, size, options, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def policy_kernel(a_ptr, logp_ptr, ratio_ptr, out_ptr, size, numbers, KIND: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     a = tl.load(a_ptr + at, mask=at < size, other=0.0)
     logp = tl.load(logp_ptr + at, mask=at < size, other=0.0)
     ratio = tl.load(ratio_ptr + at, mask=at < size, other=0.0)
-    loss, d_logp = policy(a, logp, ratio, options, KIND)
+    loss, d_logp = policy(a, logp, ratio, numbers, KIND)
     tl.store(out_ptr + at, loss, mask=at < size)
     tl.store(out_ptr + size + at, d_logp, mask=at < size)
 
 
 @triton.jit
-def weight_kernel(q_ptr, out_ptr, size, options, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def weight_kernel(q_ptr, out_ptr, size, numbers, KIND: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     q = tl.load(q_ptr + at, mask=at < size, other=0.0)
-    tl.store(out_ptr + at, sampler_weight(q, options, KIND), mask=at < size)
+    tl.store(out_ptr + at, sampler_weight(q, numbers, KIND), mask=at < size)
 
 
 @triton.jit
@@ -168,7 +169,7 @@ def divergence_kernel(d_ptr, exact_ptr, out_ptr, size, KIND: tl.constexpr, BLOCK
 
 @triton.jit
 def terms_kernel(
-    given_ptr, logp_ptr, entropy_ptr, exact_ptr, out_ptr, size, options, KIND: tl.constexpr, BLOCK: tl.constexpr
+    given_ptr, logp_ptr, entropy_ptr, exact_ptr, out_ptr, size, numbers, KIND: tl.constexpr, BLOCK: tl.constexpr
 ):
     at = tl.arange(0, BLOCK)
     wanted = at < size
@@ -182,7 +183,7 @@ def terms_kernel(
     logp = tl.load(logp_ptr + at, mask=wanted, other=0.0)
     entropy = tl.load(entropy_ptr + at, mask=wanted, other=0.0)
     exact = tl.load(exact_ptr + at, mask=wanted, other=0.0)
-    loss, slopes, ratio, kl = token_terms(given, logp, entropy, exact, options, KIND)
+    loss, slopes, ratio, kl = token_terms(given, logp, entropy, exact, numbers, KIND)
     tl.store(out_ptr + at, loss, mask=wanted)
     tl.store(out_ptr + size + at, slopes.logp, mask=wanted)
     tl.store(out_ptr + 2 * size + at, slopes.entropy, mask=wanted)

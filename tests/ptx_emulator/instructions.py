@@ -1,0 +1,339 @@
+"""What each instruction computes: a table from its name to types and a function.
+
+Control flow, memory, shuffles and barriers are `machine`'s. A modifier that is not named here is an error: it would
+change the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import UnknownInstructionError
+from .numbers import FLOATS, SIGNED, UNSIGNED, Array, Noise, bits_of, encode, flushed, fused
+
+
+class Operation(NamedTuple):
+    """results, sources: types of the operands."""
+
+    results: tuple[str, ...]
+    sources: tuple[str, ...]
+    compute: Callable[..., Array | tuple[Array, ...]]
+
+
+def operation(name: tuple[str, ...], noise: Noise) -> Operation:
+    """The operation of an instruction; name: with its modifiers."""
+    build = _TABLE.get(name[0])
+    found = build(name[1:-1], name[-1], noise) if build and len(name) > 1 else None
+    if found is None:
+        raise UnknownInstructionError(".".join(name))
+    return found
+
+
+Builder = Callable[[tuple[str, ...], str, Noise], "Operation | None"]
+
+
+def _allowed(modifiers: tuple[str, ...], *allowed: str) -> bool:
+    return set(modifiers) <= set(allowed)
+
+
+def _is_float(kind: str) -> bool:
+    return kind in FLOATS or kind == "bf16"
+
+
+def _maybe_flushed(compute: Callable[..., Array], modifiers: tuple[str, ...]) -> Callable[..., Array]:
+    if "ftz" not in modifiers:
+        return compute
+    return lambda *inputs: flushed(compute(*(flushed(x) for x in inputs)))
+
+
+# --- arithmetic
+
+
+def _elementwise(floats: Callable[..., Array] | None, integers: Callable[..., Array] | None, count: int) -> Builder:
+    """The same type for all operands."""
+
+    def build(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
+        compute = floats if _is_float(kind) else integers
+        # integers know no rounding; numbers of 16 bits are rounded by each operation
+        rounding = ("rn", "ftz") if kind == "f32" else ("rn",) if kind in FLOATS else ()
+        if compute is None or kind == "bf16" or not _allowed(modifiers, *rounding):
+            return None
+        return Operation((kind,), (kind,) * count, _maybe_flushed(compute, modifiers))
+
+    return build
+
+
+def _extreme(floats: Callable[..., Array], propagating: Callable[..., Array], integers: Callable[..., Array]) -> Builder:
+    """max and min, which drop NaN unless told otherwise."""
+
+    def build(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
+        if not _is_float(kind):
+            return Operation((kind,), (kind, kind), integers) if not modifiers else None
+        if not _allowed(modifiers, "ftz", "NaN"):
+            return None
+        compute = propagating if "NaN" in modifiers else floats
+        return Operation((kind,), (kind, kind), _maybe_flushed(compute, modifiers))
+
+    return build
+
+
+def _multiply(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
+    if _is_float(kind):
+        return _elementwise(np.multiply, None, 2)(modifiers, kind, _)
+    if modifiers == ("wide",):
+        wide = _wider(kind)
+        return Operation((wide,), (kind, kind), lambda a, b: _widened(a, wide) * _widened(b, wide))
+    if modifiers == ("lo",):
+        return Operation((kind,), (kind, kind), np.multiply)
+    if modifiers == ("hi",) and bits_of(kind) == 32:
+        wide, shift = _wider(kind), 32
+        return Operation(
+            (kind,),
+            (kind, kind),
+            lambda a, b: (_widened(a, wide) * _widened(b, wide) >> np.array([shift], _widened(a, wide).dtype)).astype(
+                a.dtype
+            ),
+        )
+    return None
+
+
+def _multiply_add(modifiers: tuple[str, ...], kind: str, noise: Noise) -> Operation | None:
+    product = None if _is_float(kind) else _multiply(modifiers, kind, noise)
+    if product is None:
+        return None
+    result = product.results[0]
+    return Operation((result,), (kind, kind, result), lambda a, b, c: product.compute(a, b) + c)
+
+
+def _wider(kind: str) -> str:
+    return f"{kind[0]}{2 * bits_of(kind)}"
+
+
+def _widened(x: Array, kind: str) -> Array:
+    return x.astype((SIGNED if kind[0] == "s" else UNSIGNED)[bits_of(kind)])
+
+
+def _fma(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
+    if kind != "f32" or not _allowed(modifiers, "rn", "ftz"):
+        return None
+    return Operation((kind,), (kind,) * 3, _maybe_flushed(fused, modifiers))
+
+
+def _divide(modifiers: tuple[str, ...], kind: str, noise: Noise) -> Operation | None:
+    if kind == "f32":
+        # two units in the last place over the whole range
+        bound = {"full": 2.0**-22, "approx": 2.0**-22, "rn": 0.0}.get(modifiers[0])
+        if bound is None or not _allowed(modifiers[1:], "ftz"):
+            return None
+        compute = partial(_quotient, noise, bound)
+        return Operation((kind,), (kind, kind), _maybe_flushed(compute, modifiers))
+    return Operation((kind,), (kind, kind), _whole_quotient) if not modifiers and not _is_float(kind) else None
+
+
+def _quotient(noise: Noise, bound: float, a: Array, b: Array) -> Array:
+    return noise.relative(a.astype(np.float64) / b, bound, a, b)
+
+
+def _whole_quotient(a: Array, b: Array) -> Array:
+    """Towards zero. Whatever a division by 0 gives on a device, it is not defined."""
+    return (a - np.fmod(a, b)) // np.where(b == 0, np.ones_like(b), b)
+
+
+def _remainder(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
+    return Operation((kind,), (kind, kind), np.fmod) if not modifiers and not _is_float(kind) else None
+
+
+# --- approximate functions: PTX's own bounds on their errors
+
+
+def _approximate(function: Callable[[Array], Array], bound: float) -> Builder:
+    def build(modifiers: tuple[str, ...], kind: str, noise: Noise) -> Operation | None:
+        if kind != "f32" or "approx" not in modifiers or not _allowed(modifiers, "approx", "ftz"):
+            return None
+
+        def compute(x: Array) -> Array:
+            return noise.relative(function(x.astype(np.float64)), bound, x)
+
+        return Operation((kind,), (kind,), _maybe_flushed(compute, modifiers))
+
+    return build
+
+
+def _logarithm(modifiers: tuple[str, ...], kind: str, noise: Noise) -> Operation | None:
+    """An absolute error between 1/2 and 2, where the result may be near 0, and a relative one elsewhere."""
+    if kind != "f32" or "approx" not in modifiers or not _allowed(modifiers, "approx", "ftz"):
+        return None
+
+    def compute(x: Array) -> Array:
+        exact = np.log2(x.astype(np.float64))
+        size = np.where((x > 0.5) & (x < 2), 1.0, np.where(np.isfinite(exact), np.abs(exact), 0.0))
+        return noise.absolute(exact, 2.0**-22 * size, x)
+
+    return Operation((kind,), (kind,), _maybe_flushed(compute, modifiers))
+
+
+# --- bits
+
+
+def _shift(left: bool) -> Builder:
+    def build(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
+        if modifiers or _is_float(kind):
+            return None
+        bits = bits_of(kind)
+
+        def compute(x: Array, by: Array) -> Array:
+            far = by >= bits
+            near = np.minimum(by, bits - 1).astype(x.dtype)
+            if left:
+                return np.where(far, np.zeros_like(x), np.left_shift(x, near))
+            shifted = np.right_shift(x, near)
+            # a signed number is filled with its sign
+            return shifted if kind[0] == "s" else np.where(far, np.zeros_like(x), shifted)
+
+        return Operation((kind,), (kind, "u32"), compute)
+
+    return build
+
+
+def _negate(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
+    if not _allowed(modifiers, "ftz"):
+        return None
+    return Operation((kind,), (kind,), _maybe_flushed(np.negative, modifiers))
+
+
+def _absolute(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
+    if not _allowed(modifiers, "ftz"):
+        return None
+    return Operation((kind,), (kind,), _maybe_flushed(np.abs, modifiers))
+
+
+def _copysign(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
+    return Operation((kind,), (kind, kind), lambda sign, x: np.copysign(x, sign)) if not modifiers else None
+
+
+# --- choices and comparisons
+
+
+def _select(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
+    raw = f"b{bits_of(kind)}"
+    return Operation((raw,), (raw, raw, "pred"), lambda a, b, p: np.where(p, a, b)) if not modifiers else None
+
+
+_COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    # unsigned ones have names of their own as well
+    "lo": np.less,
+    "ls": np.less_equal,
+    "hi": np.greater,
+    "hs": np.greater_equal,
+}
+
+
+def _compare(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
+    """`setp.comparison[.combination].type`: without `u` a comparison with NaN is false, with it true."""
+    comparison, rest = modifiers[0], tuple(m for m in modifiers[1:] if m != "ftz")
+    compute: Callable[[Array, Array], Array]
+    if comparison in ("num", "nan"):
+        compute = (lambda a, b: np.isnan(a) | np.isnan(b)) if comparison == "nan" else (lambda a, b: (a == a) & (b == b))
+    elif _COMPARISONS.get(comparison):
+        plain = _COMPARISONS[comparison]
+        # only `ne` is true for NaN in NumPy
+        compute = (lambda a, b: (a != b) & (a == a) & (b == b)) if comparison == "ne" else plain
+    elif comparison[-1] == "u" and _COMPARISONS.get(comparison[:-1]):
+        plain = _COMPARISONS[comparison[:-1]]
+        compute = lambda a, b: plain(a, b) | (a != a) | (b != b)
+    else:
+        return None
+    if kind.endswith("x2") and not rest:
+        half = kind[:-2]
+        return Operation(("pred", "pred"), (half + "pair",) * 2, lambda a, b: (compute(a[0], b[0]), compute(a[1], b[1])))
+    if not rest:
+        return Operation(("pred",), (kind, kind), compute)
+    combine = {("and",): np.logical_and, ("or",): np.logical_or, ("xor",): np.logical_xor}.get(rest)
+    if combine is None:
+        return None
+    return Operation(("pred",), (kind, kind, "pred"), lambda a, b, p: combine(compute(a, b), p))
+
+
+# --- conversions
+
+
+_TO_WHOLE: dict[str, Callable[[Array], Array]] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+
+
+def _convert(modifiers: tuple[str, ...], source: str, _: Noise) -> Operation | None:
+    """`cvt[.rounding][.ftz].to.from`"""
+    if not modifiers:
+        return None
+    to, rest = modifiers[-1], modifiers[:-1]
+    if not _allowed(rest, "rn", "ftz", *_TO_WHOLE):
+        return None
+    if to in ("bf16x2", "f16x2") and source == "f32":
+        # the first operand is the upper half
+        return Operation((to,), (source, source), lambda high, low: _pair(high, low, to[:-2]))
+    to_whole = next((_TO_WHOLE[name] for name in rest if name in _TO_WHOLE), None)
+    if _is_float(to):
+        if to_whole is not None:
+            return Operation((to,), (source,), _maybe_flushed(to_whole, rest))
+        dtype = np.float32 if to == "bf16" else FLOATS[to]
+        convert = lambda x: x.astype(dtype)
+        return Operation((to,), (source,), convert if to == "bf16" else _maybe_flushed(convert, rest))
+    dtype = (SIGNED if to[0] == "s" else UNSIGNED)[bits_of(to)]
+    if _is_float(source):
+        return None if to_whole is None else Operation((to,), (source,), partial(_whole, to_whole, dtype))
+    return Operation((to,), (source,), lambda x: x.astype(dtype))
+
+
+def _pair(high: Array, low: Array, kind: str) -> Array:
+    with_high = encode(high, kind).astype(np.uint32) << np.uint32(16)
+    return with_high | encode(low, kind).astype(np.uint32)
+
+
+def _whole(to_whole: Callable[[Array], Array], dtype: type, x: Array) -> Array:
+    """Clamped to what fits, and NaN to 0."""
+    limits = np.iinfo(dtype)
+    whole = np.nan_to_num(to_whole(x.astype(np.float64)), nan=0.0, posinf=np.inf, neginf=-np.inf)
+    top = whole >= float(limits.max)
+    bottom = whole <= float(limits.min)
+    inside = np.where(top | bottom, 0.0, whole).astype(dtype)
+    return np.where(top, dtype(limits.max), np.where(bottom, dtype(limits.min), inside))
+
+
+_TABLE: dict[str, Builder] = {
+    "add": _elementwise(np.add, np.add, 2),
+    "sub": _elementwise(np.subtract, np.subtract, 2),
+    "mul": _multiply,
+    "mad": _multiply_add,
+    "fma": _fma,
+    "div": _divide,
+    "rem": _remainder,
+    "neg": _negate,
+    "abs": _absolute,
+    "copysign": _copysign,
+    "max": _extreme(np.fmax, np.maximum, np.maximum),
+    "min": _extreme(np.fmin, np.minimum, np.minimum),
+    "ex2": _approximate(np.exp2, 2.0**-22),
+    "lg2": _logarithm,
+    "rcp": _approximate(lambda x: 1.0 / x, 2.0**-23),
+    "sqrt": _approximate(np.sqrt, 2.0**-23),
+    "rsqrt": _approximate(lambda x: 1.0 / np.sqrt(x), 2.0**-22.9),
+    "tanh": _approximate(np.tanh, 2.0**-11),
+    "and": _elementwise(None, np.bitwise_and, 2),
+    "or": _elementwise(None, np.bitwise_or, 2),
+    "xor": _elementwise(None, np.bitwise_xor, 2),
+    "not": _elementwise(None, np.bitwise_not, 1),
+    "shl": _shift(left=True),
+    "shr": _shift(left=False),
+    "selp": _select,
+    "setp": _compare,
+    "cvt": _convert,
+}
