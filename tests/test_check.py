@@ -1,6 +1,7 @@
 """Whatever is thrown at an argument, the error is a ValueError or TypeError that names it. A table of bad values for
 each kind of argument meets every argument of every public function."""
 
+import inspect
 import math
 import re
 import warnings
@@ -229,6 +230,23 @@ def test_the_right_calls_are_right(name: str) -> None:
     """Or the table below would prove nothing."""
     function, right = CALLS[name]
     function(**right())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_argument_is_left_out_of_the_table(name: str) -> None:
+    function, right = CALLS[name]
+    packed = {"cu_seqlens"}  # below
+    assert set(inspect.signature(function).parameters) - packed == set(right())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("function", "make"), [(linear_prefix_loss, loss_arguments), (prefix_loss, logit_arguments)])
+def test_bad_offsets_are_refused_by_name(function: Callable[..., Any], make: Any, backend: str) -> None:
+    right = {n: v.flatten(0, 1) if isinstance(v, Tensor) and v.shape[:2] == (B, T) else v for n, v in make().items()}
+    right |= {"backend": backend, "cu_seqlens": torch.tensor([0, 3, 6], dtype=torch.int32)}
+    function(**right)
+    for what, bad in bad_tensors(right["cu_seqlens"], optional=True).items():
+        refused(function, right | {"cu_seqlens": bad}, "cu_seqlens", what)
 
 
 @pytest.mark.parametrize(("name", "argument", "backend"), CASES)
