@@ -54,7 +54,8 @@ def numbers(more: dict[str, Any]) -> dict[str, Any]:
     return {
         "a string": "0.5", "None": None, "nan": NAN, "inf": INF, "a bool": True, "a NumPy bool": np.True_,
         "a Decimal": Decimal("0.5"), "huge": 10**400, "beyond writing": 10**5000, "a huge fraction": Fraction(10**400),
-        "beyond float32": 1e300, "subnormal": 1e-320, "a tensor": torch.tensor(0.5), "an array": np.array([0.5, 0.5]),
+        "beyond float32": 1e300, "subnormal": 1e-320, "a small inf": np.float16(INF),
+        "a tensor": torch.tensor(0.5), "an array": np.array([0.5, 0.5]),
         "complex": 1j, "a list": [0.5], "an object": object(),
     } | more  # fmt: skip
 
@@ -67,7 +68,7 @@ FLAGS = {
     "a string": "no", "None": None, "a number": 1, "a NumPy bool": np.True_, "a tensor": torch.tensor(True), "list": [],
 }  # fmt: skip
 NAMES = {
-    "unknown": "x" * 500, "bytes": b"clip", "a number": 1, "a list": ["clip"], "an array": np.array(["a", "b"]),
+    "unknown": "x" * 5000, "bytes": b"clip", "a number": 1, "a list": ["clip"], "an array": np.array(["a", "b"]),
     "a tensor": torch.zeros(2), "an object": object(),
 }  # fmt: skip
 PAIRS = {
