@@ -228,8 +228,8 @@ def responses(judged: Tensor | None = None, **arguments: Tensor) -> None:
 
 
 def _within(argument: str, values: Tensor, low: int, judged: Tensor | None) -> None:
-    _none(argument, values, values < low, f"{low} or more", judged=judged)
-    _none(argument, values, values > _LARGEST_INDEX, f"no more than {_LARGEST_INDEX}", judged=judged)
+    wrong = (values < low) | (values > _LARGEST_INDEX)
+    _none(argument, values, wrong, f"{low} or more, up to {_LARGEST_INDEX}", judged=judged)
 
 
 def _none(
@@ -245,11 +245,8 @@ def _none(
         wrong = wrong & judged
     if bool(wrong.any()):
         at = int(wrong.nonzero()[0])
-        fail(
-            argument,
-            f"{values[at].item()} for response {at}",
-            wants if limits is None else f"{wants} {int(limits[at])}",
-        )
+        wants = wants if limits is None else f"{wants} {int(limits[at])}"
+        fail(argument, f"{values[at].item()} for response {at}", wants)
 
 
 def shorten(value: Any, lengths: Tensor, prompt_lengths: Tensor | None, judged: Tensor | None = None) -> None:

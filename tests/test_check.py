@@ -1,6 +1,7 @@
 """Whatever is thrown at an argument, the error is a ValueError or TypeError that names it. A table of bad values for
 each kind of argument meets every argument of every public function."""
 
+import inspect
 import math
 import re
 import warnings
@@ -53,7 +54,8 @@ def numbers(more: dict[str, Any]) -> dict[str, Any]:
     return {
         "a string": "0.5", "None": None, "nan": NAN, "inf": INF, "a bool": True, "a NumPy bool": np.True_,
         "a Decimal": Decimal("0.5"), "huge": 10**400, "beyond writing": 10**5000, "a huge fraction": Fraction(10**400),
-        "beyond float32": 1e300, "subnormal": 1e-320, "a tensor": torch.tensor(0.5), "an array": np.array([0.5, 0.5]),
+        "beyond float32": 1e300, "subnormal": 1e-320, "a small inf": np.float16(INF),
+        "a tensor": torch.tensor(0.5), "an array": np.array([0.5, 0.5]),
         "complex": 1j, "a list": [0.5], "an object": object(),
     } | more  # fmt: skip
 
@@ -66,7 +68,7 @@ FLAGS = {
     "a string": "no", "None": None, "a number": 1, "a NumPy bool": np.True_, "a tensor": torch.tensor(True), "list": [],
 }  # fmt: skip
 NAMES = {
-    "unknown": "x" * 500, "bytes": b"clip", "a number": 1, "a list": ["clip"], "an array": np.array(["a", "b"]),
+    "unknown": "x" * 5000, "bytes": b"clip", "a number": 1, "a list": ["clip"], "an array": np.array(["a", "b"]),
     "a tensor": torch.zeros(2), "an object": object(),
 }  # fmt: skip
 PAIRS = {
@@ -229,6 +231,23 @@ def test_the_right_calls_are_right(name: str) -> None:
     """Or the table below would prove nothing."""
     function, right = CALLS[name]
     function(**right())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_argument_is_left_out_of_the_table(name: str) -> None:
+    function, right = CALLS[name]
+    packed = {"cu_seqlens"}  # below
+    assert set(inspect.signature(function).parameters) - packed == set(right())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("function", "make"), [(linear_prefix_loss, loss_arguments), (prefix_loss, logit_arguments)])
+def test_bad_offsets_are_refused_by_name(function: Callable[..., Any], make: Any, backend: str) -> None:
+    right = {n: v.flatten(0, 1) if isinstance(v, Tensor) and v.shape[:2] == (B, T) else v for n, v in make().items()}
+    right |= {"backend": backend, "cu_seqlens": torch.tensor([0, 3, 6], dtype=torch.int32)}
+    function(**right)
+    for what, bad in bad_tensors(right["cu_seqlens"], optional=True).items():
+        refused(function, right | {"cu_seqlens": bad}, "cu_seqlens", what)
 
 
 @pytest.mark.parametrize(("name", "argument", "backend"), CASES)
