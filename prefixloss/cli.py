@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import os
+import signal
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from prefixloss.detect.records import FormatError
 from prefixloss.files import write_whole
 from prefixloss.rl import UsageError
 from prefixloss.rl.config import ADVANTAGES, GENERAL, Config
+from prefixloss.rl.lock import is_empty
 from prefixloss.show import read_shown, to_html, to_terminal
 from prefixloss.steps import SEGMENTERS
 from prefixloss.visible import visible
@@ -128,10 +129,12 @@ def train(
             raise
         print(missing(error), file=sys.stderr)
         raise typer.Exit(2) from None
+    run: Path | None = None
     try:
         if resume is not None:
             run = resume
-            config = Config.of(_read_config(resume, given, out))
+            _check_alone(given, out)
+            config = Config.read(resume)
         else:
             if "shorten" in given:
                 given["shorten"] = _number(given["shorten"])
@@ -145,12 +148,28 @@ def train(
     except UsageError as error:
         raise fail(str(error)) from None
     except NotFiniteError as error:
-        typer.echo(f"prefixloss: {error}", err=True)
+        typer.echo(f"prefixloss: {visible(str(error))}", err=True)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        began = (run / "config.json").exists()
-        typer.echo(f"\nstopped; to go on: prefixloss train --resume {run}" if began else "\nstopped", err=True)
-        raise typer.Exit(130) from None
+    except OSError as error:
+        typer.echo(
+            f"prefixloss: {visible(f'{error.filename or run}: {error.strerror or error}')}{_kept(run)}", err=True
+        )
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt as stop:
+        if int(os.environ.get("RANK", "0")) == 0:
+            typer.echo(f"\nstopped{_to_go_on(run)}", err=True)
+        raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
+
+
+def _to_go_on(run: Path | None) -> str:
+    began = run is not None and (run / "config.json").exists()
+    return visible(f"; to go on: prefixloss train --resume {run}") if began else ""
+
+
+def _kept(run: Path | None) -> str:
+    """What a run has that could not write."""
+    kept = run is not None and (run / "checkpoint.pt").exists()
+    return f"; the checkpoint from before is kept{_to_go_on(run)}" if kept else ""
 
 
 @app.command()
@@ -176,25 +195,18 @@ def show(
 
 def _check_room(run: Path, overwrite: bool) -> None:
     """No run may land among other files; only what is a run by its config.json may be replaced."""
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if run.exists() and not (run.is_dir() and is_empty(run)):
         if not (run / "config.json").is_file():
             raise UsageError(f"--out: {run} is not an empty directory and not a run")
         if not overwrite:
             raise UsageError(f"--out: {run} holds a run; --resume {run} goes on with it, --overwrite replaces it")
 
 
-def _read_config(run: Path, given: dict[str, Any], out: Path | None) -> dict[str, Any]:
+def _check_alone(given: dict[str, Any], out: Path | None) -> None:
     extra = [*(["out"] if out else []), *given]
     if extra:
         name = extra[0].replace("_", "-")
         raise UsageError(f"--{name}: cannot be given with --resume, which keeps the settings of the run")
-    try:
-        values = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UsageError(f"--resume: {run} is not a run, it has no readable config.json") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"--resume: {run}/config.json holds no settings")
-    return values
 
 
 def _number(text: str) -> str | int | float:

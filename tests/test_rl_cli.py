@@ -60,7 +60,7 @@ def here(tmp_path, monkeypatch):
         (["--resume", "full"], "--resume: full is not a run"),
         (["--resume", "run", "--lr", "0.1"], "--lr: cannot be given with --resume"),
         (["--resume", "run", "--out", "new"], "--out: cannot be given with --resume"),
-        (["--resume", "run"], "--resume: config.json has a value of the wrong type"),
+        (["--resume", "run"], "--resume: config.json has a value of the wrong type: updates: got 'many'"),
     ],
 )
 def test_a_wrong_argument_gets_one_line_and_no_work(here, arguments, message):

@@ -19,8 +19,9 @@ from processes import group_of, in_processes
 from typer.testing import CliRunner
 
 from prefixloss import cli
-from prefixloss.rl import task, train
+from prefixloss.rl import checkpoint, task, train
 from prefixloss.rl.config import Config
+from prefixloss.rl.lock import Lock
 from prefixloss.rl.policy import Policy, Sampled, tiny_policy
 from prefixloss.rl.team import Team
 
@@ -208,3 +209,29 @@ def test_a_lost_process_ends_the_run_in_bounded_time_and_the_checkpoint_goes_on(
     (path / "config.json").write_text(json.dumps({**config, "updates": reached + 2}))
     assert run(2, "--resume", path).returncode == 0
     assert updates_of(path) == list(range(reached + 3))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_scheduler_s_signal_is_passed_on_by_torchrun_and_saves(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with running(*flags(updates=100_000, save_every=100_000, out=path)) as (process, ranks):
+        for number in (process.pid, *ranks):  # as to every process of a job
+            os.kill(number, signal.SIGTERM)
+        process.wait(timeout=120)
+        assert process.stderr is not None
+        assert f"--resume {path}" in process.stderr.read()
+    saved = checkpoint.load(path / "checkpoint.pt")
+    assert saved is not None
+    assert saved["state"]["update"] == updates_of(path)[-1] > 0
+
+
+@pytest.mark.slow
+def test_a_locked_run_ends_all_processes(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with Lock() as lock:
+        lock.take(path)
+        done = run(2, *flags(updates=1, out=path))
+    assert done.returncode != 0
+    assert f"in use by process {os.getpid()} on" in done.stderr.replace("\n", "")
+    assert list(path.iterdir()) == []

@@ -304,6 +304,22 @@ def test_the_final_table_and_the_progress_show_start_end_and_skipped_steps(tmp_p
         assert shown in text
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_final_table_is_not_cut_and_its_directory_is_no_markup(tmp_path, width):
+    run = tmp_path / "[red]run\x1b[2J"
+    run.mkdir()
+    first = {"update": 0, "pass@1": 0.25, "pass@4": 0.5}
+    shown = {"reward": 0.1, "good_prefix": 7.0, "good_steps": 1.5, "length": 9.0, "kl": 0.5, "clip_share": 0.25}
+    with (tmp_path / "out").open("w") as file:
+        report = Report(Console(file=file, width=width))
+        report.finish(run, [first, {"update": 123_456, "pass@1": 0.375, "pass@4": 0.625, "skipped": 3, **shown}], 4)
+    text = (tmp_path / "out").read_text()
+    labels = ("good prefix of wrong responses, tokens", "right steps before the first error", "held-out pass@4")
+    for label in (*labels, "start", "end", "25.00%", "minutes in this sitting", "123456 updates", "[red]run\u241b[2J"):
+        assert label in text.replace("\n", "") or label in text
+    assert not {"\u2026", "\x1b"} & set(text)
+
+
 def test_another_seed_gives_another_run(whole, tmp_path):
     train.train(Config(**{**SMALL, "seed": 1, "updates": 1}), tmp_path, quiet())
     first_two = [(run / "metrics.jsonl").read_text().splitlines()[:2] for run in (tmp_path, whole)]

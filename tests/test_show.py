@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.table import Table
 from typer.testing import CliRunner
 
 from prefixloss import cli
 from prefixloss.detect.records import FormatError
 from prefixloss.show import Shown, read_shown, to_html, to_terminal
-from prefixloss.visible import visible
+from prefixloss.visible import print_table, visible
 
 STEPS = ["Step 1: 1 + 1 = 2\n", "Step 2: 2 + 2 = 5\n", "Step 3: so 5"]
 TOKENS = ["Step 1", ": 1 + 1", " = 2\nSt", "ep 2: 2 + 2 = 5\n", "Step 3: so 5"]
@@ -220,3 +221,13 @@ def test_the_command_shows_and_writes(tmp_path: Path) -> None:
     failed = invoke(cli.app, ["show", str(tmp_path / "none")])
     assert failed.exit_code == 2
     assert "cannot read" in failed.output
+
+
+def test_a_table_wider_than_the_terminal_is_not_cut() -> None:
+    table, console = Table("a heading of its own", *[f"heading{k}" for k in range(9)]), Console(width=60)
+    table.add_row(*["1234567890"] * 10)
+    console.file = io.StringIO()
+    print_table(console, table)
+    said = console.file.getvalue()
+    assert all(word in said for word in ("a heading of its own", *(f"heading{k}" for k in range(9))))
+    assert (said.count("1234567890"), console.width) == (10, 60)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -19,6 +21,20 @@ _COUNTS = (
     *("eval_every", "eval_problems", "eval_samples", "k"),
     *("hidden_size", "layers", "warm_batch", "min_steps", "max_steps"),
 )
+_MOST = 10**9  # of any count: more is a mistake, and none of what counts with it would fail with a clear message
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+
+
+class SettingError(UsageError):
+    """A setting that cannot work. text: what it is and should be, without its name."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(f"--{name.replace('_', '-')}: {text}")
+        self.name, self.text = name, text
+
+
+class SettingTypeError(SettingError):
+    """A setting of the wrong type."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +86,17 @@ class Config:
     max_steps: int = 6
 
     def __post_init__(self) -> None:
+        for name, kinds in _types().items():
+            self._check_type(name, kinds)
         for name in _COUNTS:
             self._expect(name, getattr(self, name) >= 1, "a whole number of at least 1")
         for name in ("seed", "threads", "warm_steps", "lr_warmup"):
             self._expect(name, getattr(self, name) >= 0, "a whole number of at least 0")
+        for name in (*_COUNTS, "threads", "warm_steps", "lr_warmup", "timeout"):
+            self._expect(name, not getattr(self, name) > _MOST, f"at most {_MOST}")
+        self._expect("seed", self.seed < 2**63, "below 2**63")
+        for name in ("model", "data"):
+            self._expect(name, getattr(self, name) != "", "a name")
         for name in ("timeout", "lr", "warm_lr", "warm_loss", "max_grad_norm"):
             self._expect(name, 0 < getattr(self, name) < math.inf, "a number above 0")
         for name in ("clip", "kl_coef"):
@@ -84,7 +107,7 @@ class Config:
             try:
                 by_name(self.detector)
             except ValueError as error:
-                raise UsageError(f"--{error}") from None
+                raise SettingError("detector", str(error).removeprefix("detector: ")) from None
         self._expect("alpha", 0 <= self.alpha <= 1, "a number from 0 to 1")
         cut = self.shorten
         cut_is_valid = cut == "prompt" if isinstance(cut, str) else cut >= 0 if isinstance(cut, int) else 0 <= cut < 1
@@ -100,17 +123,61 @@ class Config:
         usable = self.device == "cpu" or int(self.device[5:] or 0) < gpus
         self._expect("device", usable, f"cpu: PyTorch sees {gpus or 'no'} GPU{'s' * (gpus > 1)} here")
 
+    def _check_type(self, name: str, kinds: tuple[type, ...]) -> None:
+        """A whole number is a number too, and true is none."""
+        value = getattr(self, name)
+        taken = (*kinds, int) if float in kinds else kinds
+        try:
+            right = isinstance(value, taken) and not isinstance(value, bool)
+            if right and isinstance(value, int) and int not in kinds:
+                float(value)
+        except OverflowError:
+            right = False
+        if not right:
+            wants = " or ".join(_KINDS[kind] for kind in kinds)
+            raise SettingTypeError(name, f"got {_short(value)}, expected {wants}")
+
     def _expect(self, name: str, holds: object, expected: str) -> None:
         if not holds:
-            raise UsageError(f"--{name.replace('_', '-')}: got {getattr(self, name)!r}, expected {expected}")
+            raise SettingError(name, f"got {_short(getattr(self, name))}, expected {expected}")
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Config:
-        """From RUN/config.json, whatever version wrote it."""
+    def of(cls, values: dict[str, Any], where: str = "config.json") -> Config:
+        """From a run's config.json: an earlier version's may lack a key, and none may be unknown. where: the file."""
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise UsageError(f"--resume: config.json has an unknown key: {_short(key)} ({where})")
         try:
-            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-        except TypeError as error:
-            raise UsageError(f"--resume: config.json has a value of the wrong type: {error}") from None
+            return cls(**values)
+        except SettingError as error:
+            what = "of the wrong type" if isinstance(error, SettingTypeError) else "that cannot work"
+            raise UsageError(
+                f"--resume: config.json has a value {what}: {error.name}: {error.text} ({where})"
+            ) from None
+
+    @classmethod
+    def read(cls, run: Path) -> Config:
+        """The settings of a run."""
+        path = run / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            raise UsageError(f"--resume: {run} is not a run, it has no readable config.json") from None
+        if not isinstance(values, dict):
+            raise UsageError(f"--resume: {path} holds no settings")
+        return cls.of(values, str(path))
+
+
+def _types() -> dict[str, tuple[type, ...]]:
+    return {name: get_args(kind) or (kind,) for name, kind in get_type_hints(Config).items()}
+
+
+def _short(value: object) -> str:
+    """A value as a message names it; a whole number may have more digits than Python prints."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a whole number of {value.bit_length()} bits"
+    return repr(value)[:100]
 
 
 GENERAL: dict[str, Any] = {

@@ -20,6 +20,7 @@ from prefixloss.detect.records import FormatError, json_lines
 
 MAX_VALUE = 99  # every number of a built-in problem has one or two digits
 HELD_OUT_SHARE = 8  # one problem in eight is held out
+_ANSWER_LINE = re.compile(r"^Answer:[^\n]*", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,13 @@ def shuffled(problems: list[Problem], seed: int, start: int, count: int) -> list
 
 
 def check_answer(problem: Problem, response: str) -> bool:
-    """Whether the response states the right final answer, whatever stands around it."""
+    """Whether the response states the right final answer, whatever stands around it.
+
+    The response to a built-in problem ends with its first answer line: what is written after it is not read.
+    """
+    if problem.lines:
+        line = _ANSWER_LINE.search(response)
+        response = response[: line.end()] if line else ""
     return states(response, problem.answer)
 
 

@@ -19,6 +19,7 @@ from prefixloss.detect.choose import by_name
 from prefixloss.files import write_whole_directory
 from prefixloss.rl import UsageError, checkpoint, task
 from prefixloss.rl.config import Config
+from prefixloss.rl.lock import Lock
 from prefixloss.rl.policy import Policy, Sampled, load_policy, tiny_policy, token_at
 from prefixloss.rl.report import Report
 from prefixloss.rl.samples import write_samples
@@ -62,7 +63,7 @@ def warm_start(policy: Policy, config: Config, problems: Problems, report: Repor
     with report.phase("warm start", config.warm_steps):
         for step in range(config.warm_steps):
             if stop.asked:
-                raise KeyboardInterrupt
+                raise checkpoint.Stopped(stop.number)
             optimizer.param_groups[0]["lr"] = config.warm_lr * min(1.0, (step + 1) / 50)
             batch = problems(step * config.warm_batch, config.warm_batch)
             traces = policy.written([p.question for p in batch], [p.solution for p in batch])
@@ -342,11 +343,11 @@ def train(config: Config, run: Path, report: Report, *, overwrite: bool = False)
 
     overwrite: remove what is in `run` first. Under torchrun every process calls this, and the first one writes.
 
-    UsageError: an argument cannot work. NotFiniteError: see there. KeyboardInterrupt: stopped, and saved if there was
-    an update to save.
+    UsageError: an argument cannot work, or another process trains there. NotFiniteError: see there. KeyboardInterrupt:
+    stopped, and saved if there was an update to save. OSError: a file cannot be written; the last checkpoint is kept.
     """
     stop = checkpoint.Stop()
-    with stop.listening():
+    with Lock() as lock, stop.listening():
         # the policy, a frozen copy of it, and the problems
         team = Team.join(config.device, config.timeout)
         if config.prompts // team.size < config.minibatches:
@@ -356,7 +357,7 @@ def train(config: Config, run: Path, report: Report, *, overwrite: bool = False)
         torch.manual_seed(config.seed)
         problems, held_out = open_problems(config)
         policy = open_policy(config, team.device)
-        saved = open_run(config, run, overwrite, team)
+        saved = open_run(config, run, overwrite, team, lock)
         if saved is None and config.model is None:
             warm_start(policy, config, problems, report, stop)
         team.start_alike(policy.model.state_dict().values())
@@ -367,13 +368,15 @@ def train(config: Config, run: Path, report: Report, *, overwrite: bool = False)
         # resume, or evaluate the policy it starts from
         state, history = State(), list[dict[str, Any]]()
         if saved is not None:
-            state, history = restore(saved, modules)
+            state, history = restore(saved, modules, run / "checkpoint.pt")
         else:
             history = [{"update": 0, **evaluate(config, policy, held_out, team)}]
             save(run, modules, state, history, team)
         if team.leads:
             checkpoint.rewrite_metrics(run / "metrics.jsonl", history)
         report.evaluated(next(m for m in reversed(history) if "pass@1" in m))
+        if team.any(stop.asked) and state.update < config.updates:
+            raise checkpoint.Stopped(stop.number)
 
         # the loop: problems follow on from the warm start's
         with report.phase("training", config.updates, done=state.update):
@@ -398,12 +401,11 @@ def train(config: Config, run: Path, report: Report, *, overwrite: bool = False)
                     save(run, modules, state, history, team)
                 report.advance(**history[-1])
                 if stopped and not last:
-                    raise KeyboardInterrupt
+                    raise checkpoint.Stopped(stop.number)
 
-    # the trained model, the picture and the table
-    if team.leads:
-        finish(config, run, policy, report, history)
-    return history
+        # the trained model, the picture and the table
+        finish(config, run, policy, report, history, team)
+        return history
 
 
 def open_policy(config: Config, device: str) -> Policy:
@@ -419,23 +421,43 @@ def frozen(policy: Policy) -> Policy:
     return reference
 
 
-def open_run(config: Config, run: Path, overwrite: bool, team: Team) -> dict[str, Any] | None:
-    """The run's checkpoint, None if it has none yet."""
+def open_run(config: Config, run: Path, overwrite: bool, team: Team, lock: Lock) -> dict[str, Any] | None:
+    """The run's checkpoint, None if it has none yet. The first process locks the directory for all."""
+    failure: UsageError | None = None
     if team.leads:
-        checkpoint.open_run(run, asdict(config), overwrite)
-    team.wait()
+        try:
+            lock.take(run)
+            if not overwrite and (run / "config.json").exists() and Config.read(run) != config:
+                raise UsageError(f"--out: {run} holds a run with other settings")
+            checkpoint.open_run(run, asdict(config), overwrite)
+        except UsageError as error:
+            failure = error
+    if team.any(failure is not None):
+        raise failure or UsageError(f"--out: the first process cannot work in {run}")
     return checkpoint.load(run / "checkpoint.pt", team.device)
 
 
-def restore(saved: dict[str, Any], modules: dict[str, Any]) -> tuple[State, list[dict[str, Any]]]:
-    """Puts back what `save` kept, by however many processes."""
-    for name, module in modules.items():
-        module.load_state_dict(saved[name])
-    checkpoint.restore_random(saved["random"])
-    return State(**saved["state"]), saved["history"]
+def restore(
+    saved: dict[str, Any], modules: dict[str, Any], path: Path = Path("checkpoint.pt")
+) -> tuple[State, list[dict[str, Any]]]:
+    """Puts back what `save` kept, by however many processes. path: of the file, for errors."""
+    try:
+        for name, module in modules.items():
+            module.load_state_dict(saved[name])
+        checkpoint.restore_random(saved["random"])
+        return State(**saved["state"]), saved["history"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"--resume: {path} does not fit the settings in config.json, put those back it was made with: {reason}"
+        ) from None
 
 
-def finish(config: Config, run: Path, policy: Policy, report: Report, history: list[dict[str, Any]]) -> None:
+def finish(
+    config: Config, run: Path, policy: Policy, report: Report, history: list[dict[str, Any]], team: Team
+) -> None:
+    if not team.leads:
+        return
     if not (run / "policy").exists():
         write_whole_directory(run / "policy", policy.save)
     report.finish(run, history, config.k)
