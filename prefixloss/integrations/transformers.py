@@ -287,8 +287,12 @@ class _Call:
             check.fail("mask", batch.mask, f"[B, T], the last T of the {length} columns of the model's input")
         device = self.tokens.device
         self.follows = positions.follows(inputs.padding, batch.cu_seqlens, length, device)
-        self.kept = positions.kept(inputs["logits_to_keep"], length, device)
-        _check_scored(batch.mask, self.follows, self.kept)
+        keep = inputs["logits_to_keep"]
+        self.kept = positions.kept(keep, length, device)
+        _check_followed(batch.mask, self.follows)
+        # a number above T says enough, whatever the mask is
+        if self.kept is not None and (isinstance(keep, Tensor) or len(self.kept) <= batch.mask.shape[1]):
+            _check_kept(batch.mask, self.follows, self.kept)
         self.output: LossOutput | None = None
         self.loss: Tensor | None = None
 
@@ -327,17 +331,18 @@ class _Call:
         """And how many columns come before those of the tokens, less one: for the position before each."""
         responses, columns = self.tokens.shape
         made = hidden.shape[1] if hidden.dim() == 3 else 0
-        length = made if self.columns is None else self.columns
-        wanted = length if self.kept is None else len(self.kept)
-        if hidden.dim() != 3 or hidden.shape[0] != responses or made != wanted or length < columns:
-            wants = f"[B, L, D] with B = {responses} and L = {max(wanted, columns)}, as of input_ids and mask"
+        # a model may put columns of its own before those of its inputs
+        length = made if self.columns is None or self.kept is None else self.columns
+        wanted = max(columns, self.columns or 0) if self.kept is None else len(self.kept)
+        if hidden.shape[0] != responses or made < wanted or (self.kept is not None and made != wanted):
+            wants = f"[B, L, D] with B = {responses} and L = {wanted}, as of input_ids and mask"
             check.fail("model", f"hidden states of shape {list(hidden.shape)} at its head", wants)
         self.length, self.before = length, length - columns - 1
 
     def _mask(self) -> Tensor:
         """Without tokens that nothing predicts. Where values are not looked at, they may be in the batch's."""
         mask = self.batch.mask
-        return mask * self.follows[:, -mask.shape[1] :].to(mask.device)
+        return mask.to(self.follows.device) * self.follows[:, -mask.shape[1] :]
 
     def _ref_hidden(self) -> Tensor | None:
         x = self.batch.ref_hidden
@@ -364,18 +369,21 @@ class _Call:
         return pad(x, (-self.before, -1))
 
 
-def _check_scored(mask: Tensor, follows: Tensor, kept: Tensor | None) -> None:
-    """Each scored token has a position before it that predicts it, and whose logits the model makes."""
-    columns, length = mask.shape[1], follows.shape[1]
-    scored, follows = mask != 0, follows[:, -columns:].to(mask.device)
-    if check.readable(mask) and check.readable(follows) and bool((scored & ~follows).any()):
+def _check_followed(mask: Tensor, follows: Tensor) -> None:
+    """Each scored token has one before it, from which it is predicted."""
+    unpredicted = (mask.to(follows.device) != 0) & ~follows[:, -mask.shape[1] :]
+    if check.readable(unpredicted) and bool(unpredicted.any()):
         check.fail("mask", "a sequence whose first token is scored", "False there: nothing predicts it")
-    if kept is None or bool(kept.shape[0] == length):
-        return
-    made = torch.zeros(length + 1, dtype=torch.bool, device=mask.device).index_fill(0, kept.to(mask.device) + 1, True)
-    wants = f"the positions before all scored tokens: {columns + 1} for the last {columns} columns"
+
+
+def _check_kept(mask: Tensor, follows: Tensor, kept: Tensor) -> None:
+    """The logits before each scored token are among those that the model makes."""
+    columns, length = mask.shape[1], follows.shape[1]
+    after = torch.zeros(length + 1, dtype=torch.bool, device=kept.device).index_fill(0, kept + 1, True)[:length]
+    left_out = (mask.to(follows.device) != 0) & (follows & ~after)[:, -columns:]
     # worth a look at the values, wherever they are: without it the loss would be of other tokens
-    if torch.compiler.is_compiling() or bool((scored & follows & ~made[length - columns : length]).any()):
+    if torch.compiler.is_compiling() or bool(left_out.any()):
+        wants = f"the positions before all scored tokens: {columns + 1} for the last {columns} columns"
         check.fail("logits_to_keep", f"{len(kept)} of {length} positions", wants)
 
 
@@ -401,7 +409,7 @@ def _check_packed(model: Any, known: Known, cu_seqlens: Tensor, inputs: position
         got = f"several sequences in a row of {type(model).__name__}, which lets one see another"
         check.fail("cu_seqlens", got, "one sequence a row")
     if ids.dim() == 2 and check.readable(ids) and check.readable(cu_seqlens):
-        first = positions.starts(cu_seqlens, ids.shape[1])[1:]
+        first = positions.starts(cu_seqlens.to(ids.device), ids.shape[1])[1:]
         if bool((first & (ids[0].diff() == 1)).any()):
             check.fail("position_ids", "ids that go on from one sequence into the next", "those of each, from 0 on")
 
