@@ -39,6 +39,7 @@ from tiny_models import (
 )
 
 from prefixloss import LossConfig, linear_logps, linear_prefix_loss
+from prefixloss.integrations.positions import takes_positions
 from prefixloss.integrations.transformers import PrefixBatch, PrefixLossOutput, patch_model
 
 try:
@@ -235,7 +236,9 @@ def test_logits_of_some_positions_are_enough_where_they_are_those_of_the_scored_
 
 
 @pytest.mark.parametrize("columns", [T, L])
-@pytest.mark.parametrize("keep", [1, 4, T, torch.arange(PROMPT, L), torch.tensor([2, 3, 5, 6, 7])], ids=str)
+@pytest.mark.parametrize(
+    "keep", [1, 4, T, torch.arange(PROMPT, L), torch.tensor([2, 3, 5, 6, 7]), torch.arange(T + 1)], ids=str
+)
 def test_logits_that_leave_out_a_scored_token_s_are_refused(keep: Any, columns: int) -> None:
     """The first response is of all T columns. Nothing runs before."""
     model = tiny()
@@ -254,7 +257,7 @@ def test_logits_that_leave_out_a_scored_token_s_are_refused(keep: Any, columns: 
         (2.0, ValueError),
         (True, ValueError),
         (torch.tensor(3), ValueError),
-        (torch.tensor([3, 3, 4]), ValueError),
+        (torch.tensor([2, 3, 4, 5, 6, 6]), ValueError),
         (torch.tensor([5, 4]), ValueError),
         (torch.tensor([1, L]), ValueError),
         (torch.tensor([1.0]), TypeError),
@@ -408,13 +411,48 @@ def test_absolute_positions_are_those_of_each_sequence_alone(name: str, position
         torch.testing.assert_close(out.logps[i][mask[i]].to(alone), alone[-int(mask[i].sum()) :], rtol=1e-4, atol=1e-5)
 
 
-def test_a_recurrent_model_that_reads_on_through_padding_is_found() -> None:
-    config = transformers.RwkvConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, context_length=64)
-    model = transformers.RwkvForCausalLM(config)
+def test_positions_that_are_given_are_taken_as_they_are() -> None:
+    model = tiny("gpt2")
+    patch_model(model, CONFIG)
+    others = inputs()["position_ids"] + 7
+    assert_same(model, **seen(position_ids=others))
+    assert not torch.equal(model(**seen(), prefix_loss=batch()).loss, plain(model, **seen(position_ids=others)).loss)
+
+
+def test_a_model_that_makes_positions_of_several_axes_is_left_to_it() -> None:
+    class Axes(transformers.LlamaForCausalLM):
+        def _prepare_position_ids_for_generation(self, *_: Any) -> Any:
+            return None
+
+    class Inherits(Axes):
+        pass
+
+    assert takes_positions(llama(transformers.LlamaForCausalLM))
+    assert not takes_positions(llama(Axes))
+    assert not takes_positions(llama(Inherits))
+
+
+RECURRENT = {
+    "Rwkv": {"context_length": 64},
+    # takes position ids as well, for its attention: they do not help
+    "RecurrentGemma": {
+        "num_attention_heads": 2, "intermediate_size": 24, "lru_width": 16, "attention_window_size": 16,
+        "w_init_variance_scale": 1.0, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_recurrent_model_that_reads_on_through_padding_is_found(name: str) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=V, hidden_size=16, num_hidden_layers=3, **RECURRENT[name]
+    )
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
     patch_model(model)
-    with pytest.raises(ValueError, match=r"^attention_mask: got padding before tokens of RwkvForCausalLM"):
+    with pytest.raises(ValueError, match=f"^attention_mask: got padding before tokens of {name}ForCausalLM"):
         model(**seen(), prefix_loss=batch())
     right = inputs(left=False)
     out = model(
