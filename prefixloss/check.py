@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from prefixloss.advantages import TokenAdvantages
@@ -278,7 +279,7 @@ def token_ids(tokens: Tensor, where: Layout, vocabulary: int) -> None:
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str], rows: torch.Size) -> None:
     """Hidden states [*rows, D] with a head [V, D] and an optional bias [V]; `names` are the three arguments' names."""
     tensor(names[0], hidden, "float")
-    tensor(names[1], weight, "float")
+    head_weight(names[1], weight)
     if hidden.dim() and hidden.shape[-1] == 0:
         fail(names[0], f"shape {list(hidden.shape)}", "a width D of at least 1")
     if hidden.dim() != len(rows) + 1 or hidden.shape[:-1] != rows:
@@ -292,6 +293,22 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, 
         shape(names[2], bias, (weight.shape[0],), "[V]")
         device(names[2], bias, hidden.device)
     device(names[1], weight, hidden.device)
+
+
+def quantised(weight: Any) -> str | None:
+    """What a weight is that does not hold its numbers as they are; None for one that does."""
+    if not isinstance(weight, Tensor):
+        return type(weight).__name__
+    # such a subclass only stands for the numbers; these two are gathered, and waited for
+    wraps = is_traceable_wrapper_subclass(weight) and type(weight).__name__ not in ("DTensor", "AsyncCollectiveTensor")
+    return type(weight).__name__ if wraps else None if weight.dtype in _FLOATS else describe(weight)
+
+
+def head_weight(argument: str, weight: Any) -> None:
+    found = quantised(weight)
+    if found is not None:
+        wants = "a float32, bfloat16, float16 or float64 tensor as it is: leave the head out of the quantisation"
+        fail(argument, found, f"{wants}, or pass what it dequantises to", TypeError)
 
 
 def config(value: Any, expected: type) -> None:

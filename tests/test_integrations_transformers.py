@@ -38,7 +38,8 @@ from tiny_models import (
     tiny,
 )
 
-from prefixloss import LossConfig
+from prefixloss import LossConfig, linear_logps, linear_prefix_loss
+from prefixloss.integrations.positions import takes_positions
 from prefixloss.integrations.transformers import PrefixBatch, PrefixLossOutput, patch_model
 
 try:
@@ -195,6 +196,270 @@ def test_the_router_s_loss_is_added_where_the_model_is_asked_for_it(name: str) -
     assert with_router.aux_loss > 0
     for out, share in ((with_router, 1), (half, 0.5)):
         torch.testing.assert_close(out.loss, without.loss + 0.7 * share * with_router.aux_loss, rtol=1e-6, atol=0)
+
+
+# ---- positions ---------------------------------------------------------------------------------------------
+
+
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where looking at a mask would stall the stream."""
+    monkeypatch.setattr("prefixloss.check.readable", lambda _: False)
+
+
+def wide() -> PrefixBatch:
+    """`batch()`, about all columns."""
+    names = ("mask", "old_logps", "ref_logps")
+    return batch(**{name: nn.functional.pad(getattr(batch(), name), (PROMPT, 0)) for name in names})
+
+
+@pytest.mark.parametrize("given", [batch, wide])
+@pytest.mark.parametrize(
+    "keep",
+    [0, T + 1, L - 1, L, L + 5, torch.arange(L), torch.arange(PROMPT - 1, L - 1), torch.tensor([-6, -5, -4, -3, -2])],
+    ids=str,
+)
+def test_logits_of_some_positions_are_enough_where_they_are_those_of_the_scored_tokens(keep: Any, given: Any) -> None:
+    model = tiny()
+    patch_model(model, CONFIG)
+    want = model(**seen(), prefix_loss=given())
+    out = model(**seen(), logits_to_keep=keep, prefix_loss=given())
+    torch.testing.assert_close(out.loss, plain(model, **seen()).loss, **CLOSE)
+    for name in ("logps", "entropy", "kl", "learning"):
+        torch.testing.assert_close(getattr(out, name), getattr(want, name), rtol=1e-12, atol=1e-12)
+    assert_same_gradients(gradients(model, out.loss), gradients(model, want.loss))
+    tokens = replace(CONFIG, reduction="none")
+    each, every = (
+        model(**seen(), prefix_loss=given().replace(config=tokens), **more).loss
+        for more in ({"logits_to_keep": keep}, {})
+    )
+    torch.testing.assert_close(each, every, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [T, L])
+@pytest.mark.parametrize(
+    "keep", [1, 4, T, torch.arange(PROMPT, L), torch.tensor([2, 3, 5, 6, 7]), torch.arange(T + 1)], ids=str
+)
+def test_logits_that_leave_out_a_scored_token_s_are_refused(keep: Any, columns: int) -> None:
+    """The first response is of all T columns. Nothing runs before."""
+    model = tiny()
+    patch_model(model)
+    model.model.forward = None
+    with pytest.raises(
+        ValueError, match=f"^logits_to_keep: got .* of {L} positions, expected the positions before all"
+    ):
+        model(**seen(), logits_to_keep=keep, prefix_loss=wide() if columns == L else batch())
+
+
+@pytest.mark.parametrize(
+    ("keep", "error"),
+    [
+        (-1, ValueError),
+        (2.0, ValueError),
+        (True, ValueError),
+        (torch.tensor(3), ValueError),
+        (torch.tensor([2, 3, 4, 5, 6, 6]), ValueError),
+        (torch.tensor([5, 4]), ValueError),
+        (torch.tensor([1, L]), ValueError),
+        (torch.tensor([1.0]), TypeError),
+        (torch.ones(L, dtype=torch.bool), TypeError),
+    ],
+    ids=str,
+)
+def test_logits_to_keep_that_are_no_positions_are_named(keep: Any, error: type[Exception]) -> None:
+    model = tiny()
+    patch_model(model)
+    with pytest.raises(error, match=r"^logits_to_keep: got "):
+        model(**seen(), logits_to_keep=keep, prefix_loss=batch())
+
+
+def row(drop: int = 0) -> tuple[dict[str, torch.Tensor], PrefixBatch, torch.Tensor]:
+    """`inputs()` without padding in one row, all scored but each sequence's first, without `drop` columns of mask."""
+    given = inputs()
+    kept = given["attention_mask"].bool()
+    offsets = nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
+    ids, places = given["input_ids"][kept][None], given["position_ids"][kept][None]
+    mask = (places > 0)[:, drop:]
+    return {"input_ids": ids, "position_ids": places}, PrefixBatch(mask, torch.ones(4), cu_seqlens=offsets), kept
+
+
+@pytest.mark.parametrize("drop", [0, 1])
+def test_the_first_token_of_a_packed_sequence_is_never_scored_from_the_one_before(
+    drop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the mask's values are looked at, an error; elsewhere those columns are cleared on the device."""
+    model = tiny()
+    patch_model(model)
+    call, given, _ = row(drop)
+    want = model(**call, prefix_loss=given)
+    everything = given.replace(mask=torch.ones_like(given.mask))
+    with pytest.raises(ValueError, match=r"^mask: got a sequence whose first token is scored"):
+        model(**call, prefix_loss=everything)
+    unread(monkeypatch)
+    got = model(**call, prefix_loss=everything)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-12, atol=0)
+    assert torch.equal(got.logps, want.logps)
+    assert got.metrics["scored_tokens"] == given.mask.sum()
+
+
+@pytest.mark.parametrize("columns", [L - 1, L])
+def test_a_token_behind_padding_is_never_scored_from_it(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row begins with padding; the first real token of each has nothing before it."""
+    model = tiny()
+    patch_model(model)
+    attended = (torch.arange(L) >= torch.tensor([1, 2, 4, 3])[:, None]).long()
+    ids = inputs()["input_ids"].clamp(min=3)
+    mask = attended[:, -columns:].bool()
+    call = {"input_ids": ids, "attention_mask": attended}
+    with pytest.raises(ValueError, match=r"^mask: got a sequence whose first token is scored"):
+        model(**call, prefix_loss=PrefixBatch(mask, torch.ones(B)))
+    apart = mask & (attended.cumsum(1) > 1)[:, -columns:]
+    want = model(**call, prefix_loss=PrefixBatch(apart, torch.ones(B)))
+    assert_same(model, config=LossConfig(), given=PrefixBatch(apart[:, -L + 1 :], torch.ones(B)), **call)
+    unread(monkeypatch)
+    got = model(**call, prefix_loss=PrefixBatch(mask, torch.ones(B)))
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-12, atol=0)
+    assert torch.equal(got.logps, want.logps)
+
+
+def test_an_end_token_that_is_not_attended_to_may_be_scored() -> None:
+    """Where the end token is the padding token, a mask made of the ids leaves out the one at the end as well."""
+    model = tiny()
+    patch_model(model, CONFIG)
+    call = seen(attention_mask=inputs()["attention_mask"].clone())
+    call["attention_mask"][0, -1] = 0
+    assert batch().mask[0, -1]
+    assert_same(model, **call)
+
+
+@pytest.mark.parametrize("at", ["front", "middle", "end", "everywhere"])
+def test_empty_sequences_in_a_packed_row_change_nothing(at: str) -> None:
+    model = tiny()
+    patch_model(model)
+    call, given, _ = row()
+    want = model(**call, prefix_loss=given)
+    offsets, weights = given.cu_seqlens.tolist(), [1.0] * 4
+    for place in {"front": [0], "middle": [2], "end": [4], "everywhere": [4, 4, 2, 0, 0]}[at]:
+        offsets.insert(place, offsets[place])
+        weights.insert(place, 9.0)
+    out = model(**call, prefix_loss=given.replace(cu_seqlens=torch.tensor(offsets), advantages=torch.tensor(weights)))
+    torch.testing.assert_close(out.loss, want.loss, rtol=1e-12, atol=0)
+    assert torch.equal(out.logps, want.logps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"position_ids": None}, "^position_ids: got None with several sequences in a row"),
+        ({"position_ids": torch.arange(23)[None]}, "^position_ids: got ids that go on from one sequence into the next"),
+        ({"attention_mask": torch.ones(1, 23)}, r"^attention_mask: got float32 \[1, 23\] beside several sequences"),
+        ({"use_cache": True}, "^use_cache: got a cache with several sequences"),
+    ],
+)
+def test_packed_sequences_that_would_see_each_other_are_refused(changes: dict[str, Any], words: str) -> None:
+    model = tiny()
+    patch_model(model)
+    call, given, kept = row()
+    assert kept.sum() == 22
+    cut = {name: x[:, :22] if isinstance(x, torch.Tensor) else x for name, x in changes.items()}
+    with pytest.raises(ValueError, match=words.replace("23", "22")):
+        model(**{**call, **cut}, prefix_loss=given)
+    # what is refused does join them: the second sequence's log-probs are others
+    joined = model(**{**call, **cut}).logits
+    apart = model(**call, use_cache=False).logits
+    assert (joined - apart)[:, given.cu_seqlens[1] :].abs().max() > 0.01
+
+
+def test_a_model_that_joins_packed_sequences_is_refused_by_name_and_one_sequence_taken() -> None:
+    config = transformers.OPTConfig(
+        vocab_size=V, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16,
+        max_position_embeddings=64, init_std=0.3, dropout=0.0,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config)
+    patch_model(model)
+    call, given, _ = row()
+    with pytest.raises(ValueError, match=r"^cu_seqlens: got several sequences in a row of OPTForCausalLM"):
+        model(**call, prefix_loss=given)
+    one = PrefixBatch(given.mask[:, :8], torch.ones(2), cu_seqlens=torch.tensor([0, 8, 8]))
+    assert model(input_ids=call["input_ids"][:, :8], prefix_loss=one).loss.isfinite()
+
+
+ABSOLUTE = {
+    "gpt2": lambda: tiny("gpt2"),
+    "gpt-neo": lambda: other("GPTNeoForCausalLM", num_layers=1, num_heads=2, attention_types=[[["global"], 1]]),
+    "bert": lambda: other("BertLMHeadModel", is_decoder=True),
+    # these find their places on their own, RoBERTa from the ids: its first is not 0
+    "opt": lambda: other("OPTForCausalLM", ffn_dim=24, word_embed_proj_dim=16, init_std=0.3),
+    "roberta": lambda: other("RobertaForCausalLM", is_decoder=True, pad_token_id=0),
+}
+
+
+@pytest.mark.parametrize("position_ids", [False, True])
+@pytest.mark.parametrize("name", ABSOLUTE)
+def test_absolute_positions_are_those_of_each_sequence_alone(name: str, position_ids: bool) -> None:
+    """Padded on the left, with the mask alone; positions that are given are taken as they are."""
+    model = ABSOLUTE[name]().eval()
+    patch_model(model, LossConfig(stats="scored"))
+    given = inputs()
+    if position_ids and name == "roberta":
+        given["position_ids"] = (given["position_ids"] + 1) * given["attention_mask"]
+    more = {"position_ids": given["position_ids"]} if position_ids else {}
+    out = model(**seen(**more), prefix_loss=batch(ref_logps=None))
+    mask, kept = batch().mask, given["attention_mask"].bool()
+    for i in range(B):
+        ids = given["input_ids"][i][kept[i]][None]
+        alone = model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+        torch.testing.assert_close(out.logps[i][mask[i]].to(alone), alone[-int(mask[i].sum()) :], rtol=1e-4, atol=1e-5)
+
+
+def test_positions_that_are_given_are_taken_as_they_are() -> None:
+    model = tiny("gpt2")
+    patch_model(model, CONFIG)
+    others = inputs()["position_ids"] + 7
+    assert_same(model, **seen(position_ids=others))
+    assert not torch.equal(model(**seen(), prefix_loss=batch()).loss, plain(model, **seen(position_ids=others)).loss)
+
+
+def test_a_model_that_makes_positions_of_several_axes_is_left_to_it() -> None:
+    class Axes(transformers.LlamaForCausalLM):
+        def _prepare_position_ids_for_generation(self, *_: Any) -> Any:
+            return None
+
+    class Inherits(Axes):
+        pass
+
+    assert takes_positions(llama(transformers.LlamaForCausalLM))
+    assert not takes_positions(llama(Axes))
+    assert not takes_positions(llama(Inherits))
+
+
+RECURRENT = {
+    "Rwkv": {"context_length": 64},
+    # takes position ids as well, for its attention: they do not help
+    "RecurrentGemma": {
+        "num_attention_heads": 2, "intermediate_size": 24, "lru_width": 16, "attention_window_size": 16,
+        "w_init_variance_scale": 1.0, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_recurrent_model_that_reads_on_through_padding_is_found(name: str) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=V, hidden_size=16, num_hidden_layers=3, **RECURRENT[name]
+    )
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    patch_model(model)
+    with pytest.raises(ValueError, match=f"^attention_mask: got padding before tokens of {name}ForCausalLM"):
+        model(**seen(), prefix_loss=batch())
+    right = inputs(left=False)
+    out = model(
+        input_ids=right["input_ids"], attention_mask=right["attention_mask"],
+        prefix_loss=PrefixBatch(right["response"], torch.ones(B)),
+    )  # fmt: skip
+    assert out.loss.isfinite()
 
 
 # ---- PEFT --------------------------------------------------------------------------------------------------
@@ -639,6 +904,112 @@ def test_models_that_are_not_what_the_loss_takes_them_for_are_refused_by_name(na
     assert not hasattr(model, "_prefixloss")
 
 
+class Int8(torch.Tensor):
+    """As torchao's quantised weights are: it calls itself float32, and a linear layer takes it; nothing else does."""
+
+    def __new__(cls, ids: torch.Tensor, scale: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, ids.shape, dtype=scale.dtype)
+
+    def __init__(self, ids: torch.Tensor, scale: torch.Tensor) -> None:
+        self.ids, self.scale = ids, scale
+
+    def __tensor_flatten__(self) -> Any:
+        return ["ids", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, *_: Any) -> Any:
+        return Int8(inner["ids"], inner["scale"])
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            return func(args[0], args[1].ids * args[1].scale, *args[2:])
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].ids, args[0].scale)
+        raise NotImplementedError(func)
+
+
+def int8() -> nn.Parameter:
+    return nn.Parameter(Int8(torch.ones(V, 16, dtype=torch.int8), torch.tensor(0.1)), requires_grad=False)
+
+
+class Linear8(nn.Linear):
+    """As bitsandbytes' layers are: a class of their own over a weight of integers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight * 0.1)
+
+
+class Packed8(nn.Module):
+    """As torch.ao's layers are: `weight` is a method."""
+
+    def weight(self) -> torch.Tensor:
+        return torch.ones(V, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight())
+
+
+def quantised(kind: str) -> nn.Module:
+    head: nn.Module = nn.Linear(16, V, bias=False)
+    if kind == "a subclass":
+        head.weight = int8()
+    elif kind == "integers":
+        head = Linear8(16, V, bias=False)
+        head.weight = nn.Parameter(torch.ones(V, 16, dtype=torch.int8), requires_grad=False)
+    elif kind == "float8":
+        head.weight = nn.Parameter(head.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    else:
+        head = Packed8()
+    return head
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("a subclass", "Linear with a weight of Int8"),
+        ("integers", r"Linear8 with a weight of int8 \[48, 16\]"),
+        ("float8", r"Linear with a weight of float8_e4m3fn \[48, 16\]"),
+        ("a method", "Packed8 with a weight of method"),
+    ],
+)
+def test_a_quantised_head_is_refused_by_name(kind: str, words: str, verify: bool, adapter: bool) -> None:
+    model = llama(transformers.LlamaForCausalLM, quantised(kind))
+    if adapter:  # a layer over it, as PEFT has
+        model.lm_head = nn.Identity()
+        model.lm_head.base_layer = quantised(kind)
+    with pytest.raises(ValueError, match=f"^model: got a quantised head, .*{words}, expected one in floating point: "):
+        patch_model(model, verify=verify)
+    assert not hasattr(model, "_prefixloss")
+
+
+def test_a_head_that_is_quantised_under_an_active_patch_is_refused_before_the_model_runs() -> None:
+    model = tiny()
+    patch_model(model)
+    model.lm_head = quantised("a subclass")
+    model.model.forward = None
+    with pytest.raises(ValueError, match=r"^model: got a quantised head"):
+        model(**seen(), prefix_loss=batch())
+
+
+@pytest.mark.parametrize("weight", [int8, lambda: torch.ones(V, 16, dtype=torch.int8), lambda: Packed8().weight])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_quantised_weight_is_refused_by_name(weight: Any, backend: str) -> None:
+    """linear_logps is what the other trainers' heads call."""
+    hidden, ids = torch.randn(3, 16), torch.zeros(3, dtype=torch.int64)
+    words = r"^lm_head_weight: got (Int8|int8 \[48, 16\]|method), expected .*leave the head out of the quantisation"
+    with pytest.raises(TypeError, match=words):
+        linear_prefix_loss(hidden, weight(), ids, torch.ones(3), backend=backend)
+    with pytest.raises(TypeError, match=words):
+        linear_logps(hidden, weight(), ids, backend=backend)
+
+
 def test_a_model_is_patched_once() -> None:
     model = tiny()
     undo = patch_model(model)
@@ -688,8 +1059,10 @@ def test_wrong_calls_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     patch_model(model)
     with pytest.raises(ValueError, match=r"^labels: got a value beside prefix_loss"):
         model(**seen(), labels=inputs()["input_ids"], prefix_loss=batch())
+    hook = model.model.norm.register_forward_hook(lambda *given: given[-1][:, :2])
     with pytest.raises(ValueError, match=r"^model: got hidden states of shape \[4, 2, 16\] at its head"):
-        model(**seen(), logits_to_keep=2, prefix_loss=batch())
+        model(**seen(), prefix_loss=batch())
+    hook.remove()
     with pytest.raises(TypeError, match=r"^config: got dict"):
         patch_model(tiny(), {"kl": None})
     monkeypatch.setattr("prefixloss.integrations.transformers.is_deepspeed_zero3_enabled", lambda: True)

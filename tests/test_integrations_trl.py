@@ -21,7 +21,7 @@ trl = pytest.importorskip("trl", reason="these tests run TRL's trainers")
 
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer, kernels
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
@@ -340,6 +340,42 @@ def loss_and_gradients(trainer, inputs, fused):
     loss.backward()
     metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
     return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters()}, metrics
+
+
+def gpt2(tmp_path):
+    """In place of `model`: positions are absolute."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer()), n_embd=16, n_layer=1, n_head=2, n_positions=64, initializer_range=0.3,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    return GPT2LMHeadModel.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["log-probs", "loss"])
+def test_absolute_positions_are_those_of_generation(fused, tmp_path, monkeypatch):
+    """Prompts are padded on the left; each response is scored as if it were alone. TRL's own counts the padding."""
+    monkeypatch.setitem(globals(), "model", gpt2)
+    trainer = grpo(tmp_path, PrefixGRPOTrainer, extra={"fused_loss": fused}, beta=0.1, temperature=1.0)
+    inputs = micro_batch(trainer)
+    inputs.pop("importance_sampling_ratio")
+    ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    made = []
+    ours = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 9)[0]
+    theirs = GRPOTrainer._get_per_token_logps_and_entropies(trainer, trainer.model, ids, mask, 9)[0]
+    for i in range(5):
+        length, seen_ids = int(inputs["completion_mask"][i].sum()), ids[i][mask[i].bool()]
+        logps = trainer.model(input_ids=seen_ids[None]).logits[0, :-1].log_softmax(-1)
+        alone = logps.gather(-1, seen_ids[1:, None])[len(seen_ids) - 1 - length :, 0]
+        torch.testing.assert_close(ours[i, :length], alone, rtol=1e-4, atol=1e-5)
+        made.append((theirs[i, :length] - alone).abs())
+    assert torch.cat(made).max() > 1
+    if fused:
+        (loss, grads, _), (plain, wanted, _) = (loss_and_gradients(trainer, inputs, f) for f in (True, False))
+        assert loss == pytest.approx(plain, rel=1e-5)
+        for name, grad in wanted.items():
+            torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])

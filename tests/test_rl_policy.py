@@ -16,6 +16,8 @@ from transformers import (
     PhiConfig,
     PhiForCausalLM,
     PreTrainedTokenizerFast,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from prefixloss import linear_logps
@@ -193,6 +195,40 @@ def test_a_model_whose_logits_are_not_its_head_is_refused(tiny):
     wrapped.logit_scale = 1.0
     with pytest.raises(UsageError, match="granite"):
         policy.check_head(wrapped, "granite")
+
+
+def test_a_recurrent_model_that_reads_on_through_padding_is_refused(tiny):
+    """Its logits are its head's; with a prompt padded on the left they are those of another policy."""
+    torch.manual_seed(0)
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, context_length=64))
+    model.get_decoder = lambda: model.rwkv
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    with pytest.raises(UsageError, match="--model: 'rwkv' is another policy behind padding"):
+        policy.check_head(policy.Policy(model, tiny.tokenizer), "rwkv")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models_that_leave_out_padding_are_taken(tiny, kind):
+    torch.manual_seed(0)
+    model = MODELS[kind]()
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    policy.check_head(policy.Policy(model, tiny.tokenizer), kind)
+
+
+def test_a_quantised_head_is_refused_by_name(tiny, tmp_path, monkeypatch):
+    tiny.save(tmp_path)
+    load = policy.AutoModelForCausalLM.from_pretrained
+
+    def quantised(*args, **kwargs):
+        model = load(*args, **kwargs)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.float8_e4m3fn), requires_grad=False)
+        return model
+
+    monkeypatch.setattr(policy.AutoModelForCausalLM, "from_pretrained", quantised)
+    with pytest.raises(UsageError, match=r"--model: .*a quantised head, .*float8_e4m3fn"):
+        policy.load_policy(str(tmp_path))
 
 
 def test_chat_templates_are_used_and_their_special_tokens_not_doubled(tiny):

@@ -89,6 +89,17 @@ def chosen_module(head: Any) -> Any:
     return head.modules_to_save[active[0]]
 
 
+def refuse_quantised(head: Any) -> None:
+    """ValueError for a head, under an adapter or not, whose weight is not there in floating point."""
+    base = getattr(head, "base_layer", head)
+    found = check.quantised(getattr(base, "weight", None))
+    if found is None and not type(base).__module__.startswith("bitsandbytes."):
+        return
+    names = "torchao: filter_fn, bitsandbytes: llm_int8_skip_modules, others: modules_to_not_convert"
+    got = f"a quantised head, {_kind(base)} with a weight of {found or type(base.weight).__name__}"
+    check.fail("model", got, f"one in floating point: leave it out of the quantisation ({names})")
+
+
 def linear_of(head: Any, hidden: Tensor) -> Linear:
     """What a head multiplies, with autocast and PEFT's LoRA in it. ValueError for a head of another kind.
 

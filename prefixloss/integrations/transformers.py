@@ -26,8 +26,9 @@ from transformers.utils import ModelOutput
 from prefixloss import check
 from prefixloss.advantages import TokenAdvantages
 from prefixloss.config import LossConfig
-from prefixloss.integrations.check_model import Probe, verified
-from prefixloss.integrations.heads_of_models import LogitMap, chosen_module, entrance, linear_of, unwrapped
+from prefixloss.integrations import positions
+from prefixloss.integrations.check_model import Known, Probe, verified
+from prefixloss.integrations.heads_of_models import chosen_module, entrance, linear_of, refuse_quantised, unwrapped
 from prefixloss.loss import LossOutput, linear_prefix_loss
 
 AUX_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
@@ -139,10 +140,8 @@ class Patch:
 
     def __init__(self, model: Any, config: LossConfig, backend: str) -> None:
         self.model, self.config, self.backend = model, config, backend
-        self.map, self.settled = next(LogitMap.candidates(model.config)), config
-        parameters = inspect.signature(type(model).forward).parameters
-        self.ids_at = list(parameters).index("input_ids") - 1 if "input_ids" in parameters else 0
-        self.caches = "use_cache" in parameters
+        self.known, self.settled = Known.unverified(model), config
+        self.names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.own = vars(model).get("forward")  # another patch's, if any
         self.heads: list[Any] = []
 
@@ -166,28 +165,43 @@ class Patch:
         if is_deepspeed_zero3_enabled():
             raise RuntimeError("model: got a head sharded by DeepSpeed ZeRO-3, expected FSDP2 or an unsharded one")
         kwargs = {**kwargs, "return_dict": True} if _returns_tuples(model, kwargs) else kwargs
-        if self.caches and kwargs.get("past_key_values") is None:
+        if "use_cache" in self.names and kwargs.get("past_key_values") is None:
             kwargs = {"use_cache": False, **kwargs}
-        ids = kwargs.get("input_ids") if len(args) <= self.ids_at else args[self.ids_at]
+        inputs = positions.Inputs(self.names, args, kwargs)
         config = self.settled if batch.config is None else self._config(batch.config)
-        call = _Call(batch, ids, config, self.backend)
+        self._tell_apart(model, batch, inputs)
+        call = _Call(batch, inputs, config, self.backend)
         head = self._ready_head(model)
         head._prefixloss.call = call
         try:
-            output = self.plain(model, *args, **kwargs)
+            output = self.plain(model, *inputs.args, **inputs.kwargs)
         finally:
             head._prefixloss.call = None
         if call.output is None or call.loss is None:
             check.fail("model", f"{type(model).__name__}, which did not call its head", "one that does, once")
         return _returned(model, call, output)
 
+    def _tell_apart(self, model: Any, batch: PrefixBatch, inputs: positions.Inputs) -> None:
+        """Sees to it that no token is read through padding, or from another sequence of its row."""
+        if batch.cu_seqlens is not None:
+            _check_packed(model, self.known, batch.cu_seqlens, inputs)
+        padding, length = inputs.padding, inputs.length
+        if padding is None or length is None:
+            return
+        if not self.known.pads_left and bool(((padding[:, :-1] == 0) & (padding[:, 1:] != 0)).any()):
+            got = f"padding before tokens of {type(model).__name__}, which reads on through it"
+            check.fail("attention_mask", got, "padding behind them alone")
+        if self.known.needs_positions and inputs["position_ids"] is None:
+            inputs["position_ids"] = positions.position_ids(padding, length)
+
     def _config(self, config: LossConfig) -> LossConfig:
         """With the model's scale and cap."""
-        if config.softcap not in (None, self.map.softcap):
-            check.fail("softcap", repr(config.softcap), f"None: the model's own is {self.map.softcap}")
-        if config.logit_scale not in (1.0, self.map.scale):
-            check.fail("logit_scale", repr(config.logit_scale), f"1.0: the model's own is {self.map.scale}")
-        return replace(config, softcap=self.map.softcap, logit_scale=self.map.scale)
+        known = self.known.map
+        if config.softcap not in (None, known.softcap):
+            check.fail("softcap", repr(config.softcap), f"None: the model's own is {known.softcap}")
+        if config.logit_scale not in (1.0, known.scale):
+            check.fail("logit_scale", repr(config.logit_scale), f"1.0: the model's own is {known.scale}")
+        return replace(config, softcap=known.softcap, logit_scale=known.scale)
 
     def _ready_head(self, model: Any) -> Any:
         """Looked up in every call: PEFT replaces heads."""
@@ -197,6 +211,7 @@ class Patch:
         return head
 
     def _install(self, head: Any) -> None:
+        refuse_quantised(head)
         head._prefixloss = _Slot(vars(head).get("forward"))
         head.forward = types.MethodType(_head_forward, head)
         self.heads.append(head)
@@ -207,7 +222,7 @@ class Patch:
         if entry is not None:
             slot.call = probe = Probe(_own_head)
             try:
-                self.map = verified(self.model, entry, probe)
+                self.known = verified(self.model, entry, probe)
             finally:
                 slot.call = None
         self.settled = self._config(self.config)
@@ -263,29 +278,40 @@ def _own_head(head: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 class _Call:
     """Stands for the head in one forward, and makes the loss there."""
 
-    def __init__(self, batch: PrefixBatch, ids: Any, config: LossConfig, backend: str) -> None:
-        self.batch, self.ids, self.config, self.backend = batch, ids, config, backend
+    def __init__(self, batch: PrefixBatch, inputs: positions.Inputs, config: LossConfig, backend: str) -> None:
+        self.batch, self.config, self.backend = batch, config, backend
+        self.tokens = _tokens(batch, inputs["input_ids"])
+        self.columns = inputs.length
+        length = self.tokens.shape[1] if self.columns is None else self.columns
+        if length < self.tokens.shape[1]:
+            check.fail("mask", batch.mask, f"[B, T], the last T of the {length} columns of the model's input")
+        device = self.tokens.device
+        self.follows = positions.follows(inputs.padding, batch.cu_seqlens, length, device)
+        keep = inputs["logits_to_keep"]
+        self.kept = positions.kept(keep, length, device)
+        _check_followed(batch.mask, self.follows)
+        # a number above T says enough, whatever the mask is
+        if self.kept is not None and (isinstance(keep, Tensor) or len(self.kept) <= batch.mask.shape[1]):
+            _check_kept(batch.mask, self.follows, self.kept)
         self.output: LossOutput | None = None
         self.loss: Tensor | None = None
 
     def __call__(self, head: Any, hidden: Tensor) -> Tensor:
         if self.output is not None:
             check.fail("model", "one that calls its head several times", "one that does, once")
-        batch, tokens = self.batch, _tokens(self.batch, self.ids)
-        if hidden.dim() != 3 or hidden.shape[0] != len(tokens) or hidden.shape[1] < tokens.shape[1]:
-            wants = f"[B, L, D] with B = {len(tokens)} and L >= {tokens.shape[1]}, as of input_ids and mask"
-            check.fail("model", f"hidden states of shape {list(hidden.shape)} at its head", wants)
-        self.before = hidden.shape[1] - tokens.shape[1] - 1
+        batch, tokens = self.batch, self.tokens
+        self._check_hidden(hidden)
         linear = linear_of(head, hidden)
-        given = {name: getattr(batch, name) for name in PER_TOKEN} | {"tokens": tokens, "mask": batch.mask}
+        given = {name: getattr(batch, name) for name in PER_TOKEN} | {"tokens": tokens, "mask": self._mask()}
         rows = {name: self._at_predictors(x, hidden.device) for name, x in given.items()}
-        states = linear.hidden if batch.cu_seqlens is None else linear.hidden[0]
-        ref_hidden = batch.ref_hidden
+        offsets = batch.cu_seqlens
+        if offsets is not None and self.kept is not None:
+            offsets = torch.searchsorted(self.kept, offsets.to(self.kept.device))
         self.output = linear_prefix_loss(
-            states,
+            linear.hidden if offsets is None else linear.hidden[0],
             linear.weight,
-            cu_seqlens=batch.cu_seqlens,
-            ref_hidden=ref_hidden if ref_hidden is None or batch.cu_seqlens is None else ref_hidden[0],
+            cu_seqlens=offsets,
+            ref_hidden=self._ref_hidden(),
             ref_lm_head_weight=batch.ref_lm_head_weight,
             ref_lm_head_bias=batch.ref_lm_head_bias,
             lm_head_bias=linear.bias,
@@ -301,6 +327,29 @@ class _Call:
         self.loss = returned.clone().reshape(self.output.loss.shape)
         return returned
 
+    def _check_hidden(self, hidden: Tensor) -> None:
+        """And how many columns come before those of the tokens, less one: for the position before each."""
+        responses, columns = self.tokens.shape
+        made = hidden.shape[1] if hidden.dim() == 3 else 0
+        # a model may put columns of its own before those of its inputs
+        length = made if self.columns is None or self.kept is None else self.columns
+        wanted = max(columns, self.columns or 0) if self.kept is None else len(self.kept)
+        if hidden.shape[0] != responses or made < wanted or (self.kept is not None and made != wanted):
+            wants = f"[B, L, D] with B = {responses} and L = {wanted}, as of input_ids and mask"
+            check.fail("model", f"hidden states of shape {list(hidden.shape)} at its head", wants)
+        self.length, self.before = length, length - columns - 1
+
+    def _mask(self) -> Tensor:
+        """Without tokens that nothing predicts. Where values are not looked at, they may be in the batch's."""
+        mask = self.batch.mask
+        return mask.to(self.follows.device) * self.follows[:, -mask.shape[1] :]
+
+    def _ref_hidden(self) -> Tensor | None:
+        x = self.batch.ref_hidden
+        if x is not None and self.kept is not None and x.dim() == 3 and x.shape[1] == self.length:
+            x = x[:, self.kept.to(x.device)]
+        return x if x is None or self.batch.cu_seqlens is None else x[0]
+
     def _at_predictors(self, x: Any, device: torch.device) -> Any:
         """From the tokens' own columns to those of the positions that predict them, of all that the head was given."""
         if isinstance(x, TokenAdvantages):
@@ -308,12 +357,61 @@ class _Call:
         if x is None or x.dim() == 1:
             return x if x is None else x.to(device)
         moved = pad(x.to(device), (self.before, 1))
+        moved = moved if self.kept is None else moved[:, self.kept.to(device)]
         return moved if self.batch.cu_seqlens is None else moved[0]
 
     def at_tokens(self, x: Tensor) -> Tensor:
         """And back."""
         x = x if self.batch.cu_seqlens is None else x[None]
+        if self.kept is not None:
+            made, x = x, x.new_zeros(len(x), self.length)
+            x[:, self.kept.to(x.device)] = made
         return pad(x, (-self.before, -1))
+
+
+def _check_followed(mask: Tensor, follows: Tensor) -> None:
+    """Each scored token has one before it, from which it is predicted."""
+    unpredicted = (mask.to(follows.device) != 0) & ~follows[:, -mask.shape[1] :]
+    if check.readable(unpredicted) and bool(unpredicted.any()):
+        check.fail("mask", "a sequence whose first token is scored", "False there: nothing predicts it")
+
+
+def _check_kept(mask: Tensor, follows: Tensor, kept: Tensor) -> None:
+    """The logits before each scored token are among those that the model makes."""
+    columns, length = mask.shape[1], follows.shape[1]
+    after = torch.zeros(length + 1, dtype=torch.bool, device=kept.device).index_fill(0, kept + 1, True)[:length]
+    left_out = (mask.to(follows.device) != 0) & (follows & ~after)[:, -columns:]
+    # worth a look at the values, wherever they are: without it the loss would be of other tokens
+    if torch.compiler.is_compiling() or bool(left_out.any()):
+        wants = f"the positions before all scored tokens: {columns + 1} for the last {columns} columns"
+        check.fail("logits_to_keep", f"{len(kept)} of {length} positions", wants)
+
+
+def _check_packed(model: Any, known: Known, cu_seqlens: Tensor, inputs: positions.Inputs) -> None:
+    """Several sequences of one row are kept apart by the model's attention, which has to be told of them."""
+    ids, mask = inputs["position_ids"], inputs["attention_mask"]
+    if inputs.length is not None:
+        check.layout(torch.Size([inputs.length]), None, cu_seqlens)
+    several = (cu_seqlens.diff() > 0).sum() > 1 if check.readable(cu_seqlens) else len(cu_seqlens) > 2
+    told = isinstance(mask, Tensor) and mask.dim() == 4
+    flash = "flash" in str(getattr(model.config, "_attn_implementation", None))
+    if not several or told or (mask is not None and inputs.padding is None):
+        return
+    if inputs.padding is not None:
+        check.fail("attention_mask", f"{check.describe(mask)} beside several sequences", "None: it would join them")
+    if flash and inputs["cu_seq_lens_q"] is not None:
+        return
+    if inputs["use_cache"] or inputs["past_key_values"] is not None:
+        check.fail("use_cache", "a cache with several sequences in a row", "False: with one the model joins them")
+    if ids is None:
+        check.fail("position_ids", "None with several sequences in a row", "those of each, from 0 on")
+    if not known.packs and ids.dim() == 2:
+        got = f"several sequences in a row of {type(model).__name__}, which lets one see another"
+        check.fail("cu_seqlens", got, "one sequence a row")
+    if ids.dim() == 2 and check.readable(ids) and check.readable(cu_seqlens):
+        first = positions.starts(cu_seqlens.to(ids.device), ids.shape[1])[1:]
+        if bool((first & (ids[0].diff() == 1)).any()):
+            check.fail("position_ids", "ids that go on from one sequence into the next", "those of each, from 0 on")
 
 
 def _batch(given: Any) -> PrefixBatch:
@@ -351,10 +449,6 @@ def _tokens(batch: PrefixBatch, ids: Any) -> Tensor:
     columns = batch.mask.shape[1]
     if ids.shape[0] != len(batch.mask) or ids.shape[1] < columns:
         check.fail("mask", batch.mask, f"[B, T], the last T columns of input_ids {list(ids.shape)}")
-    first = batch.mask.new_zeros(1, dtype=torch.int64) if batch.cu_seqlens is None else batch.cu_seqlens[:-1].long()
-    unpredicted = batch.mask[:, first] if columns == ids.shape[1] else batch.mask[:, :0]
-    if check.readable(unpredicted) and bool(unpredicted.any()):
-        check.fail("mask", "a sequence whose first token is scored", "False there: nothing predicts it")
     return ids[:, -columns:]
 
 

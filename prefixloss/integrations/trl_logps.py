@@ -171,6 +171,9 @@ _active: list[Patch] = []
 def patch_trl(backend: str = "auto") -> Patch:
     """Lets every trainer of TRL 1.16 (GRPO, RLOO, DPO, KTO, SFT, ...) take its log-probs from `linear_logps`.
 
+    The hidden states are TRL's: with absolute positions (GPT-2) and prompts padded on the left they are those of other
+    positions than in generation. `PrefixGRPOTrainer` sees to that, this patch does not.
+
     backend: as in `linear_logps`. Returns what undoes it: call it, or use it as a context manager. Of several patches
     the last one still active counts; they can be undone in any order, and more than once.
 

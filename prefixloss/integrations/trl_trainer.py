@@ -14,6 +14,8 @@ from trl.trainer.grpo_trainer import is_peft_model
 from prefixloss import LossConfig, TokenAdvantages, advantages, check
 from prefixloss.detect.base import Detector
 from prefixloss.detect.choose import by_name
+from prefixloss.integrations.heads_of_models import unwrapped
+from prefixloss.integrations.positions import position_ids, takes_positions
 from prefixloss.integrations.token_loss import alone_unless
 from prefixloss.integrations.trl_logps import FusedLoss, LogProbs, add_fused_loss, check_version, scored_by
 from prefixloss.steps import SEGMENTERS, Segmenter, step_tokens
@@ -59,6 +61,10 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         backend: as in `linear_prefix_loss`.
 
     Only wrong responses that ended by themselves are searched: one that was cut off has no good prefix.
+
+    Tokens are scored at the positions at which they were generated, with or without `fused_loss`. TRL leaves positions
+    to the model: one with absolute positions (GPT-2, GPT-Neo) counts the padding before a prompt, and TRL's log-probs
+    are then not those of the policy that spoke. With such a model this trainer's differ from TRL's, and are right.
     """
 
     def __init__(
@@ -211,11 +217,12 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     # ---- the fused loss ----
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        placed = _with_positions(model)
         if not self.fused_loss:
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            return super()._get_per_token_logps_and_entropies(placed, *args, **kwargs)
         # or the ratios would compare two roundings of the same policy
         with scored_by(LogProbs(self.backend)):
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            return super()._get_per_token_logps_and_entropies(placed, *args, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss, or with `fused_loss` the same number from one pass over the head."""
@@ -238,9 +245,10 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             backend=self.backend,
         )
         made: list[Any] = []
+        placed = _with_positions(model)
 
         def scored(**model_inputs: Any) -> Any:
-            made.append(model(**model_inputs, prefix_loss=request))
+            made.append(placed(**model_inputs, prefix_loss=request))
             return made[-1]
 
         # TRL prepares the model's inputs, images included, and takes log-probs and entropies out for the metrics
@@ -306,6 +314,18 @@ _IMAGES = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
+
+
+def _with_positions(model: Any) -> Callable[..., Any]:
+    """The model, with the positions that generation gave its tokens: TRL lets it count the padding too."""
+    if not takes_positions(unwrapped(model)):
+        return model
+
+    def placed(*, attention_mask: Tensor, **inputs: Any) -> Any:
+        ids = position_ids(attention_mask, attention_mask.shape[1])
+        return model(attention_mask=attention_mask, position_ids=ids, **inputs)
+
+    return placed
 
 
 def _question(prompt: Any) -> str:

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from prefixloss.integrations.heads_of_models import refuse_quantised
 from prefixloss.rl import UsageError
 from prefixloss.steps import decode, token_boundaries
 
@@ -231,6 +232,10 @@ def load_policy(name: str) -> Policy:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.eos_token_id is None or getattr(model, "get_decoder", None) is None:
         raise UsageError(f"--model: {name!r} has no end token or no decoder, so it cannot be trained here")
+    try:
+        refuse_quantised(model.get_output_embeddings())
+    except ValueError as error:
+        raise UsageError(f"--model: {name!r}: {error}") from None
     policy = Policy(model, tokenizer, INSTRUCTION)
     check_head(policy, name)
     return policy
@@ -238,8 +243,18 @@ def load_policy(name: str) -> Policy:
 
 @torch.no_grad()
 def check_head(policy: Policy, name: str) -> None:
-    """Some models change their logits in ways of their own; the loss would then optimise another policy, silently."""
+    """Some models change their logits in ways of their own, or read on through padding; the loss would then optimise
+    another policy, silently."""
     ids = torch.arange(4, device=policy.device)[None] % len(policy.weight)
-    ours, theirs = policy.logits(policy.all_hidden(ids, torch.ones_like(ids))), policy.model(input_ids=ids).logits
+    seen = torch.ones_like(ids)
+    theirs = policy.model(input_ids=ids).logits
+    ours = policy.logits(policy.all_hidden(ids, seen))
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
         raise UsageError(f"--model: the logits of {name!r} are not its head applied to its last hidden states")
+    # a batch's prompts are padded on the left
+    width = ids.shape[1]
+    padding = torch.full_like(ids, policy.tokenizer.pad_token_id)
+    rows, attention = torch.cat([padding, ids], 1), torch.cat([torch.zeros_like(seen), seen], 1)
+    ours = policy.logits(policy.all_hidden(rows, attention)[:, width:])
+    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
+        raise UsageError(f"--model: {name!r} is another policy behind padding: it reads on through it")
