@@ -280,6 +280,7 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, 
     """Hidden states [*rows, D] with a head [V, D] and an optional bias [V]; `names` are the three arguments' names."""
     tensor(names[0], hidden, "float")
     head_weight(names[1], weight)
+    tensor(names[1], weight, "float")
     if hidden.dim() and hidden.shape[-1] == 0:
         fail(names[0], f"shape {list(hidden.shape)}", "a width D of at least 1")
     if hidden.dim() != len(rows) + 1 or hidden.shape[:-1] != rows:
@@ -338,7 +339,7 @@ def same_vocabulary(argument: str, got: int, expected: int) -> None:
 def needed_data(config: LossConfig, given: dict[str, Any], exact_reference: tuple[str, ...]) -> None:
     """The arguments that the options call for. `given` maps names to values; `exact_reference` are for kl="full"."""
     needs: list[tuple[str, str]] = []
-    if config.kl in ("k1", "k2", "k3"):
+    if config.kl not in (None, "full"):
         needs.append(("ref_logps", f'kl="{config.kl}"'))
     if config.kl == "full":
         needs += [(name, 'kl="full"') for name in exact_reference]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import CORRECTIONS, KLS, OBJECTIVES, RATIO_LEVELS, REDUCTIONS, of_objective
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import group_of, in_processes
@@ -30,8 +31,6 @@ from prefixloss import LossConfig, advantages, linear_prefix_loss, prefix_loss
 from prefixloss.integrations import openrlhf, skyrl, slime, token_loss
 from prefixloss.loss import linear_logps
 
-OBJECTIVES = ("clip", "cispo", "sapo", "reinforce", "topr")
-REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "group-token-mean", "none")
 NAN = float("nan")
 
 
@@ -134,9 +133,9 @@ def logps_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     seed=st.integers(0, 10**6),
     objective=st.sampled_from(OBJECTIVES),
     reduction=st.sampled_from(REDUCTIONS),
-    level=st.sampled_from(["token", "sequence"]),
-    kl=st.sampled_from([None, "k1", "k2", "k3"]),
-    correction=st.sampled_from([None, "tis", "icepop"]),
+    level=st.sampled_from(RATIO_LEVELS),
+    kl=st.sampled_from([None, *(kl for kl in KLS if kl != "full")]),
+    correction=st.sampled_from([None, *CORRECTIONS]),
     entropy_coef=st.sampled_from([0.0, 0.1]),
     on_policy=st.booleans(),
 )
@@ -152,7 +151,7 @@ def test_the_loss_from_log_probs_is_prefix_loss_to_the_gradient(
 ) -> None:
     x = logits_case(seed)
     config = LossConfig(
-        objective=objective,
+        **of_objective(objective),
         reduction=reduction,
         ratio_level=level,
         kl=kl,
@@ -1300,6 +1299,37 @@ def test_slime_gets_the_sum_of_what_its_arguments_say(given_args: dict[str, Any]
     assert all(value.dim() == 0 for value in seen.values())
     learning = 4 * mean_of((a != 0).double(), case.mask, "seq-mean-token-mean")
     torch.testing.assert_close(seen["learning_share"], learning)
+
+
+def test_every_trainer_s_epsilon_is_the_same_cap_on_the_ratio_of_cispo(verl: Any) -> None:
+    # 1 + 0.3, for A of either sign; ratios of up to exp(3)
+    case = Case.of(13)
+    a = case.advantages
+    capped = torch.exp(case.logps - case.old).detach().clamp(max=1.3)
+    want = mean_of(-capped * a * case.logps, case.mask, "token-mean")
+    settings = verl_config(clip_ratio_high=0.3)
+    made = verl.policy_loss(case.old, case.logps, a, case.mask, "token-mean", settings, objective="cispo")[0]
+    same(made, want, case)
+    for given_config in ({}, {"cispo": SimpleNamespace(cispo_eps_clip_high=0.3), "eps_clip_high": 9.0}):
+        config = skyrl_config(**given_config)
+        made = skyrl.policy_loss(case.logps, case.old, a, config, case.mask.double(), objective="cispo")[0]
+        same(made / case.mask.sum(), want, case)
+    made = openrlhf.PolicyLoss(0.2, 0.3, objective="cispo")(case.logps, case.old, a, case.mask)[0]
+    same(made, want, case)
+    for given_args in ({"advantage_estimator": "cispo"}, {"prefixloss_loss": {"objective": "cispo"}}):
+        assert slime.loss_config(slime_args(**given_args)).clip_high == 1.3
+    assert slime.loss_config(slime_args(prefixloss_loss={"objective": "cispo", "clip_high": 4.0})).clip_high == 4.0
+
+
+@pytest.mark.parametrize("name", ["policy_loss_type", "is_correction_mode"])
+def test_openrlhf_s_unknown_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: got 'new'"):
+        openrlhf.PolicyLoss(**{name: "new"})
+
+
+def test_slime_s_unknown_kl_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^kl_loss_type: got 'k9'"):
+        slime.loss_config(slime_args(use_kl_loss=True, kl_loss_type="k9"))
 
 
 def test_slime_settings_of_ours_come_on_top_and_what_is_not_here_is_refused() -> None:

@@ -67,7 +67,9 @@ def _elementwise(floats: Callable[..., Array] | None, integers: Callable[..., Ar
     return build
 
 
-def _extreme(floats: Callable[..., Array], propagating: Callable[..., Array], integers: Callable[..., Array]) -> Builder:
+def _extreme(
+    floats: Callable[..., Array], propagating: Callable[..., Array], integers: Callable[..., Array]
+) -> Builder:
     """max and min, which drop NaN unless told otherwise."""
 
     def build(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
@@ -243,7 +245,9 @@ def _compare(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | Non
     comparison, rest = modifiers[0], tuple(m for m in modifiers[1:] if m != "ftz")
     compute: Callable[[Array, Array], Array]
     if comparison in ("num", "nan"):
-        compute = (lambda a, b: np.isnan(a) | np.isnan(b)) if comparison == "nan" else (lambda a, b: (a == a) & (b == b))
+        compute = (
+            (lambda a, b: np.isnan(a) | np.isnan(b)) if comparison == "nan" else (lambda a, b: (a == a) & (b == b))
+        )
     elif _COMPARISONS.get(comparison):
         plain = _COMPARISONS[comparison]
         # only `ne` is true for NaN in NumPy
@@ -255,7 +259,9 @@ def _compare(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | Non
         return None
     if kind.endswith("x2") and not rest:
         half = kind[:-2]
-        return Operation(("pred", "pred"), (half + "pair",) * 2, lambda a, b: (compute(a[0], b[0]), compute(a[1], b[1])))
+        return Operation(
+            ("pred", "pred"), (half + "pair",) * 2, lambda a, b: (compute(a[0], b[0]), compute(a[1], b[1]))
+        )
     if not rest:
         return Operation(("pred",), (kind, kind), compute)
     combine = {("and",): np.logical_and, ("or",): np.logical_or, ("xor",): np.logical_xor}.get(rest)
