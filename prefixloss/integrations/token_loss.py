@@ -163,22 +163,17 @@ def token_advantages(
     correct, first_error = outcomes(torch.where(judged, scores, 0))
     first_error = torch.where(lengths > 0, first_error, -1)  # a response that a trainer has masked altogether
     numbers = np.unique(np.asarray(group_labels), return_inverse=True)[1]
-    group_ids = alone_unless(judged, torch.as_tensor(numbers, dtype=torch.int64, device=scores.device))
+    group_ids = torch.as_tensor(numbers, dtype=torch.int64, device=scores.device)
+    options = {**options, "judged": judged}
     if estimator == "vppo":
         return credit.vppo(correct, lengths, first_error, group_ids, **{"shorten": 0, **options})
     if estimator == "cliff":
         return credit.cliff(correct, lengths, first_error, group_ids, **options)
     if estimator == "neutral_prefix":
-        return credit.neutral_prefix(credit.grpo(correct.float(), group_ids, **options), correct, first_error)
+        by_response = credit.grpo(correct.float(), group_ids, **options)
+        return credit.neutral_prefix(by_response, correct, first_error, judged=judged)
     check.fail("estimator", repr(estimator), "'vppo' | 'cliff' | 'neutral_prefix'")
     raise AssertionError
-
-
-def alone_unless(judged: Tensor, group_ids: Tensor) -> Tensor:
-    """The groups 0, 1, .. [B] of those that are `judged`; each other response gets one of its own, where it is its own
-    baseline and its advantage 0."""
-    index = torch.arange(len(group_ids), device=group_ids.device)
-    return torch.where(judged, group_ids, len(group_ids) + index)
 
 
 def first_error_of(

@@ -16,7 +16,6 @@ from prefixloss.detect.base import Detector
 from prefixloss.detect.choose import by_name
 from prefixloss.integrations.heads_of_models import unwrapped
 from prefixloss.integrations.positions import position_ids, takes_positions
-from prefixloss.integrations.token_loss import alone_unless
 from prefixloss.integrations.trl_logps import FusedLoss, LogProbs, add_fused_loss, check_version, scored_by
 from prefixloss.objective import clipped
 from prefixloss.steps import SEGMENTERS, Segmenter, step_tokens
@@ -194,12 +193,12 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             # a group may lie on several processes
             sizes = torch.stack([mask.sum(1), first_error, batch["prompt_mask"].sum(1)], 1)
             lengths, everywhere, prompt_lengths = self.accelerator.gather(sizes).unbind(1)
-            groups = self._groups(outcome.judged)
+            given = (outcome.correct, lengths, everywhere, self._groups(len(lengths)))
             if self.advantage == "vppo":
                 options: Any = {"prompt_lengths": prompt_lengths, "alpha": self.alpha, "shorten": self.shorten}
-                by_token = advantages.vppo(outcome.correct, lengths, everywhere, groups, **options)
+                by_token = advantages.vppo(*given, judged=outcome.judged, **options)
             elif self.advantage == "cliff":
-                by_token = advantages.cliff(outcome.correct, lengths, everywhere, groups)
+                by_token = advantages.cliff(*given, judged=outcome.judged)
             else:
                 raise ValueError(f"advantage: got {self.advantage!r}, expected {' | '.join(get_args(Advantage))}")
             by_token = TokenAdvantages(*(x[here] for x in by_token))
@@ -207,10 +206,10 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             by_token = by_token._replace(suffix=suffix)  # without a verdict there is no prefix
         return by_token.per_token(batch["completion_ids"], mask)
 
-    def _groups(self, judged: Tensor) -> Tensor:
-        """int64 [B of all processes]: which prompt each answers; without a verdict a response is alone."""
+    def _groups(self, responses: int) -> Tensor:
+        """int64 [B of all processes]: which prompt each answers."""
         size = self.num_generations if self.model.training else self.num_generations_eval
-        return alone_unless(judged, torch.arange(len(judged), device=judged.device) // size)
+        return torch.arange(responses, device=self.accelerator.device) // size
 
     def _local(self, responses: int) -> slice:
         """This process's part of what was gathered."""
