@@ -130,6 +130,7 @@ def logit_arguments() -> dict[str, Any]:
 def logp_arguments() -> dict[str, Any]:
     kept = ("hidden", "lm_head_weight", "lm_head_bias", "tokens", "mask", "backend", "tp_group", "vocab_size")
     more = {"temperature": 1.0, "softcap": 30.0, "logit_scale": 1.0, "entropy": True, "max_scored_tokens": 10}
+    more |= {"chunk_tokens": None}
     return {name: value for name, value in loss_arguments().items() if name in kept} | more
 
 
