@@ -250,7 +250,8 @@ def live_rows(coefficients: Coefficients, stats: RowStats, transform: Transform,
     if transform.softcap is not None:
         sure = surprise * transform.slope(stats.logp + stats.lse) / transform.after
     largest = (sure - penalty).clamp(min=0).max()
-    return live & ~(2 * surprise + penalty <= tolerance * largest)
+    # beside an infinite gradient none is small: all of an overflowed step has to be seen
+    return live & ~((2 * surprise + penalty <= tolerance * largest) & largest.isfinite())
 
 
 def keep_rows_(scores: Tensor, keep: Tensor) -> Tensor:
