@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
@@ -322,6 +323,23 @@ def own_storage(argument: str, value: Tensor, overwritten: Tensor) -> None:
         fail(argument, "the storage of logits, which inplace=True overwrites", "a copy")
 
 
+def overwritable(value: Tensor) -> None:
+    """Logits that inplace=True may overwrite: no element may lie where another does.
+
+    Dimensions in the order of their strides: each step has to pass all that the smaller ones reach. Views do, but for
+    expanded ones and those that `as_strided` makes overlap.
+    """
+    # a compiled call overwrites nothing
+    if torch.compiler.is_compiling() or value.numel() == 0:
+        return
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(value.stride(), value.shape, strict=True) if n > 1):
+        if stride <= reach:
+            got = f"shape {list(value.shape)} with strides {list(value.stride())}, whose elements overlap in memory,"
+            fail("logits", got, "elements of their own, since inplace=True overwrites them (or inplace=False)")
+        reach += stride * (size - 1)
+
+
 def logits(argument: str, value: Tensor, tokens: Tensor) -> None:
     """Logits [*tokens.shape, V]."""
     tensor(argument, value, "float")
@@ -422,6 +440,22 @@ def backend(name: Any, tp_group: Any, cp_group: Any, *inputs: Any) -> str:
     if name == "triton":
         raise RuntimeError(f'backend: got "triton", expected "auto" or "torch": {obstacle}')
     return "torch"
+
+
+def transforms(backend: str, *inputs: Any) -> None:
+    """No transform of torch.func and no forward-mode derivative, which our own derivatives know nothing of."""
+    if backend == "reference":
+        return
+    if torch._C._are_functorch_transforms_active():
+        kind = torch._C._functorch.peek_interpreter_stack().key().name
+        if kind == "Vmap":
+            raise RuntimeError("vmap: got a call inside it, expected one call for the batch: tokens [B, T] or [N]")
+        under = f"inside torch.func ({kind.lower()})"
+    elif any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        under = "for a forward-mode derivative"
+    else:
+        return
+    raise RuntimeError(f'backend: got "{backend}" {under}, expected "reference", or backward() and torch.autograd.grad')
 
 
 def _triton_obstacle(*inputs: Any) -> str | None:

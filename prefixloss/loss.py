@@ -107,9 +107,11 @@ def linear_prefix_loss(
 
     Raises:
         ValueError, TypeError: before any work, naming the argument, what it got and what it expects.
-        RuntimeError: for a back-end that cannot run here, saying why.
+        RuntimeError: for a back-end that cannot run here, saying why; and, with any but "reference", for a second
+            derivative (create_graph=True) and inside the transforms of torch.func.
     """
     backend = check.backend(backend, tp_group, cp_group, hidden, lm_head_weight)
+    check.transforms(backend, hidden, lm_head_weight, lm_head_bias)
     check.config(config, LossConfig)
     check.tokens(tokens)
     lm_head_weight, lm_head_bias = _whole(lm_head_weight, tp_group), _whole(lm_head_bias, tp_group)
@@ -175,12 +177,17 @@ def prefix_loss(
         inplace: lets `logits` (or their copy, see above) be overwritten with the gradient, so that no second [N, V] is
             ever held. backend="torch" does so in the backward; "triton" does it in this call, where each logit is
             read and written once: do not use the logits afterwards (autograd reports it if a backward needs them).
+            The gradient handed on is that memory (a leaf's `.grad` then is the leaf's own), but with retain_graph=True
+            a copy. Logits that overlap themselves, expanded ones for example, are refused.
     """
     backend = check.backend(backend, tp_group, cp_group, logits)
+    check.transforms(backend, logits)
     check.config(config, LossConfig)
     check.flag("inplace", inplace)
     check.tokens(tokens)
     check.logits("logits", logits, tokens)
+    if inplace:
+        check.overwritable(logits)
     inputs = TokenInputs(
         tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer, cp_group
     )
@@ -242,6 +249,7 @@ def linear_logps(
     tp_group, vocab_size and errors as in `linear_prefix_loss`.
     """
     backend = check.backend(backend, tp_group, None, hidden, lm_head_weight)
+    check.transforms(backend, hidden, lm_head_weight, lm_head_bias)
     check.tokens(tokens)
     check.flag("entropy", entropy)
     # checks the four; a coefficient says that the entropy has a gradient

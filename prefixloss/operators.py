@@ -21,19 +21,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prefixloss._kernels import launch, rows, tune
 from prefixloss._kernels.objective import Given, Objective, Options
 from prefixloss._kernels.rows import Problem, Tokens, Work
 from prefixloss._kernels.scale import launch_scale
 from prefixloss._kernels.softmax import Transform
+from prefixloss.autograd import first_order, graph_is_kept
 from prefixloss.chunks import Head, HeadChunks, Rows, storage_dtype
 from prefixloss.config import LossConfig
 from prefixloss.softmax import Coefficients, RowStats, live_rows
 from prefixloss.softmax import Transform as SoftmaxTransform
 
 LEARNING = rows.LEARNING.value
+# elements of half precision turned into float32 at a time: 16 MiB
+_UPCAST = 2**22
 
 
 @lru_cache(maxsize=256)
@@ -402,11 +404,16 @@ def _or(x: Tensor | None, otherwise: Tensor) -> Tensor:
 
 @torch.library.custom_op("prefixloss::scale_", mutates_args={"x"})
 def scale_(x: Tensor, factor: Tensor) -> None:
-    """x times the 0-d factor, in place; untouched where it is 1."""
+    """x times the float32 0-d factor, in place; untouched where it is 1."""
     if x.is_contiguous():
         launch_scale(x, factor)
-    else:
+    elif x.dtype == torch.float32:
         x.mul_(factor)
+    else:
+        # torch would round the factor to x's dtype first
+        for matrix in x if x.dim() > 2 else (x,):
+            for rows_ in matrix.split(max(1, _UPCAST // x.shape[-1])):
+                rows_.copy_(rows_.float().mul_(factor))
 
 
 @scale_.register_fake
@@ -414,42 +421,30 @@ def _(x: Any, factor: Any) -> None:
     return None
 
 
+def _times(saved: Tensor, factor: Tensor) -> Tensor:
+    """saved times the float32 0-d factor: the memory of `saved` where nobody can ask for it again, else a copy."""
+    if type(saved) is not Tensor:  # a compiler's, which decides itself what may be overwritten
+        return (saved.float() * factor).to(saved.dtype)
+    scaled = saved.clone() if graph_is_kept() else saved
+    scale_(scaled, factor)
+    return scaled
+
+
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """For an operator that returns the loss, stats, terms and the gradients of its first inputs."""
     gradients = output[3:]
-    # last, what the gradients have been multiplied by: saved with them, since checkpointing makes all of it again
-    ctx.save_for_backward(*gradients, output[0].new_ones(()))
+    ctx.save_for_backward(*gradients)
     ctx.dtypes = [t.dtype if isinstance(t, Tensor) else None for t in inputs[: len(gradients)]]
     ctx.others = len(inputs) - len(gradients)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.changed = False
 
 
+@first_order
 def _scaled_gradients(ctx: Any, factor: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    """The gradients made in the forward times the loss's own, in place.
-
-    A second backward (retain_graph=True) leaves alone what the first one returned. A compiled one changes nothing that
-    it was given: that is for the compiler to decide.
-    """
+    """The gradients made in the forward times the loss's own."""
     factor = factor.float()
-    *gradients, applied = ctx.saved_tensors  # checkpointing lets them be looked at once
-    first = not ctx.changed and all(type(saved) is Tensor for saved in gradients)
-    change = factor / applied if ctx.changed else factor
-    out: list[Tensor | None] = []
-    for saved, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=False):
-        if not needed:
-            out.append(None)
-        elif first:
-            # it may be used again: `applied` says what it holds
-            with torch.autograd._unsafe_preserve_version_counter(saved):  # type: ignore[attr-defined]
-                scale_(saved, change)
-            out.append(saved.to(dtype))
-        else:
-            out.append((saved * change).to(dtype))
-    if first:
-        ctx.changed = True
-        with torch.autograd._unsafe_preserve_version_counter(applied):  # type: ignore[attr-defined]
-            applied.copy_(factor)
+    made = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+    out = [_times(saved, factor).to(dtype) if needed else None for saved, dtype, needed in made]
     return *out, *(None,) * ctx.others
 
 
@@ -469,12 +464,10 @@ class LogitLossInPlace(torch.autograd.Function):
         return total, stats, terms
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, factor: Tensor, *_: Any) -> Any:
         (grads,) = ctx.saved_tensors
-        grads = grads.detach()
-        scale_(grads, factor.float())
-        return grads, *(None,) * ctx.others
+        return _times(grads.detach(), factor.float()), *(None,) * ctx.others
 
 
 def _coefficients(config: LossConfig, flags: Tensor, stats: Tensor, grad: Tensor) -> Tensor:
@@ -502,6 +495,7 @@ def _save_for_logit_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
     ctx.save_for_backward(*tensors, output)
 
 
+@first_order
 def _logit_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, stats = ctx.saved_tensors
     coefficients = _coefficients(_decoded(ctx.options), tensors[-1], stats, grad)
@@ -512,7 +506,7 @@ logit_statistics.register_autograd(_logit_gradients, setup_context=_save_for_log
 
 
 class LogitStatisticsInPlace(torch.autograd.Function):
-    """`logit_statistics`, whose backward writes the gradient over the logits."""
+    """`logit_statistics`, whose last backward writes the gradient over the logits."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -521,12 +515,15 @@ class LogitStatisticsInPlace(torch.autograd.Function):
         return stats
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, *rest, stats = ctx.saved_tensors
         logits = logits.detach()
-        coefficients = _coefficients(_decoded(ctx.options), rest[-1], stats, grad)
-        logit_gradient_(logits, *rest, stats, coefficients, ctx.options)
+        made_of = (logits, *rest, stats, _coefficients(_decoded(ctx.options), rest[-1], stats, grad), ctx.options)
+        if graph_is_kept():
+            logits = logit_gradient(*made_of)
+        else:
+            logit_gradient_(*made_of)
         return logits, None, None, None, None
 
 
@@ -537,6 +534,7 @@ def _save_for_linear_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
     ctx.save_for_backward(*tensors, stats, slopes)
 
 
+@first_order
 def _linear_gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     *tensors, stats, slopes = ctx.saved_tensors
     coefficients = _coefficients(_decoded(ctx.options), tensors[-1], stats, grad)

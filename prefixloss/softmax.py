@@ -263,7 +263,8 @@ def live_rows(coefficients: Coefficients, stats: RowStats, transform: Transform,
         sure = surprise * transform.slope(stats.logp + stats.lse) / transform.after
     # a row without coefficients has no gradient, whatever its statistics
     largest = (sure - penalty).clamp(min=0).where(live, 0.0).max()
-    return live & ~(2 * surprise + penalty <= tolerance * largest)
+    # beside an infinite gradient none is small: all of an overflowed step has to be seen
+    return live & ~((2 * surprise + penalty <= tolerance * largest) & largest.isfinite())
 
 
 def keep_rows_(scores: Tensor, keep: Tensor) -> Tensor:

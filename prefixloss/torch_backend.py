@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prefixloss import two_stages
+from prefixloss.autograd import first_order, graph_is_kept
 from prefixloss.batch import Batch, TokenValues
 from prefixloss.config import LossConfig
 from prefixloss.heads import LinearRows, LogitRows, Rows
@@ -64,11 +64,12 @@ def linear_source(
 def logit_source(
     ref_logits: Tensor | None, inplace: bool, config: LossConfig, tokens: Tensor, columns: Whole
 ) -> Source:
-    """Rows that are logits [N, V] already; with `inplace` their gradient overwrites them."""
+    """Rows that are logits [N, V] already; with `inplace` the last gradient asked for overwrites them."""
     transform, chunk_tokens = _transform(config), config.chunk_tokens or columns.rows_at_once
 
     def open_rows(tensors: tuple[Tensor], needs: tuple[bool, ...]) -> Rows:
-        return LogitRows(tensors[0], transform, needs, into=tensors[0] if inplace else None)
+        overwritten = inplace and any(needs) and not graph_is_kept()
+        return LogitRows(tensors[0], transform, needs, into=tensors[0] if overwritten else None)
 
     if ref_logits is None:
         return Source(open_rows, transform, None, (), tokens, chunk_tokens, columns)
@@ -130,17 +131,20 @@ class _FusedLoss(torch.autograd.Function):
         return (total, *values)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        # the usual backward() comes with 1: nothing to scale, nothing to copy
-        unit = grad.item() == 1
-        out: list[Tensor | None] = []
-        for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
-            if saved is None:
-                out.append(None)
-            else:
-                out.append((saved if unit else saved * grad).to(dtype))
+        factor = grad.item()
+        made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        out = (None if saved is None else _times(saved, factor).to(dtype) for saved, dtype in made)
         return (None, None, None, None, *out)
+
+
+def _times(saved: Tensor, factor: float) -> Tensor:
+    """saved times factor: the memory of `saved` where nobody can ask for it again, else a copy."""
+    if graph_is_kept():
+        return saved * factor
+    # the usual backward() comes with 1
+    return saved if factor == 1 else saved.mul_(factor)
 
 
 def _statistics(
@@ -239,7 +243,7 @@ class _RowStatistics(torch.autograd.Function):
         return stats.logp, stats.entropy, stats.kl
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
         source, rows, grads = ctx.source, ctx.rows, ctx.grads
         saved = iter(ctx.saved_tensors)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prefixloss import torch_backend, two_stages
+from prefixloss.autograd import first_order
 from prefixloss.batch import Batch, TokenValues
 from prefixloss.config import LossConfig
 from prefixloss.heads import accumulation_dtype, storage_dtype
@@ -140,9 +141,12 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.mark_non_differentiable(*output[1:])
 
 
+@first_order
 def _scaled_gradients(ctx: Any, factor: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     made = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
-    return *((saved * factor).to(dtype) if needed else None for saved, dtype, needed in made), *(None,) * ctx.others
+    # in the factor's dtype: half precision would round it first
+    out = [(saved.to(factor.dtype) * factor).to(dtype) if needed else None for saved, dtype, needed in made]
+    return *out, *(None,) * ctx.others
 
 
 fused_loss.register_autograd(_scaled_gradients, setup_context=_save_gradients)
@@ -206,6 +210,7 @@ def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors, output)
 
 
+@first_order
 def _statistics_gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, stats = ctx.saved_tensors
     made = token_gradient(*inputs, stats, incoming, ctx.options, ctx.needs)

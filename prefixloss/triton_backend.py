@@ -63,7 +63,7 @@ def logit_loss(
     """From logits [B, T, V] or [N, V]. inplace: the gradient may overwrite them, from now on."""
     wants_gradient = _wants_gradient(logits)
     # under compilation, which may not overwrite what it was given, the permission is not used
-    inplace = inplace and wants_gradient and not torch.compiler.is_compiling() and 0 not in logits.stride()
+    inplace = inplace and wants_gradient and not torch.compiler.is_compiling()
     logits = _by_rows(logits)
     tensors = (logits, None if ref_logits is None else _by_rows(ref_logits), batch.tokens)
     # float16 gradients are made once the incoming scale is known, or small ones would underflow before it

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from prefixloss.autograd import first_order
 from prefixloss.batch import Batch, TokenValues
 from prefixloss.config import LossConfig
 from prefixloss.objective import Given, token_log_ratio, token_terms
@@ -86,7 +86,7 @@ class _TokenLoss(torch.autograd.Function):
         return terms.loss, terms.ratio, kl
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         d_logp, d_kl = ctx.saved_tensors
         d_entropy = grad * ctx.d_entropy if ctx.d_entropy != 0 else None
