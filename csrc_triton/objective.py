@@ -121,24 +121,34 @@ def policy(a, logp, ratio, options, KIND: tl.constexpr):
         # d (4 / tau) sigmoid(tau (rho - 1)) / d logp = 4 sigmoid' rho, which tends to 0 as rho overflows
         loss = -(4.0 / tau) * tl.sigmoid(gate) * a
         d_logp = -4.0 * tl.sigmoid(gate) * tl.sigmoid(-gate) * least(ratio, LARGEST) * a
+    elif KIND.policy == "cispo":
+        loss, d_logp = weighted(least(ratio, options.clip_high), a, logp)
+    elif KIND.policy == "topr":
+        loss, d_logp = weighted(tl.where(a > 0, 1.0, least(ratio, 1.0)), a, logp)
+    elif KIND.policy == "reinforce":
+        loss, d_logp = weighted(1.0, a, logp)
     else:
-        weight = tl.full([], 1.0, tl.float32)
-        if KIND.policy == "cispo":
-            weight = least(ratio, options.clip_high)
-        if KIND.policy == "topr":
-            weight = tl.where(a > 0, 1.0, least(ratio, 1.0))
-        loss = -weight * a * logp
-        d_logp = -weight * a
+        loss, d_logp = a, a
+        tl.static_assert(False, f"objective: no kernel knows {KIND.policy}")
     return loss, d_logp
+
+
+@triton.jit
+def weighted(weight, a, logp):
+    """-weight A logp, the weight a constant."""
+    return -weight * a * logp, -weight * a
 
 
 @triton.jit
 def sampler_weight(q, options, KIND: tl.constexpr):
     """q = exp(old_logp - sampler_logp), capped ("tis") or 0 outside its bounds ("icepop"); a constant."""
+    weight = q
     if KIND.sampler == "tis":
         weight = least(q, options.sampler_high)
-    else:
+    elif KIND.sampler == "icepop":
         weight = tl.where((q >= options.sampler_low) & (q <= options.sampler_high), q, 0.0)
+    else:
+        tl.static_assert(False, f"sampler_correction: no kernel knows {KIND.sampler}")
     return weight
 
 
@@ -152,6 +162,8 @@ def divergence(d, exact_kl, KIND: tl.constexpr):
         kl, slope = d * d / 2, -d
     elif KIND.kl == "k3":
         kl, slope = expm1(d) - d, -expm1(d)
+    else:
+        tl.static_assert(KIND.kl == "full", f"kl: no kernel knows {KIND.kl}")
     return kl, slope
 
 

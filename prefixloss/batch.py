@@ -100,7 +100,7 @@ class TokenInputs:
             check.tensor("group_ids", self.group_ids, "integer")
             check.shape("group_ids", self.group_ids, (layout.responses("group_ids"),), "[B]")
             check.device("group_ids", self.group_ids, device)
-        if config.ratio_level == "sequence":
+        if config.sequence_ratio:
             layout.starts('ratio_level="sequence"')
         advantages, in_prefix = self._advantages(layout)
         weights, denominator = token_weights(config, layout, self.group_ids, self.normalizer, dtype)
@@ -124,7 +124,7 @@ class TokenInputs:
             denominator=denominator,
             group_ids=self.group_ids,
             learning=learning,
-            computed=layout.scored if config.stats == "scored" else learning,
+            computed=layout.scored if config.shows_every_scored else learning,
             in_prefix=in_prefix,
         )
 

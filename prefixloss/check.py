@@ -219,7 +219,7 @@ def same_vocabulary(argument: str, got: int, expected: int) -> None:
 def needed_data(config: LossConfig, given: dict[str, Any], exact_reference: tuple[str, ...]) -> None:
     """The arguments that the options call for. `given` maps names to values; `exact_reference` are for kl="full"."""
     needs: list[tuple[str, str]] = []
-    if config.kl in ("k1", "k2", "k3"):
+    if config.kl not in (None, "full"):
         needs.append(("ref_logps", f'kl="{config.kl}"'))
     if config.kl == "full":
         needs += [(name, 'kl="full"') for name in exact_reference]

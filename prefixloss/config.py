@@ -7,11 +7,20 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, get_args
 
+# every name that an option may have, here alone: checks, registries and tests read them
 Objective = Literal["clip", "cispo", "sapo", "reinforce", "topr"]
+RatioLevel = Literal["token", "sequence"]
+SamplerCorrection = Literal["tis", "icepop"]
 KL = Literal["k1", "k2", "k3", "full"]
 Reduction = Literal["token-mean", "group-token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "none"]
+Stats = Literal["learning", "scored"]
+
+
+def unknown(option: str, name: Any) -> NoReturn:
+    """The end of every choice by name: a name that a piece of code does not know never falls through to another's."""
+    raise ValueError(f"{option}: got {name!r}, expected a name that this back-end knows")
 
 
 def _is_number(value: Any) -> bool:
@@ -70,27 +79,25 @@ _any_number = (lambda v: _is_number(v) and math.isfinite(v), "a finite number")
 _flag = (lambda v: isinstance(v, bool), "True or False")
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "objective": _one_of("clip", "cispo", "sapo", "reinforce", "topr"),
+    "objective": _one_of(*get_args(Objective)),
     "clip_low": _number(0),
     "clip_high": _number(0),
     "ratio_cap": _or_none(_number(0, above=True)),
     "dual_clip": _or_none(_number(1, above=True)),
     "sapo_tau": _pair(0, above=True, ordered=False),
-    "ratio_level": _one_of("token", "sequence"),
-    "sampler_correction": _one_of(None, "tis", "icepop"),
+    "ratio_level": _one_of(*get_args(RatioLevel)),
+    "sampler_correction": _one_of(None, *get_args(SamplerCorrection)),
     "sampler_bounds": _pair(0, above=False, ordered=True),
-    "kl": _one_of(None, "k1", "k2", "k3", "full"),
+    "kl": _one_of(None, *get_args(KL)),
     "kl_coef": _any_number,
     "kl_importance": _flag,
     "entropy_coef": _any_number,
-    "reduction": _one_of(
-        "token-mean", "group-token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "none"
-    ),
+    "reduction": _one_of(*get_args(Reduction)),
     "max_length": _or_none(_positive_int()),
     "temperature": _number(0, above=True),
     "softcap": _or_none(_number(0, above=True)),
     "logit_scale": _number(0, above=True),
-    "stats": _one_of("learning", "scored"),
+    "stats": _one_of(*get_args(Stats)),
     "row_tolerance": _number(0),
     "chunk_tokens": _or_none(_positive_int()),
 }
@@ -103,7 +110,7 @@ class LossConfig:
     Per-token objective, with rho = exp(logp - old_logp) and advantage A (`prefixloss.reference` has the formulas):
         objective: "clip" (PPO, GRPO, DAPO), "cispo", "sapo", "reinforce" or "topr".
         clip_low, clip_high: "clip" keeps rho inside [1 - clip_low, 1 + clip_high]. For "cispo", `clip_high` is the cap
-            on rho itself, as in TRL: 5.0 is usual there.
+            on rho itself, at least 1: 5.0 is usual, as in TRL, and the default 0.2 is refused.
         ratio_cap: two-sided clip ("clip" only): rho is capped at this first.
         dual_clip: "clip" only: for A < 0 the loss is at most -dual_clip * A.
         sapo_tau: the temperatures of "sapo" for A > 0 and for A <= 0.
@@ -113,7 +120,10 @@ class LossConfig:
     Penalties:
         kl, kl_coef: the estimator of KL(policy || reference) and its weight. "k1" has zero expected gradient on policy,
             so as a loss term it only adds noise; "full" is the exact sum over the vocabulary.
-        kl_importance: multiply the KL term by rho (before any cap); the gradient flows through both.
+        kl_importance: multiply the KL term by rho (before any cap); the gradient flows through both. With ratio_level
+            "sequence" rho is the token form here as everywhere: its value is the response's, and its gradient is each
+            token's own, rho k d logp. TRL and Liger go through the mean there, which hands a token the mean of the
+            response's KLs in place of its own: the credit that per-token advantages take apart.
         entropy_coef: weight of the entropy bonus, - entropy_coef * H.
     Reduction:
         reduction: how the tokens' losses become one number; max_length is for "constant": sum / (B * max_length).
@@ -132,8 +142,8 @@ class LossConfig:
     ratio_cap: float | None = None
     dual_clip: float | None = None
     sapo_tau: tuple[float, float] = (1.0, 1.05)
-    ratio_level: Literal["token", "sequence"] = "token"
-    sampler_correction: Literal["tis", "icepop"] | None = None
+    ratio_level: RatioLevel = "token"
+    sampler_correction: SamplerCorrection | None = None
     sampler_bounds: tuple[float, float] = (0.0, 2.0)
     kl: KL | None = None
     kl_coef: float = 0.0
@@ -144,7 +154,7 @@ class LossConfig:
     temperature: float = 1.0
     softcap: float | None = None
     logit_scale: float = 1.0
-    stats: Literal["learning", "scored"] = "learning"
+    stats: Stats = "learning"
     row_tolerance: float = 0.0
     chunk_tokens: int | None = None
 
@@ -165,6 +175,11 @@ class LossConfig:
             value = getattr(self, field.name)
             if not accepts(value):
                 raise ValueError(f"{field.name}: got {value!r}, expected {wants}")
+        if self.objective == "cispo" and self.clip_high < 1:
+            raise ValueError(
+                f'clip_high: got {self.clip_high!r} for objective="cispo", expected a number >= 1: there it is the cap '
+                "on the ratio itself, as in TRL, and 5.0 is usual"
+            )
         # once, here: a compiler may take the numbers of an object that it is given for variables
         object.__setattr__(self, "_encoded", " ".join(map(self._encoded_field, fields(self))))
         if self.kl is None and self.kl_coef != 0:
@@ -177,3 +192,21 @@ class LossConfig:
     @property
     def penalises_kl(self) -> bool:
         return self.kl is not None and self.kl_coef != 0
+
+    @property
+    def sequence_ratio(self) -> bool:
+        """Whether a response has one ratio."""
+        if self.ratio_level == "sequence":
+            return True
+        if self.ratio_level == "token":
+            return False
+        unknown("ratio_level", self.ratio_level)
+
+    @property
+    def shows_every_scored(self) -> bool:
+        """Whether the results are of every token in the mask, not of the learning ones alone."""
+        if self.stats == "scored":
+            return True
+        if self.stats == "learning":
+            return False
+        unknown("stats", self.stats)

@@ -133,7 +133,7 @@ def linear_prefix_loss(
     with _as_given(hidden):
         if backend == "reference":
             rows = batch.layout.scored.nonzero().squeeze(1)
-            logits = reference.linear_logits(head, rows, dtype)
+            logits = reference.learning_logits(head, rows, batch.learning, dtype)
             ref_logits = None if ref_head is None else reference.linear_logits(ref_head, rows, dtype)
             result = reference.loss(logits, ref_logits, rows, batch, config)
         elif backend == "triton":
@@ -307,7 +307,7 @@ def _kernels() -> Any:
 
 def _most_tokens(given: int | None, mask: Tensor | None, batch: Batch, config: LossConfig) -> int | None:
     """An upper bound on the tokens to compute, if one is known without looking."""
-    every_scored = config.stats == "scored" or config.ratio_level == "sequence"
+    every_scored = config.shows_every_scored or config.sequence_ratio
     if given is not None:
         check.most_tokens("max_learning_tokens", given, batch.layout.scored if every_scored else batch.computed)
         return int(given)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefixloss.config import LossConfig
+from prefixloss.config import LossConfig, unknown
 
 
 class Given(NamedTuple):
@@ -87,16 +87,23 @@ def token_log_ratio(given: Given, logp: Tensor) -> Tensor:
 
 
 def clipped(config: LossConfig, advantages: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens whose ratio the clip changes, below and above: bool [n] each; ratio_cap and dual_clip apart."""
+    """Tokens that the objective's own bounds on the ratio hold back, below and above: bool [n] each.
+
+    "clip": below for A < 0, above for A > 0, where the bound ends the gradient. "cispo" caps every ratio; as in TRL and
+    Liger those with A > 0 count, which the cap keeps from being raised further. "topr" caps for A < 0 alone. "sapo" and
+    "reinforce" have no bound. ratio_cap and dual_clip do not count.
+    """
     never = torch.zeros_like(ratio, dtype=torch.bool)
     if config.objective == "clip":
         low = (advantages < 0) & (ratio < 1 - config.clip_low)
         return low, (advantages > 0) & (ratio > 1 + config.clip_high)
     if config.objective == "cispo":
-        return never, (advantages != 0) & (ratio > config.clip_high)
+        return never, (advantages > 0) & (ratio > config.clip_high)
     if config.objective == "topr":
         return never, (advantages < 0) & (ratio > 1)
-    return never, never
+    if config.objective in ("sapo", "reinforce"):
+        return never, never
+    unknown("objective", config.objective)
 
 
 def _policy(config: LossConfig, advantages: Tensor, logp: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +130,9 @@ def _policy(config: LossConfig, advantages: Tensor, logp: Tensor, ratio: Tensor)
         # d (4 / tau) sigmoid(tau (rho - 1)) / d logp = 4 sigmoid' rho, which tends to 0 as rho overflows
         slope = 4 * torch.sigmoid(gate) * torch.sigmoid(-gate) * ratio.clamp(max=torch.finfo(a.dtype).max)
         return -(4 / tau) * torch.sigmoid(gate) * a, -slope * a
-    return -a * logp, -a  # reinforce
+    if config.objective == "reinforce":
+        return -a * logp, -a
+    unknown("objective", config.objective)
 
 
 def _sampler_weight(config: LossConfig, given: Given, logp: Tensor) -> Tensor:
@@ -133,7 +142,9 @@ def _sampler_weight(config: LossConfig, given: Given, logp: Tensor) -> Tensor:
     low, high = config.sampler_bounds
     if config.sampler_correction == "tis":
         return q.clamp(max=high)
-    return torch.where((q >= low) & (q <= high), q, 0.0)
+    if config.sampler_correction == "icepop":
+        return torch.where((q >= low) & (q <= high), q, 0.0)
+    unknown("sampler_correction", config.sampler_correction)
 
 
 def _kl(config: LossConfig, given: Given, logp: Tensor, exact_kl: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -147,4 +158,6 @@ def _kl(config: LossConfig, given: Given, logp: Tensor, exact_kl: Tensor | None)
         return -d, torch.ones_like(d)
     if config.kl == "k2":
         return d * d / 2, -d
-    return torch.expm1(d) - d, -torch.expm1(d)  # k3
+    if config.kl == "k3":
+        return torch.expm1(d) - d, -torch.expm1(d)
+    unknown("kl", config.kl)

@@ -291,7 +291,7 @@ def linear_loss(
 
     if most >= 0:
         which = Rows.where(flags != 0, most)
-    elif config.stats == "learning" or not any(needs):
+    elif not config.shows_every_scored or not any(needs):
         which = Rows.where(flags != 0, None)
     else:
         which, without_gradient = Rows.split((flags & LEARNING) != 0, flags != 0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefixloss import check
-from prefixloss.config import LossConfig
+from prefixloss.config import LossConfig, unknown
 from prefixloss.layout import Layout
 
 # in place of a count of 0: a denominator that adds nothing to other micro-batches' counts
@@ -52,12 +52,14 @@ def global_normalizer(
         count = float(_own_groups(group_ids if counts else group_ids[:0], group))
     elif config.reduction == "none":
         count = 1 / torch.distributed.get_world_size(group)
-    else:
+    elif config.reduction in ("seq-mean-token-mean", "seq-mean-token-sum", "constant"):
         count = float(layout.responses(argument)) if counts else 0.0
         if config.reduction == "constant":
             if config.max_length is None:
                 check.fail("max_length", "None", f"a number of tokens, since {argument}")
             count *= config.max_length or 1
+    else:
+        unknown("reduction", config.reduction)
     total = torch.tensor(count, dtype=torch.float64, device=tokens.device)
     torch.distributed.all_reduce(total, group=group)
     total.clamp_(min=_NOTHING)

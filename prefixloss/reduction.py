@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefixloss.config import LossConfig
+from prefixloss.config import LossConfig, unknown
 from prefixloss.layout import Layout
 
 
@@ -25,7 +25,7 @@ def token_weights(
     reduction = config.reduction
     argument = f'reduction="{reduction}"'
     weights = layout.scored.to(dtype)
-    denominator: Tensor | float = 1.0
+    denominator: Tensor | float
     if reduction == "token-mean":
         denominator = layout.scored_tokens().clamp(min=1)
     elif reduction == "group-token-mean":
@@ -35,15 +35,20 @@ def token_weights(
         tokens = torch.zeros_like(group).index_add_(0, group, layout.lengths(argument))
         weights = weights / tokens.clamp(min=1)[group][layout.response_of_token(argument)]
         denominator = groups
-    elif reduction == "seq-mean-token-mean":
-        weights = weights / layout.lengths(argument).clamp(min=1)[layout.response_of_token(argument)]
+    elif reduction in ("seq-mean-token-mean", "seq-mean-token-sum", "constant"):
+        if reduction == "seq-mean-token-mean":
+            weights = weights / layout.lengths(argument).clamp(min=1)[layout.response_of_token(argument)]
+        # not asked for where it is given: packed tokens may come without their responses
+        denominator = 1.0 if normalizer is not None else max(1, layout.responses(argument))
+        if reduction == "constant" and normalizer is None:
+            assert config.max_length is not None
+            denominator = denominator * config.max_length
+    elif reduction == "none":
+        denominator = 1.0
+    else:
+        unknown("reduction", reduction)
     if normalizer is not None:
         denominator = normalizer.detach() if isinstance(normalizer, Tensor) else float(normalizer)
-    elif reduction.startswith("seq-mean"):
-        denominator = max(1, layout.responses(argument))
-    elif reduction == "constant":
-        assert config.max_length is not None
-        denominator = max(1, layout.responses(argument)) * config.max_length
     if not isinstance(denominator, Tensor):
         # filled on the device: a copy from the host would have to wait
         return weights, torch.full((), denominator, dtype=dtype, device=weights.device)

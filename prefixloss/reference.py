@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prefixloss.batch import Batch, TokenValues
-from prefixloss.config import LossConfig
+from prefixloss.config import LossConfig, unknown
 
 
 def linear_logits(head: tuple[Tensor, Tensor, Tensor | None], rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -21,6 +21,16 @@ def linear_logits(head: tuple[Tensor, Tensor, Tensor | None], rows: Tensor, dtyp
     hidden, weight, bias = head
     logits = hidden[rows].to(dtype) @ weight.to(dtype).T
     return logits if bias is None else logits + bias.to(dtype)
+
+
+def learning_logits(
+    head: tuple[Tensor, Tensor, Tensor | None], rows: Tensor, learning: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The same, with a gradient for those in `learning` [N] alone: in a product, 0 times a NaN of the others is NaN."""
+    with torch.no_grad():
+        logits = linear_logits(head, rows, dtype)
+    at = learning[rows].nonzero().squeeze(1)
+    return logits.index_copy(0, at, linear_logits(head, rows[at], dtype))
 
 
 def distribution_scores(config: LossConfig, logits: Tensor) -> Tensor:
@@ -76,7 +86,30 @@ def policy_loss(config: LossConfig, a: Tensor, logp: Tensor, log_ratio: Tensor) 
         return -(4 / tau) * torch.sigmoid(tau * (rho - 1)) * a
     if config.objective == "topr":
         return -torch.where(a > 0, 1.0, torch.exp(log_ratio.detach()).clamp(max=1)) * a * logp
-    return -a * logp  # reinforce
+    if config.objective == "reinforce":
+        return -a * logp
+    unknown("objective", config.objective)
+
+
+def sampler_weight(config: LossConfig, q: Tensor) -> Tensor:
+    """q = exp(old_logp - sampler_logp), capped or, outside its bounds, 0."""
+    low, high = config.sampler_bounds
+    if config.sampler_correction == "tis":
+        return q.clamp(max=high)
+    if config.sampler_correction == "icepop":
+        return torch.where((q >= low) & (q <= high), q, 0.0)
+    unknown("sampler_correction", config.sampler_correction)
+
+
+def kl_estimate(config: LossConfig, d: Tensor) -> Tensor:
+    """KL(policy || reference) from d = ref_logp - logp."""
+    if config.kl == "k1":
+        return -d
+    if config.kl == "k2":
+        return d**2 / 2
+    if config.kl == "k3":
+        return torch.expm1(d) - d
+    unknown("kl", config.kl)
 
 
 def token_losses(
@@ -86,23 +119,20 @@ def token_losses(
     given = batch.given.at(rows)
     old_logps = logp.detach() if given.old_logps is None else given.old_logps
     log_ratio = logp - old_logps
-    if config.ratio_level == "sequence":
+    if config.sequence_ratio:
         # GSPO's token form: the value of s, the gradient of each token's own log-prob
         response = batch.layout.response_of_token("ratio_level")[rows]
         log_s = torch.zeros_like(logp)
         for i in response.unique():
             log_s[response == i] = log_ratio[response == i].detach().mean()
         log_ratio = log_s + logp - logp.detach()
-    loss = policy_loss(config, given.advantages, logp, log_ratio)
-
-    if config.sampler_correction is not None:
+    if config.sampler_correction is None:
+        loss = policy_loss(config, given.advantages, logp, log_ratio)
+    else:
         assert given.sampler_logps is not None
-        q = torch.exp((old_logps - given.sampler_logps).detach())
-        low, high = config.sampler_bounds
-        if config.sampler_correction == "tis":
-            loss = q.clamp(max=high) * loss
-        else:
-            loss = torch.where((q >= low) & (q <= high), q, 0.0) * loss
+        weight = sampler_weight(config, torch.exp((old_logps - given.sampler_logps).detach()))
+        # a dropped token counts 0 even if its own ratio overflows
+        loss = weight * policy_loss(config, given.advantages, logp, torch.where(weight == 0, 0.0, log_ratio))
 
     kl = torch.zeros_like(logp)
     if config.kl == "full":
@@ -110,8 +140,7 @@ def token_losses(
         kl = full_kl
     elif config.kl is not None:
         assert given.ref_logps is not None
-        d = given.ref_logps - logp
-        kl = {"k1": -d, "k2": d**2 / 2, "k3": torch.expm1(d) - d}[config.kl]
+        kl = kl_estimate(config, given.ref_logps - logp)
     if config.penalises_kl:
         loss = loss + config.kl_coef * (torch.exp(log_ratio) * kl if config.kl_importance else kl)
     if config.entropy_coef != 0:
@@ -129,8 +158,10 @@ def reduce(config: LossConfig, batch: Batch, rows: Tensor, losses: Tensor) -> Te
             assert batch.group_ids is not None
             of_token = batch.group_ids[of_token]
         means = [losses[of_token == unit].mean() for unit in of_token.unique()]
-        return sum(means, losses.sum() * 0) / batch.denominator
-    return losses.sum() / batch.denominator
+        return sum(means, losses[:0].sum()) / batch.denominator
+    if config.reduction in ("token-mean", "seq-mean-token-sum", "constant"):
+        return losses.sum() / batch.denominator
+    unknown("reduction", config.reduction)
 
 
 def loss(
@@ -138,15 +169,15 @@ def loss(
 ) -> tuple[Tensor, TokenValues]:
     """The reduced loss and the per-token results, from the logits [n, V] of the scored tokens `rows` [n]."""
     tokens = batch.tokens[rows]
-    scores = distribution_scores(config, logits)
+    # a token that does not learn has no gradient whatever its values
+    scores = distribution_scores(config, torch.where(batch.learning[rows, None], logits, logits.detach()))
     report_impossible_tokens(scores, tokens, rows, batch)
     logp, entropy = log_probs(scores, tokens), entropies(scores)
     full_kl = None
     if ref_logits is not None:
         full_kl = exact_kl(scores, distribution_scores(config, ref_logits))
     losses, ratio, kl = token_losses(config, batch, rows, logp, entropy, full_kl)
-    # a token that does not learn has loss 0 and gradient 0 whatever its values
-    losses = torch.where(batch.learning[rows], losses, 0.0)
+    losses = torch.where(batch.computed[rows], losses, 0.0)
     total = reduce(config, batch, rows, losses)
 
     def shown(values: Tensor) -> Tensor:

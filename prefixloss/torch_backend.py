@@ -224,8 +224,10 @@ class _RowStatistics(torch.autograd.Function):
         row_tolerance: float,
         *tensors: Any,
     ) -> Any:
-        # with only the hidden states to learn and only logp to follow, one product now saves two later
-        follow_hidden = grads == (True, False, False) and not entropy_grad and source.reference is None
+        # with only the hidden states to learn and only logp to follow, one product now saves two later; a tolerance
+        # leaves rows out of the products that are saved
+        hidden_alone = grads == (True, False, False) and not entropy_grad and source.reference is None
+        follow_hidden = hidden_alone and row_tolerance == 0
         stats, slope = made_statistics(source, rows, tensors, follow_hidden)
         ctx.source, ctx.rows, ctx.grads, ctx.row_tolerance = source, rows, grads, row_tolerance
         # all that the backward reads again, so that autograd notices if any of it was changed in between

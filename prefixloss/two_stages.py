@@ -28,7 +28,7 @@ class Statistics(NamedTuple):
 
 
 def needed_by(config: LossConfig) -> bool:
-    return config.ratio_level == "sequence" or config.row_tolerance > 0 or config.reduction == "none"
+    return config.sequence_ratio or config.row_tolerance > 0 or config.reduction == "none"
 
 
 def loss(statistics: Callable[[Tensor], Statistics], batch: Batch, config: LossConfig) -> tuple[Tensor, TokenValues]:
@@ -37,7 +37,7 @@ def loss(statistics: Callable[[Tensor], Statistics], batch: Batch, config: LossC
     statistics: makes those of the tokens in a mask, bool [N].
     """
     needed = batch.computed
-    if config.ratio_level == "sequence":
+    if config.sequence_ratio:
         # a response's ratio is the mean over all its scored tokens, the ones that do not learn included
         response = batch.layout.response_of_token("ratio_level")
         of_response = batch.layout.sum_by_response(needed.float(), "ratio_level") > 0
@@ -46,9 +46,11 @@ def loss(statistics: Callable[[Tensor], Statistics], batch: Batch, config: LossC
     # what was given for other tokens may be anything
     given = batch.given.where(needed)
     log_ratio = None
-    if config.ratio_level == "sequence":
+    if config.sequence_ratio:
         log_ratio = _mean_log_ratio(batch, given, logp.detach())
-    token_loss, ratio, kl = _TokenLoss.apply(config, given, log_ratio, logp, entropy, exact_kl)
+    # what does not learn has no gradient whatever its values, NaN included
+    learned = [None if x is None else torch.where(batch.learning, x, x.detach()) for x in (logp, entropy, exact_kl)]
+    token_loss, ratio, kl = _TokenLoss.apply(config, given, log_ratio, *learned)
     weighted = token_loss * batch.weights / batch.denominator
     shown = (token_loss, logp, entropy, kl, ratio)
     values = TokenValues(*(torch.where(batch.computed, x.detach(), 0.0) for x in shown))

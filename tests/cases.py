@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import oracle
 import torch
@@ -11,17 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefixloss import LossConfig, TokenAdvantages, linear_prefix_loss, prefix_loss
+from prefixloss.config import KL, Objective, RatioLevel, Reduction, SamplerCorrection, Stats
 
 NAN = float("nan")
-OBJECTIVES = ("clip", "cispo", "sapo", "reinforce", "topr")
-REDUCTIONS = (
-    "token-mean",
-    "group-token-mean",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum",
-    "constant",
-    "none",
-)
+# every name there is: a new one is tested without being asked for
+OBJECTIVES, KLS, REDUCTIONS = get_args(Objective), get_args(KL), get_args(Reduction)
+CORRECTIONS, RATIO_LEVELS, STATS = get_args(SamplerCorrection), get_args(RatioLevel), get_args(Stats)
 METRICS = (
     "scored_tokens",
     "learning_tokens",
@@ -50,6 +45,11 @@ PER_TOKEN = (
     "ref_hidden",
     "ref_logits",
 )
+
+
+def of_objective(name: str, **options: Any) -> dict[str, Any]:
+    """Options with that objective; for "cispo" with a cap that it takes."""
+    return {"objective": name, **({"clip_high": 5.0} if name == "cispo" else {}), **options}
 
 
 # Calls
@@ -204,12 +204,12 @@ def pick_options(rng: random.Random, per_response: bool) -> dict[str, Any]:
     options: dict[str, Any] = {
         "objective": objective,
         "clip_low": rng.choice((0.1, 0.2, 0.5)),
-        "clip_high": rng.choice((0.2, 1.3, 5.0)) if objective == "cispo" else rng.choice((0.1, 0.28, 0.5)),
+        "clip_high": rng.choice((1.0, 1.3, 5.0)) if objective == "cispo" else rng.choice((0.1, 0.28, 0.5)),
         "temperature": rng.choice((1.0, 1.0, 0.7, 1.5)),
         "softcap": rng.choice((None, None, 2.0, 30.0)),
         "logit_scale": rng.choice((1.0, 1.0, 0.5, 2.0)),
         "entropy_coef": rng.choice((0.0, 0.0, 0.1)),
-        "stats": rng.choice(("learning", "scored")),
+        "stats": rng.choice(STATS),
         "chunk_tokens": rng.choice((None, 1, 2, 3, 64)),
         "reduction": rng.choice(REDUCTIONS if per_response else ("token-mean", "none")),
         "ratio_level": rng.choice(("token", "token", "sequence") if per_response else ("token",)),
@@ -221,10 +221,10 @@ def pick_options(rng: random.Random, per_response: bool) -> dict[str, Any]:
     if rng.random() < 0.3:
         options["sapo_tau"] = (rng.choice((0.5, 1.0)), rng.choice((1.05, 2.0)))
     if rng.random() < 0.4:
-        options["sampler_correction"] = rng.choice(("tis", "icepop"))
+        options["sampler_correction"] = rng.choice(CORRECTIONS)
         options["sampler_bounds"] = rng.choice(((0.0, 2.0), (0.5, 1.5)))
     if rng.random() < 0.6:
-        options["kl"] = rng.choice(("k1", "k2", "k3", "full", "full"))
+        options["kl"] = rng.choice((*KLS, "full"))
         options["kl_coef"] = rng.choice((0.0, 0.1, 0.7))
         options["kl_importance"] = rng.random() < 0.4
     if options["reduction"] == "constant":

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from prefixloss import LossConfig, operators
+from prefixloss import LossConfig, config, operators
 
 COMPUTED, LEARNING = rows.COMPUTED.value, rows.LEARNING.value
 
@@ -85,7 +85,7 @@ def variants() -> dict[str, list[str]]:
         "another softcap": lambda: loss_of_logits(softcap=50.0, logit_scale=0.7),
         "a whole softcap": lambda: loss_of_logits(softcap=20, logit_scale=2),
         "another whole softcap": lambda: loss_of_logits(softcap=32, logit_scale=1),
-        "another objective": lambda: loss_of_logits(objective="cispo"),
+        "another objective": lambda: loss_of_logits(objective="sapo"),
         "another dtype": lambda: loss_of_logits(dtype=torch.bfloat16),
         "an odd vocabulary": lambda: loss_of_logits(vocabulary=4097, length=9),
         "another length of an odd vocabulary": lambda: loss_of_logits(vocabulary=4097, length=10),
@@ -120,6 +120,23 @@ def row_offsets() -> dict[str, list[str]]:
     loss_of_logits()
     loss_of_logits(batch=2)
     return {name: offset_types(text) for name, text in code.items()}
+
+
+def refusals() -> dict[str, str]:
+    """What compiling says to a name that the options allow and no kernel knows, by option."""
+    driver.set_active(Driver())
+    run, messages = JITFunction.run, {}
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: run(self, *args, grid=grid, warmup=True, **kwargs)
+    for option in ("objective", "sampler_correction", "kl"):
+        config._RULES[option] = (lambda _: True, "any")
+        try:
+            loss_of_logits(**{option: "brand-new"})
+        except triton.CompilationError as error:
+            inner: BaseException = error
+            while inner.__cause__ is not None:
+                inner = inner.__cause__
+            messages[option] = str(inner)
+    return messages
 
 
 def offset_types(text: str) -> list[str]:

@@ -297,8 +297,8 @@ def metrics_of(
         picked = [] if values is None else [float(v) for v, k in zip(values, keep, strict=True) if k]
         return sum(picked) / len(picked) if picked else 0.0
 
-    learners = [(adv[n], float(ratio[n])) for n in range(len(adv)) if learning[n]]
-    share = max(1, len(learners))
+    held = [held_back(opt, adv[n], float(ratio[n])) for n in range(len(adv)) if learning[n]]
+    share = max(1, len(held))
     return {
         "scored_tokens": float(sum(scored)),
         "learning_tokens": float(sum(learning)),
@@ -306,13 +306,28 @@ def metrics_of(
         "loss": float(loss) if loss.dim() == 0 else math.nan,
         "ratio_mean": mean(ratio, seen),
         "ratio_max": max((float(r) for r, k in zip(ratio, seen, strict=True) if k), default=0.0),
-        "clip_low": sum(a < 0 and r < 1 - opt["clip_low"] for a, r in learners) / share,
-        "clip_high": sum(a > 0 and r > 1 + opt["clip_high"] for a, r in learners) / share,
+        "clip_low": sum(side == "low" for side in held) / share,
+        "clip_high": sum(side == "high" for side in held) / share,
         "kl": mean(kl, seen),
         "entropy": mean(entropy, seen),
         "logp_prefix": mean(logp, [s and i for s, i in zip(seen, inside, strict=True)]),
         "logp_suffix": mean(logp, [s and not i for s, i in zip(seen, inside, strict=True)]),
     }
+
+
+def held_back(opt: dict[str, Any], adv: float, ratio: float) -> str:
+    """Which of the objective's bounds holds the ratio of a token back: "low", "high" or neither, ""."""
+    name = opt["objective"]
+    if name == "clip":
+        low, high = adv < 0 and ratio < 1 - opt["clip_low"], adv > 0 and ratio > 1 + opt["clip_high"]
+        return "low" if low else "high" if high else ""
+    if name == "cispo":  # the cap is on every ratio; as in TRL and Liger, only those with A > 0 count
+        return "high" if adv > 0 and ratio > opt["clip_high"] else ""
+    if name == "topr":  # min(rho, 1) for A < 0
+        return "high" if adv < 0 and ratio > 1 else ""
+    if name in ("sapo", "reinforce"):
+        return ""
+    raise AssertionError(name)
 
 
 # Advantages: one list entry a response, one inner entry a token.

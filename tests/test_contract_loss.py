@@ -8,15 +8,20 @@ import oracle
 import pytest
 import torch
 from cases import (
+    CORRECTIONS,
+    KLS,
     METRICS,
     NAN,
     OBJECTIVES,
+    RATIO_LEVELS,
     REDUCTIONS,
+    STATS,
     Counter,
     call,
     call_with_grads,
     close,
     leaf_names,
+    of_objective,
     packed,
     poisoned,
     random_case,
@@ -75,9 +80,7 @@ def check_against_oracle(case: Case, backend: str, note: str, outer: Tensor | fl
             assert not got[~scored].any(), f"{note} {name} is 0 where not scored"
 
     for name, expected in want.metrics.items():
-        if (name == "loss" and options["reduction"] == "none") or (
-            name in ("clip_low", "clip_high") and options["objective"] != "clip"
-        ):
+        if name == "loss" and options["reduction"] == "none":
             continue
         got = out.metrics[name]
         assert got.dim() == 0, f"{note} metric {name}"
@@ -102,18 +105,20 @@ def test_the_random_cases_reach_every_option_and_layout() -> None:
     for key, values in {
         "objective": OBJECTIVES,
         "reduction": REDUCTIONS,
-        "kl": ("k1", "k2", "k3", "full"),
-        "ratio_level": ("token", "sequence"),
-        "sampler_correction": ("tis", "icepop"),
+        "kl": KLS,
+        "ratio_level": RATIO_LEVELS,
+        "sampler_correction": CORRECTIONS,
+        "stats": STATS,
     }.items():
         for value in values:
             assert sum(case.options.get(key) == value for case in cases) > 20, (key, value)
     results = [oracle.solve(case) for case in cases]
     assert sum(bool(r.learning.any()) for r in results) > 500
     assert sum(bool((r.scored & ~r.learning).any()) for r in results) > 100
-    clips = [r.metrics for r, c in zip(results, cases, strict=True) if c.options["objective"] == "clip"]
-    assert sum(m["clip_low"] > 0 for m in clips) > 20
-    assert sum(m["clip_high"] > 0 for m in clips) > 20
+    clips = [(c.options["objective"], r.metrics) for r, c in zip(results, cases, strict=True)]
+    assert sum(name == "clip" and m["clip_low"] > 0 for name, m in clips) > 20
+    for objective in ("clip", "cispo", "topr"):
+        assert sum(name == objective and m["clip_high"] > 0 for name, m in clips) > 10, objective
     assert sum(c.cu_seqlens is not None and bool((c.cu_seqlens.diff() == 0).any()) for c in cases) > 50
     assert sum(c.bias is not None and bool(c.bias.isinf().any()) for c in cases) > 20
     assert sum(c.logits is not None and bool(c.logits.isinf().any()) for c in cases) > 20
@@ -425,7 +430,7 @@ def test_reference_names_response_and_position_of_an_impossible_token(level: str
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_torch_yields_nan_loss_for_an_impossible_token(level: str, layout: str, objective: str) -> None:
     case = _own_token_banned(layout, level)
-    case.options = {"objective": objective}
+    case.options = of_objective(objective)
     out, _ = call(case, "torch")
     assert out.loss.isnan()
     assert out.logps.reshape(-1)[6] == -INF

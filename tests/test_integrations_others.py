@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import CORRECTIONS, KLS, OBJECTIVES, RATIO_LEVELS, REDUCTIONS, of_objective
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import group_of, in_processes
@@ -30,8 +31,6 @@ from prefixloss import LossConfig, advantages, linear_prefix_loss, prefix_loss
 from prefixloss.integrations import openrlhf, skyrl, slime, token_loss
 from prefixloss.loss import linear_logps
 
-OBJECTIVES = ("clip", "cispo", "sapo", "reinforce", "topr")
-REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "group-token-mean", "none")
 NAN = float("nan")
 
 
@@ -134,9 +133,9 @@ def logps_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     seed=st.integers(0, 10**6),
     objective=st.sampled_from(OBJECTIVES),
     reduction=st.sampled_from(REDUCTIONS),
-    level=st.sampled_from(["token", "sequence"]),
-    kl=st.sampled_from([None, "k1", "k2", "k3"]),
-    correction=st.sampled_from([None, "tis", "icepop"]),
+    level=st.sampled_from(RATIO_LEVELS),
+    kl=st.sampled_from([None, *(kl for kl in KLS if kl != "full")]),
+    correction=st.sampled_from([None, *CORRECTIONS]),
     entropy_coef=st.sampled_from([0.0, 0.1]),
     on_policy=st.booleans(),
 )
@@ -152,7 +151,7 @@ def test_the_loss_from_log_probs_is_prefix_loss_to_the_gradient(
 ) -> None:
     x = logits_case(seed)
     config = LossConfig(
-        objective=objective,
+        **of_objective(objective),
         reduction=reduction,
         ratio_level=level,
         kl=kl,

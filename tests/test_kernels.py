@@ -19,6 +19,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from cases import CORRECTIONS, KLS, OBJECTIVES, of_objective
 from prefixloss._kernels import launch, rows
 from prefixloss._kernels import objective as device_form
 from prefixloss._kernels.launch import Launch
@@ -214,7 +215,7 @@ POLICIES = [
         for (low, high), cap, dual in product([(0.2, 0.28), (0.0, 0.0)], [None, 1.1, 5.0], [None, 3.0])
     ),
     LossConfig(objective="cispo", clip_high=5.0),
-    LossConfig(objective="cispo", clip_high=0.7),
+    LossConfig(objective="cispo", clip_high=1.0),
     LossConfig(objective="sapo"),
     LossConfig(objective="sapo", sapo_tau=(0.5, 2.0)),
     LossConfig(objective="reinforce"),
@@ -246,7 +247,7 @@ def test_policy_takes_the_torch_form_s_branch_at_every_bound(config: LossConfig)
     within(d_logp, want_slope, bound * want_slope.abs())
 
 
-@pytest.mark.parametrize("correction", ["tis", "icepop"])
+@pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("bounds", [(0.5, 2.0), (0.1, 1.3), (0.0, INF), (1.0, 1.0)], ids=str)
 def test_sampler_weight_is_the_torch_form_s_at_and_beside_its_bounds(
     correction: Any, bounds: tuple[float, float], monkeypatch: pytest.MonkeyPatch
@@ -263,7 +264,7 @@ def test_sampler_weight_is_the_torch_form_s_at_and_beside_its_bounds(
     within(out[0].cpu(), want, 0.0)
 
 
-@pytest.mark.parametrize("kl", ["k1", "k2", "k3", "full"])
+@pytest.mark.parametrize("kl", KLS)
 def test_divergence_is_the_torch_form_s(kl: Any) -> None:
     config = LossConfig(kl=kl, kl_coef=0.1)
     d = torch.tensor([0.0, *(sign * x for x in (1e-30, 1e-6, 1e-3, 1.0, 20.0, 100.0, INF) for sign in (1, -1)), NAN])
@@ -284,22 +285,22 @@ def test_divergence_is_the_torch_form_s(kl: Any) -> None:
 
 def terms_configs(objective: str) -> list[tuple[LossConfig, bool]]:
     """Each KL once, with and without old log-probs; every sampler correction, importance and entropy bonus."""
-    index = ("clip", "cispo", "sapo", "reinforce", "topr").index(objective)
+    index = OBJECTIVES.index(objective)
     found = []
-    for j, kl in enumerate((None, "k1", "k2", "k3", "full")):
-        correction = (None, "tis", "icepop")[(index + j) % 3]
-        options: dict[str, Any] = {"objective": objective, "kl": kl, "sampler_correction": correction}
+    for j, kl in enumerate((None, *KLS)):
+        correction = (None, *CORRECTIONS)[(index + j) % 3]
+        options = of_objective(objective, kl=kl, sampler_correction=correction)
         options |= {"sampler_bounds": (0.5, 2.0), "entropy_coef": 0.3 * (j % 2), "kl_importance": index % 2 == 1}
         if kl is not None:
             options["kl_coef"] = 0.7
         if objective == "clip":
             options |= {"ratio_cap": 5.0 if j % 2 else None, "dual_clip": 3.0 if j > 1 else None}
         found.append((LossConfig(**options), (index + j) % 2 == 0))
-    found.append((LossConfig(objective=objective, kl="k3"), True))  # reported, not penalised
+    found.append((LossConfig(**of_objective(objective, kl="k3")), True))  # reported, not penalised
     return found
 
 
-@pytest.mark.parametrize("objective", ["clip", "cispo", "sapo", "reinforce", "topr"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_token_terms_are_the_torch_form_s(objective: str) -> None:
     # 200 overflows; all log ratios lie away from the bounds, so that an ulp of exp decides nothing
     a, logp, log_ratio, log_q, d = columns(
@@ -645,6 +646,24 @@ def test_rescaled_rows_fill_float16_and_say_by_how_much(entropy_coef: float, spl
     assert (largest[:5] >= 2.0**13).tolist() == [True, True, True, entropy_coef > 0, True]  # 1e-35 meets the limit
 
 
+@several_splits
+@pytest.mark.parametrize("kl_coef", [0.5, 2e5])
+def test_a_rescaled_row_s_scale_knows_how_large_the_kl_s_gradient_may_be(kl_coef: float, splits: int) -> None:
+    # no advantage: all of the gradient is the KL's, p (log p - log q - K), at most 1 + 2 K
+    config = LossConfig(objective="reinforce", kl="full", kl_coef=kl_coef)
+    logits, given = random_logits(3, 300), torch.zeros(5, 3)
+    given[1] = 1.0
+    problem = make(logits, config, ref=random_logits(3, 300, 1), given=given, grads=torch.float16, rescaled=True)
+    run = Run(problem, splits, torch.full_like(logits, NAN, dtype=torch.float16))
+    scales = run.scales.double().cpu()
+    (_, _, kl), want = exact(problem, config)
+    largest = kl_coef * (1 + 2 * kl) * scales
+    assert (largest <= 2.0**14).all()
+    assert (largest >= 2.0**13).all()
+    bound = 1.1 * 2.0**-11 * want.abs() + 2.0**-24 / scales[:, None]
+    within(run.grads.double().cpu() / scales[:, None], want, bound + STATISTICS * want.abs().amax(1, keepdim=True))
+
+
 def test_a_nan_shows_in_a_rescaled_row() -> None:
     logits = random_logits(2, 300)
     logits[1, 7] = NAN
@@ -754,6 +773,22 @@ def test_a_log_prob_near_0_and_its_gradient_keep_their_relative_accuracy(splits:
     bound = (28 + 4 * gaps) * HALF_ULP
     within(run.stats[0].cpu(), -torch.log1p(odds), bound * torch.log1p(odds))
     within(run.grads[:, 140].cpu(), odds / (1 + odds), bound * odds / (1 + odds))
+
+
+@several_splits
+@pytest.mark.parametrize("target", [140, 3])
+def test_an_entropy_near_0_keeps_its_relative_accuracy(target: int, splits: int) -> None:
+    # one token `gap` above 299 equal others, R = 299 exp(-gap): H = log(1 + R) + gap R / (1 + R). Of the two places
+    # that make the logarithm one is for a target at the top, the other for one below it, where 1 + R is rounded
+    gaps = torch.tensor([5.0, 20.0, 40.0, 80.0] if target == 140 else [5.0], dtype=torch.float64)
+    logits = torch.zeros(len(gaps), 300, device=DEVICE)
+    logits[:, 140] = on_device(gaps)
+    ref = torch.zeros_like(logits)
+    run = Run(make(logits, PENALTIES, ref=ref, ids=[target] * len(gaps)), splits)
+    rest = 299 * torch.exp(-gaps)
+    entropy = torch.log1p(rest) + gaps * rest / (1 + rest)
+    # exp's error as for a log-prob, and a few sums and quotients of terms that all have one sign
+    within(run.stats[1].cpu(), entropy, (40 + 4 * gaps) * HALF_ULP * entropy)
 
 
 def test_an_unlikely_token_keeps_its_log_prob_where_its_probability_underflows() -> None:

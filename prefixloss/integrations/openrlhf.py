@@ -20,16 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from prefixloss import check
-from prefixloss.config import LossConfig, Objective
-from prefixloss.integrations.token_loss import head_of_logps, logged, put, token_advantages
+from prefixloss.config import LossConfig, Objective, RatioLevel, SamplerCorrection
+from prefixloss.integrations.token_loss import clip_high, head_of_logps, logged, put, token_advantages
 from prefixloss.integrations.token_loss import policy_loss as loss_of
+
+# OpenRLHF's names and ours
+_RATIO_LEVELS: dict[str, RatioLevel] = {"ppo": "token", "gspo": "sequence"}
+_CORRECTIONS: dict[str, SamplerCorrection] = {"mask": "icepop", "clip": "tis"}
 
 
 class PolicyLoss(nn.Module):
     """`openrlhf.models.PolicyLoss` with another objective, and only learning tokens counted in the clip ratio.
 
-    The arguments are OpenRLHF's; objective is ours. Of its corrections of a mismatch between trainer and sampler, those
-    of single tokens by their ratio are here: "mask" (IcePop) and "clip" (TIS, without a lower bound).
+    The arguments are OpenRLHF's; objective is ours, and 1 + clip_eps_high is the cap on the ratio of "cispo". Of its
+    corrections of a mismatch between trainer and sampler, those of single tokens by their ratio are here: "mask"
+    (IcePop) and "clip" (TIS, without a lower bound).
     """
 
     def __init__(
@@ -47,6 +52,12 @@ class PolicyLoss(nn.Module):
         objective: Objective = "clip",
     ) -> None:
         super().__init__()
+        for name, value, known in (
+            ("policy_loss_type", policy_loss_type, _RATIO_LEVELS),
+            ("is_correction_mode", is_correction_mode, _CORRECTIONS),
+        ):
+            if value not in known:
+                check.fail(name, repr(value), " | ".join(map(repr, known)))
         sequence = policy_loss_type == "gspo"
         corrected = is_correction_level != "off"
         chosen = (policy_loss_type, is_correction_level, is_correction_gating)
@@ -61,10 +72,10 @@ class PolicyLoss(nn.Module):
         self.config = LossConfig(
             objective=objective,
             clip_low=clip_eps_low,
-            clip_high=clip_eps_high,
+            clip_high=clip_high(objective, clip_eps_high),
             dual_clip=dual_clip,
-            ratio_level="sequence" if sequence else "token",
-            sampler_correction=({"mask": "icepop", "clip": "tis"}[is_correction_mode] if corrected else None),  # type: ignore[arg-type]
+            ratio_level=_RATIO_LEVELS[policy_loss_type],
+            sampler_correction=_CORRECTIONS[is_correction_mode] if corrected else None,
             sampler_bounds=(low, high),
             reduction="token-mean" if token_level_loss and not sequence else "seq-mean-token-mean",
         )

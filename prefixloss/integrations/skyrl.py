@@ -23,7 +23,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from prefixloss.config import LossConfig, Objective
-from prefixloss.integrations.token_loss import gradient_shared, logged, put, shared_by_many, token_advantages
+from prefixloss.integrations.token_loss import clip_high, gradient_shared, logged, put, shared_by_many, token_advantages
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 from prefixloss.loss import linear_logps
 
@@ -46,10 +46,11 @@ def policy_loss(
     off-policy correction is made by its own function.
     """
     cispo, sapo = getattr(config, "cispo", None), getattr(config, "sapo", None)
+    high = cispo.cispo_eps_clip_high if objective == "cispo" and cispo else config.eps_clip_high
     options = LossConfig(
         objective=objective,
         clip_low=float(config.eps_clip_low),
-        clip_high=1.0 + cispo.cispo_eps_clip_high if objective == "cispo" and cispo else float(config.eps_clip_high),
+        clip_high=clip_high(objective, high),
         sapo_tau=(float(sapo.tau_pos), float(sapo.tau_neg)) if sapo else (1.0, 1.05),
         reduction="none",
     )

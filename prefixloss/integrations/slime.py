@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefixloss import check
 from prefixloss.advantages import TokenAdvantages
 from prefixloss.config import LossConfig
-from prefixloss.integrations.token_loss import outcomes, token_advantages
+from prefixloss.integrations.token_loss import clip_high, outcomes, token_advantages
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 from prefixloss.objective import clipped
 
@@ -113,7 +114,7 @@ def loss_of_log_probs(
     old = joined(recorded) if batch.get(recorded) else new.detach()
     masks, credit, entropies = joined("loss_masks"), joined("advantages"), torch.cat(entropy)
     whole = len(masks) == len(new)  # with context parallelism only sum_of_sample_mean knows which part is here
-    if config.ratio_level == "sequence" and not whole:
+    if config.sequence_ratio and not whole:
         raise ValueError("ratio_level: got 'sequence' with context parallelism, expected 'token'")
     out = loss_of(
         new,
@@ -139,19 +140,23 @@ def loss_config(args: Any) -> LossConfig:
         if getattr(args, name, None):
             raise ValueError(f"{name}: got {getattr(args, name)!r}, expected it unset: this loss does not have it")
     kinds = {"k1": "k1", "k2": "k2", "k3": "k3", "low_var_kl": "k3"}
+    ours = getattr(args, "prefixloss_loss", None) or {}
+    objective = ours.get("objective", "cispo" if args.advantage_estimator == "cispo" else "clip")
     options: dict[str, Any] = {
-        "objective": "cispo" if args.advantage_estimator == "cispo" else "clip",
+        "objective": objective,
         "clip_low": args.eps_clip,
-        "clip_high": args.eps_clip_high + (args.advantage_estimator == "cispo"),
+        "clip_high": clip_high(objective, args.eps_clip_high),
         "dual_clip": args.eps_clip_c,
         "ratio_level": "sequence" if args.advantage_estimator == "gspo" else "token",
         "entropy_coef": args.entropy_coef,
     }
     if args.use_kl_loss:
+        if args.kl_loss_type not in kinds:
+            check.fail("kl_loss_type", repr(args.kl_loss_type), " | ".join(map(repr, kinds)))
         options |= {"kl": kinds[args.kl_loss_type], "kl_coef": float(args.kl_loss_coef)}
         options["kl_importance"] = bool(args.use_unbiased_kl)
     if args.use_tis:
         if args.tis_clip_low > 0:
             raise ValueError(f"tis_clip_low: got {args.tis_clip_low:g}, expected 0")
         options |= {"sampler_correction": "tis", "sampler_bounds": (float(args.tis_clip_low), float(args.tis_clip))}
-    return LossConfig(**{**options, **(getattr(args, "prefixloss_loss", None) or {}), "reduction": "none"})
+    return LossConfig(**{**options, **ours, "reduction": "none"})

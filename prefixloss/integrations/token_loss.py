@@ -19,7 +19,7 @@ from prefixloss import advantages as credit
 from prefixloss import check, two_stages
 from prefixloss.advantages import TokenAdvantages
 from prefixloss.batch import TokenInputs
-from prefixloss.config import LossConfig
+from prefixloss.config import LossConfig, Objective
 from prefixloss.detect.choose import by_name
 from prefixloss.heads import accumulation_dtype
 from prefixloss.integrations.heads_of_models import unwrapped
@@ -84,6 +84,14 @@ def policy_loss(
         total.reshape(logps.shape) if config.reduction == "none" else total,
         metrics(config, batch, values, total.detach()),
     )
+
+
+def clip_high(objective: Objective, epsilon: float) -> float:
+    """`LossConfig.clip_high` for a trainer whose upper bound on the ratio is 1 + epsilon, whatever the objective.
+
+    verl, SkyRL, slime and OpenRLHF mean that; TRL's epsilon_high is like ours, for "cispo" the bound itself.
+    """
+    return 1.0 + epsilon if objective == "cispo" else float(epsilon)
 
 
 def shared_by_many(group: Any) -> Any:

@@ -15,6 +15,7 @@ from prefixloss import LossConfig, TokenAdvantages, advantages, check
 from prefixloss.detect.base import Detector
 from prefixloss.detect.choose import by_name
 from prefixloss.integrations.trl_logps import FusedLoss, LogProbs, add_fused_loss, check_version, scored_by
+from prefixloss.objective import clipped
 from prefixloss.steps import SEGMENTERS, Segmenter, step_tokens
 
 Advantage = Literal["vppo", "cliff", "neutral", "grpo"]
@@ -179,8 +180,10 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             if self.advantage == "vppo":
                 options: Any = {"prompt_lengths": prompt_lengths, "alpha": self.alpha, "shorten": self.shorten}
                 by_token = advantages.vppo(outcome.correct, lengths, everywhere, groups, **options)
-            else:
+            elif self.advantage == "cliff":
                 by_token = advantages.cliff(outcome.correct, lengths, everywhere, groups)
+            else:
+                raise ValueError(f"advantage: got {self.advantage!r}, expected {' | '.join(get_args(Advantage))}")
             by_token = TokenAdvantages(*(x[here] for x in by_token))
         return by_token.per_token(batch["completion_ids"], mask)
 
@@ -278,13 +281,12 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             kl = torch.expm1(difference) - difference
             metrics["kl"].append(mean(kl * ratio if self.args.use_bias_correction_kl else kl))
         metrics["entropy"].append(mean(entropies))
-        high = (ratio > 1 + self.epsilon_high) & (advantage > 0)
+        low, high = clipped(self._fused_config, advantage, ratio)
         if self.loss_type == "cispo":
-            metrics["cispo_clip_ratio"].append(mean(((ratio > self.epsilon_high) & (advantage > 0)).float()))
+            metrics["cispo_clip_ratio"].append(mean(high.float()))
         elif self.loss_type != "sapo":
-            low = (ratio < 1 - self.epsilon_low) & (advantage < 0)
-            for name, clipped in (("low", low), ("high", high), ("region", low | high)):
-                metrics[f"clip_ratio/{name}_mean"].append(mean(clipped.float()))
+            for name, held in (("low", low), ("high", high), ("region", low | high)):
+                metrics[f"clip_ratio/{name}_mean"].append(mean(held.float()))
             metrics["clip_ratio/low_min"].append(extreme(low.float(), largest=False))
             metrics["clip_ratio/high_max"].append(extreme(high.float(), largest=True))
 
@@ -351,6 +353,8 @@ def _loss_config(trainer: Any) -> LossConfig:
     if args.delta is not None and args.delta < 1 + trainer.epsilon_high:
         refuse("delta", args.delta, "at least 1 + epsilon_high")
     objective: Any = trainer.loss_type if trainer.loss_type in ("cispo", "sapo") else "clip"
+    if objective == "cispo" and trainer.epsilon_high < 1:
+        refuse("epsilon_high", trainer.epsilon_high, 'at least 1 (it is the cap on the ratio of "cispo", 5.0 is usual)')
     return LossConfig(
         objective=objective,
         clip_low=trainer.epsilon_low,

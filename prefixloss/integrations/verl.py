@@ -31,6 +31,7 @@ from torch import Tensor
 
 from prefixloss.config import LossConfig, Objective
 from prefixloss.integrations.token_loss import (
+    clip_high,
     first_error_of,
     gradient_shared,
     logged,
@@ -82,7 +83,7 @@ def _loss_config(objective: Objective, config: Any, reduction: Any) -> LossConfi
     return LossConfig(
         objective=objective,
         clip_low=float(low),
-        clip_high=float(high) + (objective == "cispo"),
+        clip_high=clip_high(objective, high),
         dual_clip=float(config.get("clip_ratio_c", 3.0)) if objective == "clip" else None,
         sapo_tau=(float(config.get("tau_pos", 1.0)), float(config.get("tau_neg", 1.05))),
         reduction=reduction,

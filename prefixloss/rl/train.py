@@ -154,6 +154,8 @@ def assign_credit(config: Config, checked: Checked, sampled: Sampled, group_ids:
         return advantages.rts(correct, checked.right_steps, checked.total_steps, group_ids)
     if config.advantage == "mixed":
         return advantages.mixed(correct.float(), checked.right_steps / checked.total_steps.clamp(min=1), group_ids)
+    if config.advantage not in ("grpo", "dr-grpo", "neutral"):
+        raise ValueError(f"advantage: got {config.advantage!r}, expected one that credit is assigned by here")
     outcome = advantages.grpo(correct.float(), group_ids, std=config.advantage != "dr-grpo")
     if config.advantage == "neutral":
         return advantages.neutral_prefix(outcome, correct, first_error)
