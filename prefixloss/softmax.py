@@ -249,7 +249,8 @@ def live_rows(coefficients: Coefficients, stats: RowStats, transform: Transform,
     sure = 2 * surprise
     if transform.softcap is not None:
         sure = surprise * transform.slope(stats.logp + stats.lse) / transform.after
-    largest = (sure - penalty).clamp(min=0).max()
+    # a row without coefficients has no gradient, whatever its statistics
+    largest = (sure - penalty).clamp(min=0).where(live, 0.0).max()
     return live & ~(2 * surprise + penalty <= tolerance * largest)
 
 
