@@ -1122,6 +1122,37 @@ def test_slime_gets_the_sum_of_what_its_arguments_say(given_args: dict[str, Any]
     torch.testing.assert_close(seen["learning_share"], learning)
 
 
+def test_every_trainer_s_epsilon_is_the_same_cap_on_the_ratio_of_cispo(verl: Any) -> None:
+    # 1 + 0.3, for A of either sign; ratios of up to exp(3)
+    case = Case.of(13)
+    a = case.advantages
+    capped = torch.exp(case.logps - case.old).detach().clamp(max=1.3)
+    want = mean_of(-capped * a * case.logps, case.mask, "token-mean")
+    settings = verl_config(clip_ratio_high=0.3)
+    made = verl.policy_loss(case.old, case.logps, a, case.mask, "token-mean", settings, objective="cispo")[0]
+    same(made, want, case)
+    for given_config in ({}, {"cispo": SimpleNamespace(cispo_eps_clip_high=0.3), "eps_clip_high": 9.0}):
+        config = skyrl_config(**given_config)
+        made = skyrl.policy_loss(case.logps, case.old, a, config, case.mask.double(), objective="cispo")[0]
+        same(made / case.mask.sum(), want, case)
+    made = openrlhf.PolicyLoss(0.2, 0.3, objective="cispo")(case.logps, case.old, a, case.mask)[0]
+    same(made, want, case)
+    for given_args in ({"advantage_estimator": "cispo"}, {"prefixloss_loss": {"objective": "cispo"}}):
+        assert slime.loss_config(slime_args(**given_args)).clip_high == 1.3
+    assert slime.loss_config(slime_args(prefixloss_loss={"objective": "cispo", "clip_high": 4.0})).clip_high == 4.0
+
+
+@pytest.mark.parametrize("name", ["policy_loss_type", "is_correction_mode"])
+def test_openrlhf_s_unknown_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: got 'new'"):
+        openrlhf.PolicyLoss(**{name: "new"})
+
+
+def test_slime_s_unknown_kl_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^kl_loss_type: got 'k9'"):
+        slime.loss_config(slime_args(use_kl_loss=True, kl_loss_type="k9"))
+
+
 def test_slime_settings_of_ours_come_on_top_and_what_is_not_here_is_refused() -> None:
     assert slime.loss_config(slime_args(prefixloss_loss={"objective": "sapo"})).objective == "sapo"
     assert slime.loss_config(slime_args(advantage_estimator="gspo")).ratio_level == "sequence"

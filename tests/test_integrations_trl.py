@@ -450,6 +450,7 @@ def test_learning_statistics_leave_the_loss_as_it_is(tmp_path):
         ({"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
         ({"entropy_coef": 0.01}, "entropy_coef"),
         ({"delta": 1.1}, "delta"),
+        ({"loss_type": "cispo", "epsilon": 0.2}, "epsilon_high"),
     ],
 )
 def test_what_has_no_fused_equal_is_refused_by_name(options, name, tmp_path):
