@@ -449,10 +449,12 @@ def write_slice(
     """The gradient of columns start to stop, from the last block back to the first; 0 where the row has none."""
     block: tl.constexpr = LANES * VECTOR
     scaled = Coefficients(coefficients.logp * scale, coefficients.entropy * scale, coefficients.kl * scale)
-    z = load_target(logits_row, tl.where(live, target, -1), transform, WORK)
+    # in place, another slice's target may be overwritten by its own program at any time
+    own = tl.where(live & (target >= start) & (target < stop), target, -1)
+    z = load_target(logits_row, own, transform, WORK)
     ref = z
     if WORK.reference:
-        ref = load_target(ref_row, tl.where(live, target, -1), transform, WORK)
+        ref = load_target(ref_row, own, transform, WORK)
     at_target = target_gradient(z, ref, stats, scaled, transform, WORK.softcap, WORK.penalty, WORK.reference)
     tl.debug_barrier()  # in place, another warp may be about to overwrite the target's logit
 

@@ -4,7 +4,6 @@ Which one is chosen before the first kernel is loaded.
 """
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch

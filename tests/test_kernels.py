@@ -1,6 +1,7 @@
 """The device code, piece by piece: its functions, the objective value by value, and the kernels over rows.
 
-On a CPU it runs in Triton's interpreter, which computes each step with NumPy in float32.
+On a CPU it runs in Triton's interpreter, which computes each step with NumPy in float32, or, with `--emulate`, as the
+code of a GPU.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from prefixloss import LossConfig, operators
 from prefixloss.chunks import Head, HeadChunks, Rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# for a GPU or the emulator of one: its divisions and exponentials are approximate
+COMPILED = not triton.knobs.runtime.interpret
 NAN, INF = math.nan, math.inf
 # half a unit in the last place of float32, relative
 HALF_ULP = 2.0**-24
@@ -119,7 +122,7 @@ def test_tanh_keeps_its_absolute_accuracy() -> None:
     x = torch.cat([-sizes(), sizes()])
     # y = 2 / (1 + E) is at most 2 and dy = y E / (1 + E) of E's relative error, at most half of it: exp's 2 + 2, the
     # sum's 2, the quotient's 8 on a GPU
-    within(device_function("tanh", x), torch.tanh(x.double()), (14 if DEVICE == "cuda" else 3) * HALF_ULP)
+    within(device_function("tanh", x), torch.tanh(x.double()), (14 if COMPILED else 3) * HALF_ULP)
 
 
 @pytest.mark.parametrize(
@@ -661,8 +664,9 @@ def test_rows_of_a_slice_of_a_longer_batch_are_found(splits: int) -> None:
     flat = Run(make(part.reshape(4, 300), ids=ids), splits)
     room = torch.full_like(whole, GUARD)
     run = Run(make(part, ids=ids), splits, room[:, 1:3, 10:310])
-    assert torch.equal(run.grads.reshape(4, 300), flat.grads)
-    assert torch.equal(run.stats, flat.stats)
+    # rows that start elsewhere have a kernel of their own, whose sums the compiler may fuse otherwise
+    within(run.grads.reshape(4, 300).cpu(), flat.grads.double().cpu(), STATISTICS * flat.grads.abs().max().item())
+    within(run.stats.cpu(), flat.stats.double().cpu(), STATISTICS * flat.stats.abs().max().item())
     assert (room == GUARD).sum() == whole.numel() - part.numel()
 
 
