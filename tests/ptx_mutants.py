@@ -30,8 +30,12 @@ from torch import Tensor
 from prefixloss import LossConfig, operators
 
 COMPUTED, LEARNING = rows.COMPUTED.value, rows.LEARNING.value
-# two warps, and blocks of 256 logits: two whole ones and a rest, whose last row ends where its memory ends
-WARPS, LANES, VOCABULARY = 2, 64, 2 * 256 + 44
+# two warps, and blocks of 256 or 512 logits: whole ones and a rest in which every load has a thread with work. The last
+# row ends where its memory ends
+WARPS, LANES, VOCABULARY = 2, 64, 2 * 512 - 8
+
+
+EMULATOR = Emulator()
 
 
 # --- what runs
@@ -42,19 +46,23 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def problem_of(config: LossConfig, logits: Tensor, ref: Tensor, grads: torch.dtype, **work: bool) -> rows.Problem:
-    """Five rows: two learn, one of them with no gradient; one is computed; one is nobody's; the last one learns."""
+    """Five rows: nobody's, the first of all, whose own memory is fenced; one that learns; one whose gradient is 0; one
+    that is only computed; and one that learns.
+    """
     given = random(5, 5, seed=3)
-    given[0, 1] = 0.0
-    # tokens that are not computed may hold anything
-    given[:, 3] = math.nan
+    given[0, 2] = 0.0
     learning = COMPUTED | LEARNING
     tokens = rows.Tokens(
-        torch.tensor([300, 1, 7, 10**12, VOCABULARY - 1]),
-        torch.tensor([learning, learning, COMPUTED, 0, learning], dtype=torch.uint8),
+        torch.tensor([10**12, 300, 1, 7, VOCABULARY - 1]),
+        torch.tensor([0, learning, learning, COMPUTED, learning], dtype=torch.uint8),
         given,
         torch.arange(5),
     )
-    problem = operators.problem_of(config, logits, ref, tokens, True, grads, terms=True, gradient=True, clear=True, **work)
+    # its logits are where its gradient is cleared
+    EMULATOR.fenced = [tokens.ids_ptr[0], *(row[0] for row in given), *([] if ref is logits else [ref[0]])]
+    problem = operators.problem_of(
+        config, logits, ref, tokens, True, grads, terms=True, gradient=True, clear=True, **work
+    )
     cut = Launch(LANES, 4 if grads.itemsize == 4 else 8, WARPS)
     return rows.Problem(**{**problem.__dict__, "launch": cut})
 
@@ -67,7 +75,7 @@ EVERYTHING = LossConfig(
 def whole_rows() -> list[Tensor]:
     """Every option, in place."""
     logits, ref = random(5, VOCABULARY, seed=1), random(5, VOCABULARY, seed=2)
-    logits[3], ref[3] = math.nan, math.nan
+    logits[0], ref[0] = math.nan, math.nan
     problem = problem_of(EVERYTHING, logits, ref, torch.float32, indexed=True)
     stats, terms = torch.full((7, 5), 9.0), torch.full((6, 5), 9.0)
     rows.launch_rows(problem, stats, terms, logits, stats)
@@ -77,7 +85,7 @@ def whole_rows() -> list[Tensor]:
 def narrowed_rows() -> list[Tensor]:
     """Float16 gradients over their own float32 logits."""
     logits = random(5, VOCABULARY, seed=1)
-    logits[3] = math.nan
+    logits[0] = math.nan
     grads = logits.view(torch.float16)[:, VOCABULARY:]
     problem = problem_of(LossConfig(), logits, logits, torch.float16, narrowed=True, rescaled=True)
     stats, terms, scales = torch.full((7, 5), 9.0), torch.full((6, 5), 9.0), torch.full((5,), 9.0)
@@ -88,16 +96,19 @@ def narrowed_rows() -> list[Tensor]:
 def sliced_rows() -> list[Tensor]:
     """Slices, combination, gradient."""
     logits, ref = random(5, VOCABULARY, seed=1), random(5, VOCABULARY, seed=2)
-    logits[3], ref[3] = math.nan, math.nan
+    logits[0], ref[0] = math.nan, math.nan
     problem = problem_of(EVERYTHING, logits, ref, torch.float32)
-    stats, terms, sums = torch.full((7, 5), 9.0), torch.zeros(6, 5), torch.full((6, 5, 2), 9.0)
+    # coefficients of nobody's row are 0; a -0 shows that nobody wrote another one
+    stats, terms, sums = torch.full((7, 5), 9.0), torch.full((6, 5), -0.0), torch.full((6, 5, 2), 9.0)
     rows.launch_slices(problem, sums)
     rows.launch_combine(problem, sums, stats, terms)
+    EMULATOR.fenced += [statistic[0] for statistic in stats]
     rows.launch_gradient(problem, stats, terms[3:], logits, stats, 2)
     return [logits, sums, stats, terms]
 
 
 def scaled() -> list[Tensor]:
+    EMULATOR.fenced = []
     x = random(5000, seed=1).bfloat16()
     launch_scale(x, torch.tensor(1.7))
     return [x]
@@ -125,7 +136,9 @@ def without_mask(line: str) -> str | None:
 
 def with_address_shifted(line: str) -> str | None:
     """By its own width."""
-    access = re.match(r"(.*\b(?:ld|st)\.(?:global|shared)\.(?:v(\d)\.)?b(\d+).*\[\s*%\w+)\s*(?:\+\s*(-?\d+))?(\s*\].*)", line)
+    access = re.match(
+        r"(.*\b(?:ld|st)\.(?:global|shared)\.(?:v(\d)\.)?b(\d+).*\[\s*%\w+)\s*(?:\+\s*(-?\d+))?(\s*\].*)", line
+    )
     if access is None:
         return None
     width = int(access[2] or 1) * int(access[3]) // 8
@@ -168,18 +181,23 @@ def broken_one_by_one() -> list[dict[str, Any]]:
     def seen(name: str, ptx: str) -> str:
         return code.setdefault(name, ptx)
 
-    emulator = Emulator()
-    emulator.install()
+    EMULATOR.install()
     found = []
     for title, (run, kernels) in RUNS.items():
         code.clear()
-        emulator.changed = seen
+        EMULATOR.changed = seen
         wanted = run()
         whole = dict(code)
         for kernel in kernels:
-            result: dict[str, Any] = {"run": title, "kernel": kernel, "made": Counter(), "noticed": Counter(), "missed": []}
+            result: dict[str, Any] = {
+                "run": title,
+                "kernel": kernel,
+                "made": Counter(),
+                "noticed": Counter(),
+                "missed": [],
+            }
             for kind, line, ptx in mutants(whole[kernel]):
-                emulator.changed = lambda name, text, kernel=kernel, ptx=ptx: ptx if name == kernel else text
+                EMULATOR.changed = lambda name, text, kernel=kernel, ptx=ptx: ptx if name == kernel else text
                 result["made"][kind] += 1
                 by = noticed(run, wanted)
                 if by is None:

@@ -514,8 +514,8 @@ def test_any_number_of_slices_gives_float64_s_statistics_and_gradient(config: Lo
     for splits in (1, 2, 4, 16) if (config, vocabulary) == (PLAIN, 640) else (1, 4):
         run = Run(problem, splits)
         within(run.stats[:known].cpu(), want[:known], STATISTICS)
-        # where all is certain what remains of the penalties is their rounding
-        within(run.grads.cpu(), want_grads, STATISTICS * largest + 2 * HALF_ULP)
+        # where all is certain what remains is the penalties' rounding, and the log of 1: on a GPU within 2^-22
+        within(run.grads.cpu(), want_grads, STATISTICS * largest + 4 * HALF_ULP)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4, 16])
@@ -741,9 +741,9 @@ def test_a_reference_that_bans_what_the_policy_may_say_has_infinite_kl(splits: i
 def test_equal_logits_of_any_size_are_uniform(splits: int) -> None:
     logits = on_device([-1e30, -3e4, 0.0, 3e4, 1e30])[:, None].expand(5, 300).contiguous()
     run = Run(make(logits, ids=[0, 299, 150, 1, 2]), splits)
-    # the log of an exact sum
-    within(run.stats[0].cpu(), torch.full((5,), -math.log(300)), 4 * HALF_ULP * math.log(300))
-    within(run.stats[1].cpu(), torch.full((5,), math.log(300)), 4 * HALF_ULP * math.log(300))
+    # the log of an exact sum: 4 for a GPU's base-2 log, and one each for ln 2, the product and two sums
+    within(run.stats[0].cpu(), torch.full((5,), -math.log(300)), 8 * HALF_ULP * math.log(300))
+    within(run.stats[1].cpu(), torch.full((5,), math.log(300)), 8 * HALF_ULP * math.log(300))
 
 
 @several_splits
