@@ -37,3 +37,11 @@ def softplus(x):
 def tanh(x):
     """1 - 2 / (1 + exp(2 x)): right at both ends, with an absolute error of 1e-7 between them."""
     return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E)))
+
+
+@triton.jit
+def power_of_two(n):
+    """2^n for whole n up to 127, to the bit where it is a normal number: exp2 is approximate on a GPU."""
+    normal = n >= -126.0
+    exponent = tl.where(normal, n, 0.0).to(tl.int32) + 127
+    return tl.where(normal, (exponent << 23).to(tl.float32, bitcast=True), tl.exp2(n))

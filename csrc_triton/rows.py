@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch, on_device, options
-from .maths import expm1
+from .maths import expm1, power_of_two
 from .objective import Coefficients, Given, Objective, Options, token_terms
 from .softmax import (
     Lanes,
@@ -440,7 +440,7 @@ def row_scale(stats, coefficients, transform, live, scales_ptr, row, stored, WOR
         largest = tl.abs(coefficients.logp) + tl.abs(coefficients.entropy) * (1.0 + stats.entropy)
         largest = (largest + tl.abs(coefficients.kl) * (1.0 + 2.0 * stats.kl)) * transform.slope
         exponent = tl.minimum(14.0 - tl.ceil(tl.log2(largest)), 120.0, propagate_nan=tl.PropagateNan.ALL)
-        scale = tl.exp2(tl.where(live, exponent, 120.0))
+        scale = power_of_two(tl.where(live, exponent, 120.0))
         tl.store(scales_ptr + row, scale, mask=stored)
     return scale
 
@@ -453,12 +453,16 @@ def write_slice(
     """The gradient of columns start to stop, from the last block back to the first; 0 where the row has none."""
     block: tl.constexpr = LANES * VECTOR
     scaled = Coefficients(coefficients.logp * scale, coefficients.entropy * scale, coefficients.kl * scale)
-    z = load_target(logits_row, tl.where(live, target, -1), transform, WORK)
+    # in place, another slice's target may be overwritten by its own program at any time
+    own = tl.where(live & (target >= start) & (target < stop), target, -1)
+    z = load_target(logits_row, own, transform, WORK)
     ref = z
     if WORK.reference:
-        ref = load_target(ref_row, tl.where(live, target, -1), transform, WORK)
+        ref = load_target(ref_row, own, transform, WORK)
     at_target = target_gradient(z, ref, stats, scaled, transform, WORK.softcap, WORK.penalty, WORK.reference)
-    tl.debug_barrier()  # in place, another warp may be about to overwrite the target's logit
+    if not WORK.narrowed:
+        # in place, another warp may be about to overwrite the target's logit; narrowed, each block has a barrier
+        tl.debug_barrier()
 
     # a slice may begin behind the end of its row
     whole = tl.maximum(stop - start, 0) // block

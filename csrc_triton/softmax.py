@@ -105,14 +105,25 @@ def merge_lanes(lanes, kappa):
     fall = tl.maximum((lanes.top - top) * k, LOG_ZERO)
     shrink = tl.exp2(fall)
     ref_top = tl.max(lanes.ref_top, 0)
+    ref_fall = tl.exp2((lanes.ref_top - ref_top) * k)
     return Lanes(
         top,
-        tl.sum(lanes.total * shrink, 0),
-        tl.sum((lanes.shift + lanes.total * fall) * shrink, 0),
-        tl.sum(lanes.gap * shrink, 0),
+        total_of(lanes.total * shrink, lanes.total),
+        total_of((lanes.shift + lanes.total * fall) * shrink, lanes.total),
+        total_of(lanes.gap * shrink, lanes.total),
         ref_top,
-        tl.sum(lanes.ref_total * tl.exp2((lanes.ref_top - ref_top) * k), 0),
+        total_of(lanes.ref_total * ref_fall, lanes.ref_total),
     )
+
+
+@triton.jit
+def total_of(shares, total):
+    """The sum of lanes' shares; a lane whose total is 0 has none.
+
+    The choice stands between product and sum, which would be fused otherwise: two threads that exchange a and b would
+    round a + b differently, and hold, and write to one place, two different sums.
+    """
+    return tl.sum(tl.where(total == 0, 0.0, shares), 0)
 
 
 @triton.jit

@@ -3,8 +3,9 @@
 Which one is chosen before the first kernel is loaded.
 """
 
+import json
 import os
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kernels")
     group.addoption("--emulate", action="store_true", help="run kernels as sm_90 code in tests/ptx_emulator")
+    group.addoption("--figures", metavar="FILE", help="with --emulate: where to write what ran, as JSON")
     group.addoption("--noise", type=int, default=0, help="with --emulate: seed of approximate instructions' errors")
 
 
@@ -35,8 +37,16 @@ def _emulate(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if emulator := getattr(terminalreporter.config, "emulator", None):
-        terminalreporter.write_line(str(emulator.figures))
+    """What the emulator ran: in this process, or in those that tests started."""
+    config = terminalreporter.config
+    if emulator := getattr(config, "emulator", None):
+        terminalreporter.write_line(f"emulated: {emulator.figures}")
+        if path := config.getoption("figures"):
+            Path(path).write_text(json.dumps({**vars(emulator.figures), "variants": sorted(emulator.figures.variants)}))
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "emulated":
+                terminalreporter.write_line(f"emulated, {report.nodeid.partition('::')[2]}: {value}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

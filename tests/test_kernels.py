@@ -1,6 +1,7 @@
 """The device code, piece by piece: its functions, the objective value by value, and the kernels over rows.
 
-On a CPU it runs in Triton's interpreter, which computes each step with NumPy in float32.
+On a CPU it runs in Triton's interpreter, which computes each step with NumPy in float32, or, with `--emulate`, as the
+code of a GPU.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from prefixloss import LossConfig, operators
 from prefixloss.chunks import Head, HeadChunks, Rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# for a GPU or the emulator of one: its divisions and exponentials are approximate
+COMPILED = not triton.knobs.runtime.interpret
 NAN, INF = math.nan, math.inf
 # half a unit in the last place of float32, relative
 HALF_ULP = 2.0**-24
@@ -120,7 +123,7 @@ def test_tanh_keeps_its_absolute_accuracy() -> None:
     x = torch.cat([-sizes(), sizes()])
     # y = 2 / (1 + E) is at most 2 and dy = y E / (1 + E) of E's relative error, at most half of it: exp's 2 + 2, the
     # sum's 2, the quotient's 8 on a GPU
-    within(device_function("tanh", x), torch.tanh(x.double()), (14 if DEVICE == "cuda" else 3) * HALF_ULP)
+    within(device_function("tanh", x), torch.tanh(x.double()), (14 if COMPILED else 3) * HALF_ULP)
 
 
 @pytest.mark.parametrize(
@@ -512,8 +515,8 @@ def test_any_number_of_slices_gives_float64_s_statistics_and_gradient(config: Lo
     for splits in (1, 2, 4, 16) if (config, vocabulary) == (PLAIN, 640) else (1, 4):
         run = Run(problem, splits)
         within(run.stats[:known].cpu(), want[:known], STATISTICS)
-        # where all is certain what remains of the penalties is their rounding
-        within(run.grads.cpu(), want_grads, STATISTICS * largest + 2 * HALF_ULP)
+        # where all is certain what remains is the penalties' rounding, and the log of 1: on a GPU within 2^-22
+        within(run.grads.cpu(), want_grads, STATISTICS * largest + 4 * HALF_ULP)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4, 16])
@@ -680,8 +683,9 @@ def test_rows_of_a_slice_of_a_longer_batch_are_found(splits: int) -> None:
     flat = Run(make(part.reshape(4, 300), ids=ids), splits)
     room = torch.full_like(whole, GUARD)
     run = Run(make(part, ids=ids), splits, room[:, 1:3, 10:310])
-    assert torch.equal(run.grads.reshape(4, 300), flat.grads)
-    assert torch.equal(run.stats, flat.stats)
+    # rows that start elsewhere have a kernel of their own, whose sums the compiler may fuse otherwise
+    within(run.grads.reshape(4, 300).cpu(), flat.grads.double().cpu(), STATISTICS * flat.grads.abs().max().item())
+    within(run.stats.cpu(), flat.stats.double().cpu(), STATISTICS * flat.stats.abs().max().item())
     assert (room == GUARD).sum() == whole.numel() - part.numel()
 
 
@@ -756,9 +760,9 @@ def test_a_reference_that_bans_what_the_policy_may_say_has_infinite_kl(splits: i
 def test_equal_logits_of_any_size_are_uniform(splits: int) -> None:
     logits = on_device([-1e30, -3e4, 0.0, 3e4, 1e30])[:, None].expand(5, 300).contiguous()
     run = Run(make(logits, ids=[0, 299, 150, 1, 2]), splits)
-    # the log of an exact sum
-    within(run.stats[0].cpu(), torch.full((5,), -math.log(300)), 4 * HALF_ULP * math.log(300))
-    within(run.stats[1].cpu(), torch.full((5,), math.log(300)), 4 * HALF_ULP * math.log(300))
+    # the log of an exact sum: 4 for a GPU's base-2 log, and one each for ln 2, the product and two sums
+    within(run.stats[0].cpu(), torch.full((5,), -math.log(300)), 8 * HALF_ULP * math.log(300))
+    within(run.stats[1].cpu(), torch.full((5,), math.log(300)), 8 * HALF_ULP * math.log(300))
 
 
 @several_splits

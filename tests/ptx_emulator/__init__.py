@@ -18,7 +18,8 @@ The model
 - `bar.sync` lets a program go on once all its threads have come to the same one. Threads that wait at different
   barriers, or have left, are an error, and so is a shuffle that not all of a warp take part in.
 - Two threads that touch the same byte, one of them writing, without a barrier between them are a race, in shared and
-  in global memory; so are two programs of a launch that touch the same byte of global memory.
+  in global memory; so are two programs of a launch that touch the same byte of global memory. Threads of one warp may
+  store the same value at the same place in one instruction.
 - Float32 arithmetic is rounded as IEEE 754 says, with fused products rounded once. Approximate instructions are
   rounded correctly, or disturbed by up to their documented error; always by the same for the same input.
 

@@ -35,23 +35,29 @@ class Figures:
     programs: int = 0
     instructions: int = 0
     errors: Counter[str] = field(default_factory=Counter)
+    # "kernel argument=value": what each kernel was compiled for, and the types of its pointers
+    variants: set[str] = field(default_factory=set)
 
     def __str__(self) -> str:
         kernels = ", ".join(f"{name} {count}" for name, count in sorted(self.launches.items()))
         errors = ", ".join(f"{name} {count}" for name, count in sorted(self.errors.items())) or "none"
         return (
-            f"emulated: {sum(self.launches.values())} launches ({kernels}), {self.programs} programs, "
+            f"{sum(self.launches.values())} launches ({kernels}), {self.programs} programs, "
             f"{self.instructions} instructions; errors: {errors}"
         )
 
 
 class Emulator:
-    """Compiles for sm_90 and launches in NumPy. changed: what becomes of a kernel's PTX before it runs."""
+    """Compiles for sm_90 and launches in NumPy.
+
+    changed: what becomes of a kernel's PTX before it runs. fenced: contiguous tensors that nobody may touch.
+    """
 
     def __init__(self, noise: int = 0, changed: Callable[[str, str], str] = lambda name, ptx: ptx) -> None:
         self.figures = Figures()
         self.noise = Noise(noise)
         self.changed = changed
+        self.fenced: list[torch.Tensor] = []
         self._codes: dict[str, Code] = {}
 
     def install(self) -> None:
@@ -68,7 +74,7 @@ class Emulator:
         try:
             code = self._codes.get(ptx) or self._codes.setdefault(ptx, Code(parse(ptx), self.noise))
             values = tuple(_parameters(code, arguments))
-            regions = _storages(arguments)
+            regions = _storages(arguments, self.fenced)
             self.figures.launches[name] += 1
             self.figures.programs += grid[0] * grid[1] * grid[2]
             self.figures.instructions += code.run(Launch(values, grid, shared, regions))
@@ -81,14 +87,20 @@ def _not_assembled(self: CUDABackend, src: str, *_: Any) -> bytes:
     return src.encode()
 
 
-def _storages(arguments: list[Any]) -> list[tuple[int, Array]]:
-    """The memory of the tensors among the arguments."""
+def _storages(arguments: list[Any], fenced: list[torch.Tensor]) -> list[tuple[int, Array]]:
+    """The memory of the tensors among the arguments, without what is fenced."""
     found = {}
     for value in arguments:
         if isinstance(value, torch.Tensor) and (size := value.untyped_storage().nbytes()):
             start = value.untyped_storage().data_ptr()
             found[start] = np.frombuffer((ctypes.c_uint8 * size).from_address(start), np.uint8)
-    return list(found.items())
+    for fence in fenced:
+        low, high = fence.data_ptr(), fence.data_ptr() + fence.nbytes
+        for start, data in list(found.items()):
+            if start <= low < start + len(data):
+                found[start] = data[: low - start]
+                found[high] = data[high - start :]
+    return [(start, data) for start, data in found.items() if len(data)]
 
 
 def _parameters(code: Code, arguments: list[Any]) -> Iterator[Array]:
@@ -114,6 +126,19 @@ def _given(signature: Any, arguments: Any) -> Iterator[Any]:
             yield value
 
 
+def _variant(name: str, source: Any) -> Iterator[str]:
+    for argument, kind in source.signature.items():
+        pointer = kind[0] if isinstance(kind, tuple) else kind
+        if pointer.startswith("*"):
+            yield f"{name} {argument}={pointer}"
+    for path, value in source.constants.items():
+        argument = source.fn.arg_names[path[0]] if len(path) == 1 else None
+        if argument and isinstance(value, tuple):
+            yield from (f"{name} {argument}.{part}={chosen}" for part, chosen in zip(value._fields, value, strict=True))
+        elif argument:
+            yield f"{name} {argument}={value}"
+
+
 class _Driver:
     """As much of a driver as Triton asks for."""
 
@@ -136,6 +161,7 @@ class _Driver:
 
     def _launcher(self, source: Any, metadata: Any) -> Callable[..., None]:
         signature = list(source.signature.values())
+        self.emulator.figures.variants |= set(_variant(metadata.name, source))
 
         def launch(x: int, y: int, z: int, stream: int, function: str, *more: Any) -> None:
             # before the arguments: packed and launch metadata, and two hooks

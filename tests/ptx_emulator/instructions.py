@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import UnknownInstructionError
-from .numbers import FLOATS, SIGNED, UNSIGNED, Array, Noise, bits_of, encode, flushed, fused
+from .numbers import FLOATS, SIGNED, UNSIGNED, Array, Noise, bits_of, encode, flushed, fused, larger, smaller
 
 
 class Operation(NamedTuple):
@@ -67,20 +67,28 @@ def _elementwise(floats: Callable[..., Array] | None, integers: Callable[..., Ar
     return build
 
 
-def _extreme(
-    floats: Callable[..., Array], propagating: Callable[..., Array], integers: Callable[..., Array]
-) -> Builder:
-    """max and min, which drop NaN unless told otherwise."""
+def _extreme(floats: Callable[[Array, Array], Array], integers: np.ufunc) -> Builder:
+    """max and min, which drop NaN unless told otherwise. `relu`: nothing below 0."""
 
     def build(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
         if not _is_float(kind):
-            return Operation((kind,), (kind, kind), integers) if not modifiers else None
+            if not _allowed(modifiers, "relu") or (modifiers and kind != "s32"):
+                return None
+            return Operation((kind,), (kind, kind), _not_negative(integers) if modifiers else integers)
         if not _allowed(modifiers, "ftz", "NaN"):
             return None
-        compute = propagating if "NaN" in modifiers else floats
+        compute = _propagating(floats) if "NaN" in modifiers else floats
         return Operation((kind,), (kind, kind), _maybe_flushed(compute, modifiers))
 
     return build
+
+
+def _propagating(compute: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    return lambda a, b: np.where(_either_is_nan(a, b), a.dtype.type(np.nan), compute(a, b))
+
+
+def _not_negative(compute: np.ufunc) -> Callable[[Array, Array], Array]:
+    return lambda a, b: np.maximum(compute(a, b), np.int32(0))
 
 
 def _multiply(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
@@ -92,13 +100,9 @@ def _multiply(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | No
     if modifiers == ("lo",):
         return Operation((kind,), (kind, kind), np.multiply)
     if modifiers == ("hi",) and bits_of(kind) == 32:
-        wide, shift = _wider(kind), 32
+        wide, shift = _wider(kind), np.uint8(32)
         return Operation(
-            (kind,),
-            (kind, kind),
-            lambda a, b: (_widened(a, wide) * _widened(b, wide) >> np.array([shift], _widened(a, wide).dtype)).astype(
-                a.dtype
-            ),
+            (kind,), (kind, kind), lambda a, b: (_widened(a, wide) * _widened(b, wide) >> shift).astype(a.dtype)
         )
     return None
 
@@ -240,27 +244,32 @@ _COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-def _compare(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
-    """`setp.comparison[.combination].type`: without `u` a comparison with NaN is false, with it true."""
-    comparison, rest = modifiers[0], tuple(m for m in modifiers[1:] if m != "ftz")
-    compute: Callable[[Array, Array], Array]
-    if comparison in ("num", "nan"):
-        compute = (
-            (lambda a, b: np.isnan(a) | np.isnan(b)) if comparison == "nan" else (lambda a, b: (a == a) & (b == b))
-        )
-    elif _COMPARISONS.get(comparison):
-        plain = _COMPARISONS[comparison]
+def _comparison(name: str) -> Callable[[Array, Array], Array] | None:
+    """Without `u` a comparison with NaN is false, with it true."""
+    if name == "num":
+        return lambda a, b: ~_either_is_nan(a, b)
+    if name == "nan":
+        return _either_is_nan
+    plain = _COMPARISONS.get(name)
+    if plain is not None:
         # only `ne` is true for NaN in NumPy
-        compute = (lambda a, b: (a != b) & (a == a) & (b == b)) if comparison == "ne" else plain
-    elif comparison[-1] == "u" and _COMPARISONS.get(comparison[:-1]):
-        plain = _COMPARISONS[comparison[:-1]]
-        compute = lambda a, b: plain(a, b) | (a != a) | (b != b)
-    else:
+        return plain if name != "ne" else lambda a, b: (a != b) & ~_either_is_nan(a, b)
+    unordered = _COMPARISONS.get(name[:-1]) if name[-1] == "u" else None
+    return unordered and (lambda a, b: unordered(a, b) | _either_is_nan(a, b))
+
+
+def _either_is_nan(a: Array, b: Array) -> Array:
+    return np.isnan(a) | np.isnan(b)
+
+
+def _compare(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
+    """`setp.comparison[.combination].type`"""
+    compute, rest = _comparison(modifiers[0]), tuple(m for m in modifiers[1:] if m != "ftz")
+    if compute is None:
         return None
     if kind.endswith("x2") and not rest:
-        half = kind[:-2]
         return Operation(
-            ("pred", "pred"), (half + "pair",) * 2, lambda a, b: (compute(a[0], b[0]), compute(a[1], b[1]))
+            ("pred", "pred"), (kind[:-2] + "pair",) * 2, lambda a, b: (compute(a[0], b[0]), compute(a[1], b[1]))
         )
     if not rest:
         return Operation(("pred",), (kind, kind), compute)
@@ -278,25 +287,20 @@ _TO_WHOLE: dict[str, Callable[[Array], Array]] = {"rni": np.rint, "rzi": np.trun
 
 def _convert(modifiers: tuple[str, ...], source: str, _: Noise) -> Operation | None:
     """`cvt[.rounding][.ftz].to.from`"""
-    if not modifiers:
+    if not modifiers or not _allowed(modifiers[:-1], "rn", "ftz", *_TO_WHOLE):
         return None
     to, rest = modifiers[-1], modifiers[:-1]
-    if not _allowed(rest, "rn", "ftz", *_TO_WHOLE):
-        return None
+    to_whole = next((_TO_WHOLE[name] for name in rest if name in _TO_WHOLE), None)
     if to in ("bf16x2", "f16x2") and source == "f32":
         # the first operand is the upper half
         return Operation((to,), (source, source), lambda high, low: _pair(high, low, to[:-2]))
-    to_whole = next((_TO_WHOLE[name] for name in rest if name in _TO_WHOLE), None)
-    if _is_float(to):
-        if to_whole is not None:
-            return Operation((to,), (source,), _maybe_flushed(to_whole, rest))
-        dtype = np.float32 if to == "bf16" else FLOATS[to]
-        convert = lambda x: x.astype(dtype)
-        return Operation((to,), (source,), convert if to == "bf16" else _maybe_flushed(convert, rest))
-    dtype = (SIGNED if to[0] == "s" else UNSIGNED)[bits_of(to)]
-    if _is_float(source):
-        return None if to_whole is None else Operation((to,), (source,), partial(_whole, to_whole, dtype))
-    return Operation((to,), (source,), lambda x: x.astype(dtype))
+    if not _is_float(to):
+        dtype = (SIGNED if to[0] == "s" else UNSIGNED)[bits_of(to)]
+        if not _is_float(source):
+            return Operation((to,), (source,), lambda x: x.astype(dtype))
+        return to_whole and Operation((to,), (source,), partial(_whole, to_whole, dtype))
+    wide = np.float32 if to == "bf16" else FLOATS[to]
+    return Operation((to,), (source,), _maybe_flushed(to_whole or (lambda x: x.astype(wide)), rest))
 
 
 def _pair(high: Array, low: Array, kind: str) -> Array:
@@ -325,8 +329,8 @@ _TABLE: dict[str, Builder] = {
     "neg": _negate,
     "abs": _absolute,
     "copysign": _copysign,
-    "max": _extreme(np.fmax, np.maximum, np.maximum),
-    "min": _extreme(np.fmin, np.minimum, np.minimum),
+    "max": _extreme(larger, np.maximum),
+    "min": _extreme(smaller, np.minimum),
     "ex2": _approximate(np.exp2, 2.0**-22),
     "lg2": _logarithm,
     "rcp": _approximate(lambda x: 1.0 / x, 2.0**-23),

@@ -51,7 +51,7 @@ class Code:
             for at, instruction in enumerate(program.code)
         ]
         sizes = {
-            space: [bits_of(i.name[-1]) // 8 for i in program.code if i.name[0] in ("ld", "st") and space in i.name]
+            space: [_bytes_of(i) for i in program.code if i.name[0] in ("ld", "st", "ldmatrix") and space in i.name]
             for space in ("global", "shared")
         }
         self.grains = {space: min(found, default=1) for space, found in sizes.items()}
@@ -74,18 +74,20 @@ class Code:
     # --- one instruction as a function
 
     def _step(self, at: int, instruction: Instruction) -> Step:
-        name, operands = instruction.name, instruction.operands
-        if name[0] == "mov":
-            return self._move(instruction)
-        if name[0] == "ld" and name[1] == "param":
-            return self._load_parameter(instruction)
-        if name[0] in ("ld", "st"):
+        name = instruction.name
+        if name[0] in ("ld", "st") and name[1] != "param":
             return self._access(at, instruction)
-        if name[0] == "shfl":
-            return self._shuffle(instruction)
-        if name[-1] == "pred" and name[0] in ("mov", "and", "or", "xor", "not"):
+        if name[0] == "ldmatrix":
+            return self._load_matrix(at, instruction)
+        if name[-1] == "pred" and name[0] in _LOGIC:
             return self._logic(instruction)
-        results, sources, compute = operation(name, self.noise)
+        special = {"mov": self._move, "ld": self._load_parameter, "shfl": self._shuffle}.get(name[0])
+        return special(instruction) if special else self._compute(instruction)
+
+    def _compute(self, instruction: Instruction) -> Step:
+        """What the table of instructions has."""
+        operands = instruction.operands
+        results, sources, compute = operation(instruction.name, self.noise)
         targets = operands[0].split("|")
         if len(targets) != len(results) or len(operands) - 1 != len(sources):
             raise UnknownInstructionError(instruction.text)
@@ -123,9 +125,7 @@ class Code:
         return halves
 
     def _logic(self, instruction: Instruction) -> Step:
-        compute = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}[
-            instruction.name[0]
-        ]
+        compute = _LOGIC[instruction.name[0]]
         target, *sources = instruction.operands
         reads = [self._source(text, "pred") for text in sources]
         return lambda machine, lanes: machine.write(target, compute(*[read(machine) for read in reads]), lanes)
@@ -206,8 +206,9 @@ class Code:
                 memory = machine.shared
                 addresses = machine.shared.placed(addresses, active, size)
             offsets = memory.offsets(addresses, size)
-            memory.note(Access(offsets, active, size, not loads, machine.phases.copy(), at))
+            access = Access(offsets, active, size, not loads, machine.phases.copy(), at)
             if loads:
+                memory.note(access)
                 if space == "shared":
                     machine.shared.require(addresses, size)
                 for target, found in zip(names, memory.load(addresses, bits, len(names)), strict=True):
@@ -217,7 +218,35 @@ class Code:
             else:
                 if space == "shared":
                     machine.shared.mark(addresses, size)
-                memory.store(addresses, bits, [machine.spread(read(machine))[active] for read in values])
+                stored = [machine.spread(read(machine))[active] for read in values]
+                memory.note_store(access, stored, WARP)
+                memory.store(addresses, bits, stored)
+
+        return step
+
+    def _load_matrix(self, at: int, instruction: Instruction) -> Step:
+        """Matrices of 8 rows of 16 bytes: 8 threads name the rows of one, and each thread of the warp gets 4 bytes."""
+        targets = _registers(instruction.operands[0])
+        count = {"x1": 1, "x2": 2, "x4": 4}.get(instruction.name[4])
+        known = ("sync", "aligned", "m8n8", f"x{count}", "shared", "b16")
+        if instruction.name[1:] != known or len(targets) != count:
+            raise UnknownInstructionError(instruction.text)
+        where = self._address(instruction.operands[1])
+
+        def step(machine: Machine, lanes: Array | None) -> None:
+            machine.require_whole_warps(lanes)
+            active = machine.lanes if lanes is None else np.flatnonzero(lanes)
+            rows, lane = machine.spread(where(machine)), active % WARP
+            for number, target in enumerate(targets):
+                named = rows[active - lane + 8 * number + lane // 4]
+                if (named % 16).any():
+                    raise MemoryAccessError("a row of a matrix is not aligned to 16 bytes")
+                placed = machine.shared.placed(named + lane % 4 * 4, active, 4)
+                machine.shared.require(placed, 4)
+                machine.shared.note(Access(placed, active, 4, False, machine.phases.copy(), at))
+                full = np.zeros(len(machine.lanes), np.uint32)
+                full[active] = machine.shared.load(placed, 32, 1)[0]
+                machine.write(target, full, lanes)
 
         return step
 
@@ -244,10 +273,7 @@ class Code:
         read, by = self._source(value, "b32"), self._source(other, "b32")
 
         def step(machine: Machine, lanes: Array | None) -> None:
-            if lanes is not None:
-                whole = lanes.reshape(-1, WARP)
-                if (whole.any(1) != whole.all(1)).any():
-                    raise BarrierError("a shuffle that not all threads of a warp take part in")
+            machine.require_whole_warps(lanes)
             lane = machine.lanes % WARP
             source = partner(lane, machine.spread(by(machine)).astype(np.int64))
             # a thread without a partner keeps what it has
@@ -257,7 +283,9 @@ class Code:
         return step
 
 
+# the operand that lets a shuffle go through the whole warp
 _LAST_LANE = "31"
+_LOGIC = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}
 
 
 class Machine:
@@ -291,8 +319,8 @@ class Machine:
         if lanes is not None:
             before = self.registers.get(register)
             if before is None:
-                # of those that have not come here: what they read would be nobody's
-                before = np.zeros(1, raw.dtype)
+                # for those that have not come here: NaN if read as a number
+                before = np.full(1, ~raw.dtype.type(0))
             raw = np.where(lanes, raw, before)
         self.registers[register] = raw
 
@@ -301,11 +329,18 @@ class Machine:
         return np.broadcast_to(raw, self.lanes.shape)
 
     def touched(self) -> list[Touched]:
-        found = self.memory.settle()
-        self.shared.settle()
+        texts = [instruction.text for instruction in self.program.code]
+        found = self.memory.settle(texts)
+        self.shared.settle(texts)
         if found is None:
             return []
         return [found._replace(first=self.programs[found.first], last=self.programs[found.last])]
+
+    def require_whole_warps(self, lanes: Array | None) -> None:
+        if lanes is not None:
+            warps = lanes.reshape(-1, WARP)
+            if (warps.any(1) != warps.all(1)).any():
+                raise BarrierError("not all threads of a warp take part")
 
     # --- control flow
 
@@ -321,6 +356,8 @@ class Machine:
         """The fragment furthest behind, up to where another one is or it splits; all that can go on then."""
         at = min(fragment.at for fragment in ready)
         lanes = _united([fragment.lanes for fragment in ready if fragment.at == at])
+        if lanes is not None and lanes.all():
+            lanes = None
         others = [fragment for fragment in ready if fragment.at != at]
         limit = min((fragment.at for fragment in others), default=len(self.program.code))
         programs = self._programs_of(lanes)
@@ -341,7 +378,9 @@ class Machine:
                 at = following[0].at
                 continue
             return others + following
-        return [*others, Fragment(at, lanes)] if at < len(self.program.code) else self._left(others, lanes)
+        if at >= len(self.program.code):
+            raise MemoryAccessError(f"{self.program.name} runs on behind its last instruction")
+        return [*others, Fragment(at, lanes)]
 
     def _guarded(self, instruction: Instruction, lanes: Array | None) -> Array | None:
         """The lanes whose guard holds: `lanes` itself if all of them do."""
@@ -383,9 +422,6 @@ class Machine:
     def _programs_of(self, lanes: Array | None) -> int:
         return len(self.programs) if lanes is None else int(lanes.reshape(-1, self.threads).any(1).sum())
 
-    def _left(self, others: list[Fragment], lanes: Array | None) -> list[Fragment]:
-        raise MemoryAccessError(f"{self.program.name} runs on behind its last instruction")
-
 
 def _united(parts: list[Array | None]) -> Array | None:
     found = parts[0]
@@ -410,6 +446,11 @@ def _split(lanes: Array | None, jump: Array | None, target: int, following: int)
         return [Fragment(following, lanes)]
     stay = _without(lanes, jump)
     return [Fragment(target, jump)] if stay is None else [Fragment(target, jump), Fragment(following, stay)]
+
+
+def _bytes_of(access: Instruction) -> int:
+    """The smallest piece of memory that it treats as one."""
+    return 4 if access.name[0] == "ldmatrix" else bits_of(access.name[-1]) // 8
 
 
 def _registers(text: str) -> list[str]:

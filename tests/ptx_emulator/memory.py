@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -73,6 +74,16 @@ class Memory:
     def note(self, access: Access) -> None:
         self.log.append(access)
 
+    def note_store(self, access: Access, values: list[Array], warp: int) -> None:
+        """Threads of one warp may store one value at one place: any of them does. The first of each counts."""
+        owner = access.offsets * (int(access.lanes[-1]) // warp + 1) + access.lanes // warp
+        order = np.argsort(owner, kind="stable")
+        again = owner[order][1:] == owner[order][:-1]
+        for stored in values:
+            again &= stored[order][1:] == stored[order][:-1]
+        kept = np.sort(order[np.concatenate([[True], ~again])])
+        self.note(access._replace(offsets=access.offsets[kept], lanes=access.lanes[kept]))
+
     def _views(self, addresses: Array, kind: int, count: int) -> list[tuple[Array, Array, Array]]:
         """For each region: which of the accesses are in it, its numbers of `kind` bits, and the indices into them."""
         size = kind // 8
@@ -89,8 +100,8 @@ class Memory:
                 found.append((here, numbers, index[:, None] + np.arange(count)))
         return found
 
-    def settle(self) -> Touched | None:
-        """Looks for races inside of programs; what is left to compare with other programs."""
+    def settle(self, texts: Sequence[str]) -> Touched | None:
+        """Looks for races inside of programs; what is left to compare with other programs. texts: of instructions."""
         log, self.log = self.log, []
         if not log:
             return None
@@ -116,12 +127,13 @@ class Memory:
         written = np.logical_or.reduceat(writes, starts)
         raced = np.flatnonzero((low != high) & written)
         if len(raced):
-            ends = np.append(starts[1:], len(key))
-            group = slice(starts[raced[0]], ends[raced[0]])
+            first = starts[raced[0]]
+            group = slice(first, first + np.argmax(np.append(key[first:] != key[first], True)))
+            instructions = [texts[at] for at in sorted(set(steps[group].tolist()))]
             raise RaceError(
                 f"threads {sorted(set((lanes[group] % self.threads).tolist()))[:4]} of program "
-                f"{int(lanes[group][0]) // self.threads} at byte {int(key[group][0]) // (most * count) * grain}: "
-                f"instructions {sorted(set(steps[group].tolist()))}, {len(raced)} pieces of {grain} bytes in all"
+                f"{int(lanes[first]) // self.threads} at byte {int(key[first]) // (most * count) * grain}: "
+                f"{instructions}, {len(raced)} pieces of {grain} bytes in all"
             )
         owner = low // self.threads
         spot = key[starts] // (most * count) * grain
@@ -167,6 +179,6 @@ def check_between_programs(parts: list[Touched]) -> None:
     if len(raced):
         at = raced[0]
         raise RaceError(
-            f"programs {int(first[at])} and {int(last[at])} both touch byte {int(pieces[starts[at]])} of global memory, "
-            f"and {len(raced)} pieces in all"
+            f"programs {int(first[at])} and {int(last[at])} both touch byte {int(pieces[starts[at]])} of global "
+            f"memory, and {len(raced)} pieces in all"
         )

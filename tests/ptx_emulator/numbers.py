@@ -43,7 +43,11 @@ def encode(numbers: Array, kind: str) -> Array:
     if kind == "bf16":
         return to_bf16(numbers)
     if kind in FLOATS:
-        return numbers.astype(FLOATS[kind], copy=False).view(UNSIGNED[bits])
+        found = numbers.astype(FLOATS[kind], copy=False)
+        missing = np.isnan(found)
+        raw = found.view(UNSIGNED[bits])
+        # a device has one NaN: all bits but the sign
+        return np.where(missing, UNSIGNED[bits]((1 << bits - 1) - 1), raw) if missing.any() else raw
     if numbers.dtype.itemsize * 8 == bits:
         return numbers.view(UNSIGNED[bits])
     return numbers.astype(UNSIGNED[bits])
@@ -59,6 +63,16 @@ def to_bf16(x: Array) -> Array:
 def flushed(x: Array) -> Array:
     """Subnormal numbers as 0 of the same sign, as `.ftz` has it."""
     return np.where(np.abs(x) < SMALLEST_NORMAL, np.copysign(np.float32(0), x), x)
+
+
+def larger(a: Array, b: Array) -> Array:
+    """Drops NaN; 0 is larger than -0."""
+    return np.where((a == 0) & (b == 0), a + b, np.fmax(a, b))
+
+
+def smaller(a: Array, b: Array) -> Array:
+    """Drops NaN; -0 is smaller than 0."""
+    return -larger(-a, -b)
 
 
 def fused(a: Array, b: Array, c: Array) -> Array:

@@ -1,0 +1,212 @@
+"""Breaks every kernel's machine code in one place after the other and says which breaks the emulator noticed.
+
+A program of its own, since a process either interprets kernels or compiles them. It prints JSON: for each kernel and
+kind of break how many there were, and those that nobody noticed. A break is noticed if the emulator raises or if any
+output differs in a bit from that of the whole code; that the whole code is right is for other tests to say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from prefixloss._kernels import rows
+from prefixloss._kernels.launch import Launch
+from prefixloss._kernels.scale import launch_scale
+from ptx_emulator import EmulationError, Emulator
+from torch import Tensor
+
+from prefixloss import LossConfig, operators
+
+COMPUTED, LEARNING = rows.COMPUTED.value, rows.LEARNING.value
+# two warps, and blocks of 256 or 512 logits: whole ones and a rest in which every load has a thread with work. The last
+# row ends where its memory ends
+WARPS, LANES, VOCABULARY = 2, 64, 2 * 512 - 8
+
+
+EMULATOR = Emulator()
+
+
+# --- what runs
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def problem_of(config: LossConfig, logits: Tensor, ref: Tensor, grads: torch.dtype, **work: bool) -> rows.Problem:
+    """Five rows: nobody's, the first of all, whose own memory is fenced; one that learns; one whose gradient is 0; one
+    that is only computed; and one that learns.
+    """
+    given = random(5, 5, seed=3)
+    given[0, 2] = 0.0
+    learning = COMPUTED | LEARNING
+    tokens = rows.Tokens(
+        torch.tensor([10**12, 300, 1, 7, VOCABULARY - 1]),
+        torch.tensor([0, learning, learning, COMPUTED, learning], dtype=torch.uint8),
+        given,
+        torch.arange(5),
+    )
+    # its logits are where its gradient is cleared
+    EMULATOR.fenced = [tokens.ids_ptr[0], *(row[0] for row in given), *([] if ref is logits else [ref[0]])]
+    problem = operators.problem_of(
+        config, logits, ref, tokens, True, grads, terms=True, gradient=True, clear=True, **work
+    )
+    cut = Launch(LANES, 4 if grads.itemsize == 4 else 8, WARPS)
+    return rows.Problem(**{**problem.__dict__, "launch": cut})
+
+
+EVERYTHING = LossConfig(
+    kl="full", kl_coef=0.4, kl_importance=True, entropy_coef=0.2, softcap=6.0, temperature=1.4, sampler_correction="tis"
+)
+
+
+def whole_rows() -> list[Tensor]:
+    """Every option, in place."""
+    logits, ref = random(5, VOCABULARY, seed=1), random(5, VOCABULARY, seed=2)
+    logits[0], ref[0] = math.nan, math.nan
+    problem = problem_of(EVERYTHING, logits, ref, torch.float32, indexed=True)
+    stats, terms = torch.full((7, 5), 9.0), torch.full((6, 5), 9.0)
+    rows.launch_rows(problem, stats, terms, logits, stats)
+    return [logits, stats, terms]
+
+
+def narrowed_rows() -> list[Tensor]:
+    """Float16 gradients over their own float32 logits."""
+    logits = random(5, VOCABULARY, seed=1)
+    logits[0] = math.nan
+    grads = logits.view(torch.float16)[:, VOCABULARY:]
+    problem = problem_of(LossConfig(), logits, logits, torch.float16, narrowed=True, rescaled=True)
+    stats, terms, scales = torch.full((7, 5), 9.0), torch.full((6, 5), 9.0), torch.full((5,), 9.0)
+    rows.launch_rows(problem, stats, terms, grads, scales)
+    return [logits, stats, terms, scales]
+
+
+def sliced_rows() -> list[Tensor]:
+    """Slices, combination, gradient."""
+    logits, ref = random(5, VOCABULARY, seed=1), random(5, VOCABULARY, seed=2)
+    logits[0], ref[0] = math.nan, math.nan
+    problem = problem_of(EVERYTHING, logits, ref, torch.float32)
+    # coefficients of nobody's row are 0; a -0 shows that nobody wrote another one
+    stats, terms, sums = torch.full((7, 5), 9.0), torch.full((6, 5), -0.0), torch.full((6, 5, 2), 9.0)
+    rows.launch_slices(problem, sums)
+    rows.launch_combine(problem, sums, stats, terms)
+    EMULATOR.fenced += [statistic[0] for statistic in stats]
+    rows.launch_gradient(problem, stats, terms[3:], logits, stats, 2)
+    return [logits, sums, stats, terms]
+
+
+def scaled() -> list[Tensor]:
+    EMULATOR.fenced = []
+    x = random(5000, seed=1).bfloat16()
+    launch_scale(x, torch.tensor(1.7))
+    return [x]
+
+
+RUNS: dict[str, tuple[Callable[[], list[Tensor]], tuple[str, ...]]] = {
+    "whole rows": (whole_rows, ("row_kernel",)),
+    "narrowed rows": (narrowed_rows, ("row_kernel",)),
+    "slices": (sliced_rows, ("slice_kernel", "combine_kernel", "gradient_kernel")),
+    "scale": (scaled, ("scale_kernel",)),
+}
+
+
+# --- what is broken
+
+
+def without_barriers(line: str) -> str | None:
+    return "" if re.match(r"\s*bar\.sync", line) else None
+
+
+def without_mask(line: str) -> str | None:
+    masked = re.match(r"(\s*)@!?%p\d+\s+((?:ld|st)\..*)", line)
+    return masked and masked[1] + masked[2]
+
+
+def with_address_shifted(line: str) -> str | None:
+    """By its own width."""
+    access = re.match(
+        r"(.*\b(?:ld|st)\.(?:global|shared)\.(?:v(\d)\.)?b(\d+).*\[\s*%\w+)\s*(?:\+\s*(-?\d+))?(\s*\].*)", line
+    )
+    if access is None:
+        return None
+    width = int(access[2] or 1) * int(access[3]) // 8
+    return f"{access[1]} + {int(access[4] or 0) + width}{access[5]}"
+
+
+BREAKS: dict[str, Callable[[str], str | None]] = {
+    "barrier removed": without_barriers,
+    "mask dropped": without_mask,
+    "address shifted": with_address_shifted,
+}
+
+
+def mutants(ptx: str) -> Iterator[tuple[str, str, str]]:
+    """Kind of break, the line it broke, and the code with it."""
+    lines = ptx.splitlines()
+    for number, line in enumerate(lines):
+        for kind, broken in BREAKS.items():
+            changed = broken(line)
+            if changed is not None:
+                yield kind, " ".join(line.split()), "\n".join([*lines[:number], changed, *lines[number + 1 :]]) + "\n"
+
+
+def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
+    """To the bit."""
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, wanted, strict=True))
+
+
+def noticed(run: Callable[[], list[Tensor]], wanted: list[Tensor]) -> str | None:
+    """How the break of this run was noticed, if at all."""
+    try:
+        return None if same(run(), wanted) else "wrong result"
+    except EmulationError as error:
+        return type(error).__name__
+
+
+def broken_one_by_one() -> list[dict[str, Any]]:
+    code: dict[str, str] = {}
+
+    def seen(name: str, ptx: str) -> str:
+        return code.setdefault(name, ptx)
+
+    EMULATOR.install()
+    found = []
+    for title, (run, kernels) in RUNS.items():
+        code.clear()
+        EMULATOR.changed = seen
+        wanted = run()
+        whole = dict(code)
+        for kernel in kernels:
+            result: dict[str, Any] = {
+                "run": title,
+                "kernel": kernel,
+                "made": Counter(),
+                "noticed": Counter(),
+                "missed": [],
+            }
+            for kind, line, ptx in mutants(whole[kernel]):
+                EMULATOR.changed = lambda name, text, kernel=kernel, ptx=ptx: ptx if name == kernel else text
+                result["made"][kind] += 1
+                by = noticed(run, wanted)
+                if by is None:
+                    result["missed"].append([kind, line])
+                else:
+                    result["noticed"][by] += 1
+            found.append(result)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(broken_one_by_one()))
