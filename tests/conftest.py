@@ -5,6 +5,7 @@ Which one is chosen before the first kernel is loaded.
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
