@@ -315,7 +315,7 @@ FORGED = {
     "exception 'not run'": "def add(a, b): raise type('not run', (Exception,), {})",
     "exception 'died'": "def add(a, b): raise type('died', (BaseException,), {})",
     "StopIteration": "def add(a, b): raise StopIteration",
-    "answers ahead": "import json, os\ndef add(a, b):\n    m = json.dumps(['done', [], 3, [], '']).encode()\n"
+    "answers ahead": "import json, os\ndef add(a, b):\n    m = json.dumps(['done', [], 5, [], '']).encode()\n"
     "    os.write(4, (len(m).to_bytes(4, 'little') + m) * 9)\n    raise ValueError",
     "relay": "import os\nr, w = os.pipe()\nos.dup2(w, 4)\ndef add(a, b): return a",
     "looks for the tests": "import gc\ndef add(a, b):\n"
@@ -330,12 +330,16 @@ FORGED = {
 @pytest.mark.parametrize("name", FORGED)
 def test_no_program_forges_its_verdict(name):
     """At best it is believed as far as a program's own word goes, which is less than a test."""
-    problem = "import math\nassert add(1, 2) == 3\nassert abs(add(1, 2) - 3) < 1e-6\n"
-    problem += "assert all(add(k, 1) == k + 1 for k in (1, 2))\nassert math.isclose(add(1, 2), 3)"
-    got = find(FORGED[name], problem=problem)
-    assert got.step == 0 or (got.step is None and got.confidence <= 0.5), got
-    if "equals" not in name and name != "relay":
-        assert got.step == 0 or got.confidence == 0, got
+    for check in (
+        "assert add(1, 2) == 3",
+        "assert abs(add(1, 2) - 3) < 1e-6",
+        "assert all(map(lambda k: add(k, 1) == k + 1, (1, 2)))",
+        "import math\nassert math.isclose(add(1, 2), 3)",
+    ):
+        got = find(FORGED[name], problem=check)
+        assert got.step == 0 or (got.step is None and got.confidence <= 0.5), (check, got)
+        if "equals" not in name:
+            assert got.step == 0 or got.confidence == 0, (check, got)
 
 
 @pytest.mark.parametrize(
@@ -376,6 +380,8 @@ def test_eight_plain_threads_and_temporary_files_work():
     )
     threads += " range(8)]\n    [t.start() for t in ts]\n    [t.join() for t in ts]\n    return a + b"
     assert find(threads, problem="assert add(1, 2) == 3").confidence == 0.9
+    file = "import tempfile\ndef add(a, b):\n    with tempfile.TemporaryFile() as f: f.write(b'x')\n    return a + b"
+    assert find(file, problem="assert add(1, 2) == 3").step is None  # where there is no place for files: cannot tell
 
 
 def test_objects_lists_changed_in_place_functions_and_output_pass_the_boundary():

@@ -23,7 +23,7 @@ from prefixloss.detect.sandbox_program import MESSAGE_CHARS
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is for Linux")
 
 LIMITS = Limits(cpu_seconds=0.3, wall_seconds=0.8)
-NUMBERS = {"unshare": (272, 97), "landlock_create_ruleset": (444, 444)}
+NUMBERS = {"unshare": (272, 97), "landlock_create_ruleset": (444, 444), "seccomp": (317, 277)}
 LAYERS = {"all layers": [], "without namespaces": ["unshare"], "without landlock": ["landlock_create_ruleset"]}
 LACKING = {"without namespaces": "private-root", "without landlock": "landlock"}
 
@@ -557,6 +557,58 @@ def test_unprotected_has_to_be_asked_for():
     assert "landlock" not in protections
     assert "private-root" not in protections
     assert [r.error for r in result.results] == ["", "AssertionError"]
+
+
+def test_a_kernel_that_does_not_tell_what_it_refuses_is_no_less_strict():
+    def work() -> Run:
+        with Sandbox(LIMITS) as box:
+            return box.run(
+                [Cell("<p>", "import os\nos.fork()"), Cell("<p>", "input()")], [Check("<t>", "assert 1 == 2")]
+            )
+
+    told, untold = denied([], work), denied(["seccomp"], work)
+    assert isinstance(told, Run), told
+    assert isinstance(untold, Run), untold
+    assert [r.error for r in untold.results] == ["PermissionError", "EOFError"] == [r.error for r in told.results]
+    assert untold.refused is None
+    assert told.refused is None or "input" in told.refused
+    assert untold.tests[0].error == "AssertionError"
+
+
+def test_the_programs_process_has_no_way_to_the_judges(run):
+    """Neither by its number, nor by another descriptor, nor by a file of the system's."""
+    source = """
+import os
+def probe():
+    found = []
+    for number in range(1, 400):
+        if number != os.getpid():
+            try:
+                os.kill(number, 0)
+                found.append(number)
+            except OSError: pass
+        if os.path.exists(f"/proc/{number}"): found.append(number)
+    for number in range(5, 64):
+        try:
+            os.fstat(number)
+            found.append(number)
+        except OSError: pass
+    return found
+"""
+    with Sandbox() as box:
+        got = box.run([Cell("<p>", source)], [Check("<t>", "assert probe() == [], probe()")])
+    assert got.tests == (Result(""),)
+
+
+def test_a_class_of_any_name_is_never_read_as_a_verdict():
+    names = ("", "not run", "died", "OutOfTime", "unpassable", "passed", "\x1e")
+    with Sandbox(LIMITS) as box:
+        for name in names:
+            source = f"def f():\n    raise type({name!r}, (BaseException,), {{}})\nf()"
+            got = box.run([Cell("<p>", source)], [Check("<t>", "f()"), Check("<t>", "assert 1")])
+            expected = [name if name == "passed" else ascii(name)] * 2
+            assert [got.results[0].error, got.tests[0].error] == expected, name
+            assert got.tests[1] == Result("")
 
 
 def test_a_sandbox_left_in_the_middle_of_a_run_ends_at_once():

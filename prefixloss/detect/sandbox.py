@@ -16,10 +16,10 @@ each run is two forks of it, so runs share nothing.
 
 What a verdict is worth: the program runs in one process (`sandbox_program`), the tests in another (`sandbox_judge`),
 as locked in and with another user where there are users to have. All the program has is a pipe, over which it is asked
-for data (`sandbox_wire`); the verdict goes from the judging process to this one directly. So a program can hide
-nothing but its own faults from itself: whatever it patches, walks or writes, a test passes only if the right data came
-back. Two things are left that only its process can know: what its own objects say when they are compared, and tests
-that cannot be judged from outside. What passes by these is marked `hearsay`.
+for data (`sandbox_wire`); the verdict goes from the judging process to this one directly. Whatever a program patches,
+walks or writes, a test passes only if the right data came back. Two things only its process can know: what its own
+objects answer when they are compared or computed with, and tests that cannot be judged from outside. What passes by
+these is marked `hearsay`. What a program is refused, the kernel tells the watching process (Linux 5.0 on).
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ is data, the exception it raised, or a handle. The boundary:
 - arguments and results are copies; what a call changes in its arguments is changed here too;
 - a class of the program is a stand-in class here (`isinstance`, `except`, `type(x) is A` work), an object one handle
   however often it comes, so that `is` holds among objects;
-- a comparison that an object of the program answers itself (`__eq__`, `__lt__`, `__contains__`) is *hearsay*: the test
-  is marked;
+- a comparison or an operator that an object of the program answers itself (`__eq__`, `__contains__`, `__sub__`) is
+  *hearsay*, for it is told the other side, which may be what is expected: the test is marked;
 - what is no data and no function (an iterator or an object of the test's as an argument, an object that is a kind
   of list), and a test that changes a value it looked up in the program, is *unpassable*: such a test can only
   be run in the
@@ -33,6 +33,9 @@ else:
 
 _BUILTINS = frozenset(dir(__import__("builtins")))
 _COMPARED = {"eq", "ne", "lt", "le", "gt", "ge", "contains"}
+_COMPUTED = {"add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "matmul", "and", "or", "xor", "lshift"}
+_COMPUTED |= {"rshift"}
+_TOLD = _COMPARED | _COMPUTED | {f"{side}{op}" for op in _COMPUTED for side in "ri"}  # they get what may be expected
 _OUTPUT_CHARS = 1 << 20
 _PASSED_ON = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 
@@ -249,7 +252,7 @@ class Judge:
         """What the program's object gives for the operation."""
         packer = wire.Packer(self.handle)
         packed = packer.add((target, arguments, keywords or {}))
-        self.hearsay |= op in _COMPARED
+        self.hearsay |= op in _TOLD
         collect = sys.stdout is not self.output
         reply = self.exchange(["op", packer.nodes, packed, op, collect])
         return self.result(reply, packer.objects, op)
