@@ -302,14 +302,128 @@ def test_what_the_sandbox_lacks_is_not_held_against_the_program():
 
 
 def test_a_program_that_forges_its_tests_is_not_believed():
-    forging = """
-import sys, os
-frame = sys._getframe()
-while 'token' not in frame.f_locals: frame = frame.f_back
-for n in range(10): os.write(3, f"{frame.f_locals['token']}\\x1f{n}\\x1f\\x1f\\x1f\\x1e".encode())
-os._exit(0)
-"""
+    forging = "import os\nos.write(4, b'\\x04\\0\\0\\0pass' * 9)\nos._exit(0)"
     assert find(forging, problem="assert add(1, 2) == 3") == (None, "the program meddles with its own tests", 0.0)
+
+
+FORGED = {
+    "patched abs": "import builtins\nbuiltins.abs = lambda x: 0\ndef add(a, b): return a",
+    "patched all": "import builtins\nbuiltins.all = lambda x: True\ndef add(a, b): return a",
+    "patched isclose": "import math\nmath.isclose = lambda *a, **k: True\ndef add(a, b): return a",
+    "own abs": "def abs(x): return 0\ndef add(a, b): return a",
+    "nameless exception": "def add(a, b): raise type('', (Exception,), {})",
+    "exception 'not run'": "def add(a, b): raise type('not run', (Exception,), {})",
+    "exception 'died'": "def add(a, b): raise type('died', (BaseException,), {})",
+    "StopIteration": "def add(a, b): raise StopIteration",
+    "answers ahead": "import json, os\ndef add(a, b):\n    m = json.dumps(['done', [], 5, [], '']).encode()\n"
+    "    os.write(4, (len(m).to_bytes(4, 'little') + m) * 9)\n    raise ValueError",
+    "relay": "import os\nr, w = os.pipe()\nos.dup2(w, 4)\ndef add(a, b): return a",
+    "looks for the tests": "import gc\ndef add(a, b):\n"
+    "    return 3 if any(isinstance(o, str) and 'add(1, ' + '2)' in o for o in gc.get_objects()) else 0",
+    "equals everything": "class E:\n    def __eq__(s, o): return True\n    def __sub__(s, o): return 0\n"
+    "def add(a, b): return E()",
+    "a list that equals everything": "class E(list):\n    __eq__ = lambda s, o: True\n    __sub__ = lambda s, o: 0\n"
+    "def add(a, b): return E()",
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_no_program_forges_its_verdict(name):
+    """At best it is believed as far as a program's own word goes, which is less than a test."""
+    for check in (
+        "assert add(1, 2) == 3",
+        "assert abs(add(1, 2) - 3) < 1e-6",
+        "assert all(map(lambda k: add(k, 1) == k + 1, (1, 2)))",
+        "import math\nassert math.isclose(add(1, 2), 3)",
+    ):
+        got = find(FORGED[name], problem=check)
+        assert got.step == 0 or (got.step is None and got.confidence <= 0.5), (check, got)
+        if "equals" not in name:
+            assert got.step == 0 or got.confidence == 0, (check, got)
+
+
+@pytest.mark.parametrize(
+    "error",
+    ["PermissionError", "PermissionError(1, 'x')", "EOFError", "EOFError('EOF when reading a line')", "MemoryError"]
+    + ["ModuleNotFoundError(\"No module named 'numpy'\")", "SystemExit", "SystemExit(0)", "KeyboardInterrupt"]
+    + ["RecursionError", "OSError(28, 'x')", "FileNotFoundError(2, 'x', '/etc/passwd')", "GeneratorExit"],
+)
+def test_an_exception_that_the_program_raises_itself_is_a_failed_test(error):
+    got = find("x = 1", f"def add(a, b):\n    raise {error}", problem="assert add(1, 2) == 3")
+    assert (got.step, got.confidence) == (1, 0.9), got
+
+
+LIMITED = {
+    "a pool": "import multiprocessing\ndef add(a, b):\n"
+    "    with multiprocessing.Pool(2) as p: return sum(p.map(int, [a, b]))",
+    "a wrapped refusal": "import os\ndef add(a, b):\n    try: os.fork()\n"
+    "    except OSError: return 0\n    return a + b",
+    "memory": "def add(a, b):\n    x = bytearray(1 << 30)\n    return a + b",
+    "a thread's large stack": "import threading\ndef add(a, b):\n    threading.stack_size(1 << 29)\n"
+    "    threading.Thread(target=print).start()\n    return a + b",
+    "input that is read": "import sys\ndef add(a, b): return int(sys.stdin.read())",
+    "a file of the system's": "def add(a, b):\n    return len(open('/etc/passwd').read()) * 0 + a + b",
+    "a missing module": "def add(a, b):\n    import numpy\n    return a + b",
+    "a socket": "import socket\ndef add(a, b):\n    socket.socketpair()\n    return a + b",
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_the_sandboxs_own_limits_are_no_fault_of_the_program(name):
+    got = find(LIMITED[name], problem="assert add(1, 2) == 3")
+    assert (got.step, got.confidence) == (None, 0.0), got
+
+
+def test_eight_plain_threads_and_temporary_files_work():
+    threads = (
+        "import threading, time\ndef add(a, b):\n    ts = [threading.Thread(target=time.sleep, args=(.01,)) for _ in"
+    )
+    threads += " range(8)]\n    [t.start() for t in ts]\n    [t.join() for t in ts]\n    return a + b"
+    assert find(threads, problem="assert add(1, 2) == 3").confidence == 0.9
+    file = "import tempfile\ndef add(a, b):\n    with tempfile.TemporaryFile() as f: f.write(b'x')\n    return a + b"
+    assert find(file, problem="assert add(1, 2) == 3").step is None  # where there is no place for files: cannot tell
+
+
+def test_objects_lists_changed_in_place_functions_and_output_pass_the_boundary():
+    program = "class V:\n    def __init__(s, x): s.x = x\n    def twice(s): return V(2 * s.x)\n"
+    program += "class Bad(ValueError): pass\ndef bad(): raise Bad('no')\ndef sort(xs): xs.sort(); return xs\n"
+    program += (
+        "def each(f, xs): return [f(x) for x in xs]\ndef count():\n    yield from range(3)\ndef hi(): print('hi')"
+    )
+    problem = "assert V(2).twice().x == 4 and isinstance(V(1), V)\nxs = [3, 1]\nassert sort(xs) == [1, 3]\n"
+    problem += "assert xs == [1, 3]\nassert each(lambda x: x + 1, [1]) == [2]\n"
+    problem += "assert list(count()) == [0, 1, 2]\n\n"
+    problem += ">>> hi()\nhi\n>>> bad()\nTraceback (most recent call last):\nBad: no\n"
+    assert find(program, problem=problem) == (None, "all tests pass", 0.9)
+
+
+VALUES = [
+    "0", "-1", "10**30", "-(10**400)", "0.5", "float('inf')", "-0.0", "1j", "''", "'\\ud800\\0'", "b'a'",
+    "bytearray(b'a')",
+    "()", "(1, (2, [3]))", "[]", "{}", "{1: {2: {3}}}", "set()", "frozenset({(1, 2)})", "range(3)", "None", "...",
+    "True",
+    "Fraction(0)", "Fraction(1, 3)", "Decimal('0')", "Decimal('1.50')", "timedelta(0)", "date(2020, 1, 2)",
+    "datetime(2020, 1, 2, 3)", "Counter('aab')", "defaultdict(list, a=[1])", "OrderedDict(a=1)", "deque([1], 3)", "int",
+    "ValueError('x', 1)",
+]  # fmt: skip
+
+
+def test_values_come_back_as_they_were():
+    imports = "from fractions import Fraction\nfrom decimal import Decimal\nfrom datetime import *\n"
+    imports += "from collections import *\n"
+    checks = [f"assert type(f({v})) == type({v}) and repr(f({v})) == repr({v})" for v in VALUES]
+    checks += ["x = [1]", "x.append(x)", "y = f(x)", "assert y[1][1][0] == 1"]
+    assert find("def f(x):\n    return x", problem=imports + "\n".join(checks)) == (None, "all tests pass", 0.9)
+    made = "\n".join(f"def f{k}(): return {v}" for k, v in enumerate(VALUES))
+    checks = [f"assert type(f{k}()) == type({v}) and repr(f{k}()) == repr({v})" for k, v in enumerate(VALUES)]
+    assert find(imports + made, problem=imports + "\n".join(checks)) == (None, "all tests pass", 0.9)
+
+
+def test_what_only_the_program_can_say_counts_for_less():
+    program = "class V:\n    def __init__(s, x): s.x = x\n    def __eq__(s, o): return s.x == o.x"
+    for test in ("assert V(1) == V(1)", "import sys\nassert sys.modules and V(1).x == 1"):
+        assert find(program, problem=test).confidence == 0.5
+    assert find(program, problem="assert V(1) == V(2)").step == 0
 
 
 def test_where_the_sandbox_cannot_hold_it_the_reason_says_so(monkeypatch):

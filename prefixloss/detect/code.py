@@ -2,6 +2,10 @@
 
 A wrong value may come from any function that the failing test reaches. The earliest of them is taken, but for those
 that a test which holds names and no failing one does.
+
+The tests run in a process that the program cannot touch (see `sandbox`). A test that depends on what a process holds,
+such as patched names, files, classes of its own or the identity of data, runs in the program's: it still finds what is
+wrong, but when it passes that is the program's own word, and counts for less.
 """
 
 from __future__ import annotations
@@ -9,20 +13,19 @@ from __future__ import annotations
 import builtins
 import json
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefixloss.detect.base import Detector, FirstError
+from prefixloss.detect.code_limits import Text, limit_met
 from prefixloss.detect.code_text import Line, code_lines, stated_tests
-from prefixloss.detect.sandbox import Cell, Limits, Result, Sandbox
+from prefixloss.detect.sandbox import Cell, Check, Limits, Result, Run, Sandbox
 
 _OUTLINE = Path(__file__).with_name("code_outline.py")
 _PROGRAM, _TEST = "<program>", "<test>"
 _OWN_FAULT = {"NameError", "ImportError"}  # errors whose cause is the raising line
-_OURS = {"EOFError": "asks for input", "PermissionError": "asks for what the sandbox refuses"}
 _MOST_CHARACTERS = 1 << 16  # of a program
 _LONGEST_REASON = 160
 _LEAST_SECONDS = 0.5  # with less left, no earlier step is looked at
@@ -79,11 +82,15 @@ class _Statement(NamedTuple):
     defines: bool
     stub: bool
     checks: bool
+    imports: bool
+    modules: frozenset[str]
+    raising: frozenset[int]
+    shared: bool
     piece: int
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> _Statement:
-        sets = {key: frozenset(fields[key]) for key in ("binds", "uses")}
+        sets = {key: frozenset(fields[key]) for key in ("binds", "uses", "modules", "raising")}
         return cls(**{"piece": -1, **fields, **sets, "functions": tuple(map(tuple, fields["functions"]))})
 
 
@@ -92,6 +99,7 @@ class _Outcome(NamedTuple):
 
     program: dict[int, Result]
     tests: list[Result]
+    run: Run
 
 
 class _Judge:
@@ -103,10 +111,11 @@ class _Judge:
         ends = [sum(line.step <= step for line in lines) for step in self.steps]
         text = "\n".join(line.text for line in lines)
         call = f"print(outline({text!r}, {ends!r}, {tests!r}))"
-        run = box.run([Cell("<outline>", _OUTLINE.read_text(encoding="utf-8")), Cell("<outline>", call)])
-        if any(result.error for result in run.results):
-            raise _CannotTellError(f"cannot be parsed: {run.results[-1].error}")
-        outline = json.loads(run.output)
+        # as tests: the program's process, and the one it is forked from, must not know the problem's
+        run = box.run([], [Check("<outline>", _OUTLINE.read_text(encoding="utf-8")), Check("<outline>", call)])
+        if any(result.error for result in run.tests):
+            raise _CannotTellError(f"cannot be parsed: {run.tests[-1].error}")
+        outline = json.loads(run.printed)
         for text, statements in zip(tests[:own_tests], outline["tests"], strict=False):
             if statements is None:
                 raise ValueError(f"the test is not Python: {text[:80]!r}")
@@ -116,6 +125,12 @@ class _Judge:
         defined = {name for statement in self.program for name in statement.binds}
         stated = [_Statement.of(fields) for statements in outline["tests"] for fields in statements or ()]
         self.tests = [test for test in stated if not (test.defines and test.binds & defined)]
+        self.defined = frozenset(defined)
+        modules = _union(statement.modules for statement in (*self.program, *self.tests))
+        self.text = Text(_PROGRAM, frozenset().union(*(s.raising for s in self.program)), modules)
+        used = _union(statement.uses for statement in self.program)
+        self.inside = self.with_their_names({k for k, test in enumerate(self.tests) if self.is_shared(test, used)})
+        self.hearsay = False
 
     def judge(self) -> FirstError:
         """The earliest of all that is found wrong."""
@@ -128,6 +143,8 @@ class _Judge:
         if faults:
             step, reason, confidence = min(faults, key=lambda fault: (fault.step, -fault.confidence))
             return FirstError(step if confidence else None, " ".join(reason.split())[:_LONGEST_REASON], confidence)
+        if self.hearsay:
+            return FirstError(None, "all tests pass, some of them by what only the program can say", 0.5)
         if any(test.uses - _BUILTINS for test in self.tests):
             return FirstError(None, "all tests pass", 0.9)
         if any(statement.checks for statement in self.program):
@@ -142,21 +159,47 @@ class _Judge:
             return self.faults_of_tests(pieces, outcome, whole=self.error is None)
         failure = outcome.program[raising]
         before = [piece for piece in pieces if piece < raising]
-        outcome = self.run(before[-1]) if before and self.tests else _Outcome({}, [])
-        faults = self.faults_of_tests(before, outcome, whole=False) if outcome.tests else []
-        return [*faults, self.fault_of_program(raising, failure, outcome)]
+        earlier = self.run(before[-1]) if before and self.tests else None
+        faults = self.faults_of_tests(before, earlier, whole=False) if earlier else []
+        return [*faults, self.fault_of_program(raising, failure, outcome.run, earlier)]
 
     # ---- running -------------------------------------------------------------------------------------------
 
     def run(self, last: int) -> _Outcome:
-        """The program up to and with piece `last`, then the tests."""
+        """The program up to and with piece `last`, then the tests: once more inside, those that turn out to need it."""
         pieces = sorted({statement.piece for statement in self.program if statement.piece <= last})
         cells = [Cell(_PROGRAM, self.source(piece)) for piece in pieces]
-        cells += [Cell(_TEST, test.text) for test in self.tests]
-        run = self.box.run(cells)
-        if not run.honest:
-            raise _CannotTellError("the program meddles with its own tests")
-        return _Outcome(dict(zip(pieces, run.results, strict=False)), list(run.results[len(pieces) :]))
+        while True:
+            tests = [Check(_TEST, t.text, k in self.inside, self.own_names(t)) for k, t in enumerate(self.tests)]
+            run = self.box.run(cells, tests)
+            if not run.honest:
+                raise _CannotTellError("the program meddles with its own tests")
+            unpassable = {k for k, result in enumerate(run.tests) if result.error == "unpassable"} - self.inside
+            if not unpassable or self.box.seconds_left() < _LEAST_SECONDS:
+                return _Outcome(dict(zip(pieces, run.results, strict=True)), list(run.tests), run)
+            self.inside |= self.with_their_names(unpassable)
+
+    def is_shared(self, test: _Statement, used: frozenset[str]) -> bool:
+        """Whether a test needs the program's process, or sets a name that the program uses."""
+        taken = test.binds & used
+        return test.shared or not taken <= (self.defined if test.imports else frozenset())
+
+    def with_their_names(self, tests: set[int]) -> set[int]:
+        """These tests and, in turn, those that set names which they use, or use names which they set."""
+        while True:
+            binds = _union(self.tests[k].binds for k in tests)
+            uses = _union(self.tests[k].uses for k in tests)
+            more = {
+                k for k, test in enumerate(self.tests) if test.binds & uses or test.uses & binds or test.binds & binds
+            }
+            if more <= tests:
+                return tests
+            tests = tests | more
+
+    def own_names(self, test: _Statement) -> tuple[str, ...]:
+        """The built-ins' names that mean the program's in a test: where it names nothing else that the program has."""
+        named = test.uses & self.defined
+        return () if named - _BUILTINS else tuple(sorted(named))
 
     def source(self, piece: int) -> str:
         """A piece's statements, on the lines they have in the whole."""
@@ -166,17 +209,17 @@ class _Judge:
 
     # ---- whose fault ---------------------------------------------------------------------------------------
 
-    def fault_of_program(self, piece: int, failure: Result, before: _Outcome) -> _Fault:
-        """Of a piece that raises. before: how the tests end without it."""
+    def fault_of_program(self, piece: int, failure: Result, run: Run, before: _Outcome | None) -> _Fault:
+        """Of a piece that raises in `run`. before: how the tests end without it."""
         own = self.steps[piece]
-        if (reason := _ours(failure)) is not None:
+        if (reason := limit_met(failure, run, self.text)) is not None:
             return _Fault(own, reason, 0.0)
         statements = [statement for statement in self.program if statement.piece == piece]
         lines = self.lines_of(failure)
         if not lines:  # it ran out of time or died somewhere in the piece
             steps = {own} | self.suspects(_union(s.uses for s in statements), piece, frozenset())
         elif failure.error == "AssertionError" and self.start_of(lines[-1]) is None:
-            if before.tests and not any(result.error for result in before.tests):
+            if before is not None and not any(result.error for result in before.tests):
                 return _Fault(own, "its own assertion fails, the tests pass", 0.8)
             denied = [s for s in statements if s.first <= lines[-1] <= s.last]
             steps = {own} | self.suspects(_union(s.uses for s in denied), piece, frozenset())
@@ -195,13 +238,16 @@ class _Judge:
             for number, result in enumerate(outcome.tests)
             if result.error not in ("", "not run") and (whole or not self.is_early(self.tests[number], result, last))
         }
+        self.hearsay |= any(result.hearsay for result in outcome.tests)
         broken = self.pieces_that_break(pieces, set(failing))
         held = [self.uses_through_tests(test) for test, r in zip(self.tests, outcome.tests, strict=True) if not r.error]
         held += [s.uses for s in self.program if s.checks and s.piece <= last]
         cleared = _union(held) - _union(self.uses_through_tests(self.tests[number]) for number in failing)
         faults = []
         for number, failure in failing.items():
-            if number in broken:
+            if (reason := limit_met(failure, outcome.run, self.text)) is not None:
+                faults.append(_Fault(self.steps[last], reason, 0.0))
+            elif number in broken:
                 what = f"a test no longer holds, {self.describe(failure)}: {self.tests[number].text}"
                 faults.append(_Fault(self.steps[broken[number]], what, 0.9))
             elif not self.lacks_another_test(failure):
@@ -218,8 +264,6 @@ class _Judge:
 
     def fault_of_test(self, test: _Statement, failure: Result, last: int, cleared: frozenset[str]) -> _Fault:
         """Of a test that never held. cleared: names that other tests show to be right, as far as tests can."""
-        if (reason := _ours(failure)) is not None:
-            return _Fault(self.steps[last], reason, 0.0)
         what = f"a test fails, {self.describe(failure)}: {test.text}"
         steps = possible = self.steps_of_trace(failure)
         if failure.error not in _OWN_FAULT:
@@ -299,12 +343,3 @@ def _union(sets: Iterable[frozenset[str]]) -> frozenset[str]:
 def _raises(result: Result) -> bool:
     left = result.error == "SystemExit" and result.message in ("", "0", "None")
     return result.error not in ("", "not run") and not left
-
-
-def _ours(failure: Result) -> str | None:
-    """Why a failure may be the sandbox's fault, not the program's."""
-    if failure.error == "ModuleNotFoundError":
-        module = re.match(r"No module named '([\w.]+)'", failure.message)
-        if module and module[1].split(".")[0] not in sys.stdlib_module_names:
-            return f"needs the module {module[1]}"
-    return _OURS.get(failure.error)

@@ -13,6 +13,36 @@ import symtable
 from typing import Any
 
 UNREADABLE = (SyntaxError, ValueError, OverflowError)
+# state of a whole process, or what tells a process from another: a test that names one can only run in the program's
+_SHARED = {
+    "__dict__",
+    "__main__",
+    "asyncio",
+    "builtins",
+    "gc",
+    "globals",
+    "id",
+    "inspect",
+    "logging",
+    "mock",
+    "monkeypatch",
+    "multiprocessing",
+    "open",
+    "os",
+    "patch",
+    "pathlib",
+    "random",
+    "shutil",
+    "signal",
+    "subprocess",
+    "sys",
+    "tempfile",
+    "threading",
+    "unittest",
+    "vars",
+    "warnings",
+    "weakref",
+}
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -71,6 +101,9 @@ def _statements(text: str) -> list[dict[str, Any]]:
 
     first, last: lines, from 1. text. binds, uses: global names. functions: first and last lines of those it defines, at
     any depth. defines: it only defines a function or class. stub: one without content. checks: it is an assertion.
+    imports: it is an import. modules: those it imports, at any depth. raising: the lines of its `raise`
+    statements. shared: as a
+    test, it needs the process that the program runs in.
     """
     groups: list[list[ast.stmt]] = []
     for node in ast.parse(text).body:
@@ -91,6 +124,7 @@ def _statement(nodes: list[ast.stmt], lines: list[str]) -> dict[str, Any]:
     binds: set[str] = set()
     uses: set[str] = set()
     _collect(symtable.symtable(text, "<program>", "exec"), binds, uses)
+    parts = [part for node in nodes for part in ast.walk(node)]
     defines = all(isinstance(node, _DEFINITIONS) for node in nodes)
     if not defines:
         binds.update(_changed(nodes))
@@ -102,14 +136,49 @@ def _statement(nodes: list[ast.stmt], lines: list[str]) -> dict[str, Any]:
         "uses": sorted(uses),
         "functions": [
             (_first_line(part), part.end_lineno)
-            for node in nodes
-            for part in ast.walk(node)
+            for part in parts
             if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))
         ],
         "defines": defines,
         "stub": all(_is_stub(node) for node in nodes),
         "checks": all(isinstance(node, ast.Assert) for node in nodes),
+        "imports": all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in nodes),
+        "modules": sorted({name for part in parts for name in _modules(part)}),
+        "raising": [
+            line
+            for part in parts
+            if isinstance(part, ast.Raise)
+            for line in range(part.lineno, (part.end_lineno or part.lineno) + 1)
+        ],
+        "shared": any(_is_shared(part) for part in parts),
     }
+
+
+def _modules(node: ast.AST) -> list[str]:
+    """The modules that a node imports, without what follows the first point."""
+    names: list[str | None] = []
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+        names = [node.module]
+    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        names = [str(node.args[0].value)] if called in ("__import__", "import_module") else []
+    return [name.split(".")[0] for name in names if name]
+
+
+def _is_shared(node: ast.AST) -> bool:
+    """Whether a test with this node would not be the same from outside the program's process."""
+    if isinstance(node, ast.Compare):
+        sides = [node.left, *node.comparators]
+        is_identity = any(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops)
+        return is_identity and not any(isinstance(side, ast.Constant) for side in sides)
+    if isinstance(node, (ast.ClassDef, ast.AsyncFunctionDef, ast.Await)):
+        return True
+    names = {getattr(node, "id", None), getattr(node, "attr", None), *_modules(node)}
+    if isinstance(node, ast.ImportFrom):
+        names.update(alias.name for alias in node.names)
+    return not _SHARED.isdisjoint(names)
 
 
 def _changed(nodes: list[ast.stmt]) -> set[str]:

@@ -1,26 +1,39 @@
-"""The child's side of the sandbox: locks itself in, then runs each program in a forked process of its own.
+"""The child's side of the sandbox: locks itself in, then forks two processes for each program and watches them.
 
 Started by its path in a bare interpreter (`python -S`). It imports little, since every response pays for its start.
-Only the forked processes run foreign code; this one reads their pipes, keeps their limits and kills them.
+The program's process (`sandbox_program`) runs the program, the judging process (`sandbox_judge`) the tests; this one
+keeps their limits and kills them. Tests and verdicts go between the judging process and our parent directly: nothing
+of them is ever in the memory that a program's process is a copy of.
 """
 
 from __future__ import annotations
-import __future__
 
 import _signal as signal  # type: ignore[import-not-found]  # `signal` itself imports enum and re, a third of the start
+import _socket  # `socket` itself imports selectors and enum
 import ctypes
+import fcntl
 import marshal
 import os
 import resource
 import select
 import sys
 import time
-from types import CodeType, ModuleType
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING or __package__:
+    from prefixloss.detect import sandbox_judge, sandbox_program, sandbox_wire
+else:
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for these three, and no longer
+    import sandbox_judge
+    import sandbox_program
+    import sandbox_wire
+
+    del sys.path[0]
 
 WORK = "/work"  # a program's directory, inside the private root
-RECORD_BYTES = 1 << 20  # what a program's records may take in all
-MESSAGE_CHARS = 200
-TRACE_LINES = 30
+JUDGE_LATER = 0.25  # seconds that the judging process has when the program's are over
+GONE = 3  # its exit status where the program has ended before the tests
 LIBRARIES = (
     f"{sys.base_prefix}/lib /lib /lib64 /usr/lib /usr/lib64 /nix/store /etc/ld.so.cache /usr/share/zoneinfo".split()
 )
@@ -85,6 +98,9 @@ chmod:90:- fchmod:91:52 fchmodat:268:53 utime:132:- utimes:235:- utimensat:280:8
 """
 _CLONE, _CLONE3, _KILL, _TGKILL = (220, 435, 129, 131) if _ARM else (56, 435, 62, 234)
 _FCNTL, _IOCTL, _PRLIMIT = (25, 29, 261) if _ARM else (72, 16, 302)
+_SECCOMP, _SENDMSG = (277, 211) if _ARM else (317, 46)
+_READ, _READV = (63, 65) if _ARM else (0, 19)
+_UNNOTED = (29, 167) if _ARM else (16, 157)  # ioctl, prctl: libraries ask, and do without
 _CAPSET, _PIVOT_ROOT = (91, 41) if _ARM else (126, 155)
 _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_ENTER = 442, 444, 445, 446
 
@@ -112,7 +128,7 @@ def _prctl(option: int, value: int, pointer: object = None) -> int:
 # ---- seccomp -----------------------------------------------------------------------------------------------
 
 _LOAD, _JUMP_IF_EQUAL, _JUMP_IF_ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
-_ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_ALLOW, _KILL_PROCESS, _ERRNO, _TELL = 0x7FFF0000, 0x80000000, 0x00050000, 0x7FC00000
 _EPERM, _ENOSYS = 1, 38
 
 
@@ -120,34 +136,46 @@ class _Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
 
-def _filter(pid: int, allowed: str) -> bytes:
-    """The system-call filter of process `pid`: threads but no processes, no sockets, no signal to anyone else."""
+def _op(code: int, value: int, then: int = 0, otherwise: int = 0) -> bytes:
+    """One instruction of a filter."""
+    return code.to_bytes(2, "little") + bytes([then, otherwise]) + value.to_bytes(4, "little")
 
-    def op(code: int, value: int, then: int = 0, otherwise: int = 0) -> bytes:
-        return code.to_bytes(2, "little") + bytes([then, otherwise]) + value.to_bytes(4, "little")
+
+def _filter(pid: int, allowed: str, refuse: int) -> bytes:
+    """The system-call filter of process `pid`: threads but no processes, no sockets, no signal to anyone else.
+
+    refuse: what becomes of all else, an error or a word to the watching process, which also answers reads of file 0.
+    """
 
     def only_if(number: int, argument: int, values: tuple[int, ...], test: int = _JUMP_IF_EQUAL) -> bytes:
         """Allowed where the lower half of an argument is one of the values (or has one of their bits)."""
-        body = op(_LOAD, 16 + 8 * argument)
-        body += b"".join(op(test, v, 0, 1) + op(_RETURN, _ALLOW) for v in values) + op(_RETURN, _ERRNO | _EPERM)
-        return op(_JUMP_IF_EQUAL, number, 0, len(body) // 8) + body
+        body = _op(_LOAD, 16 + 8 * argument)
+        body += b"".join(_op(test, v, 0, 1) + _op(_RETURN, _ALLOW) for v in values) + _op(_RETURN, refuse)
+        return _op(_JUMP_IF_EQUAL, number, 0, len(body) // 8) + body
 
+    def not_of_input(number: int) -> bytes:
+        body = _op(_LOAD, 16) + _op(_JUMP_IF_EQUAL, 0, 0, 1) + _op(_RETURN, refuse) + _op(_RETURN, _ALLOW)
+        return _op(_JUMP_IF_EQUAL, number, 0, len(body) // 8) + body
+
+    told = refuse == _TELL
     numbers = (entry.split(":")[2 if _ARM else 1] for entry in allowed.split())
     return (
-        op(_LOAD, 4)
-        + op(_JUMP_IF_EQUAL, 0xC00000B7 if _ARM else 0xC000003E, 1, 0)
-        + op(_RETURN, _KILL_PROCESS)  # another architecture's numbers
-        + op(_LOAD, 0)
-        + b"".join(op(_JUMP_IF_EQUAL, int(n), 0, 1) + op(_RETURN, _ALLOW) for n in numbers if n != "-")
-        + op(_JUMP_IF_EQUAL, _CLONE3, 0, 1)
-        + op(_RETURN, _ERRNO | _ENOSYS)  # its flags are out of a filter's sight; the C library falls back to clone
+        _op(_LOAD, 4)
+        + _op(_JUMP_IF_EQUAL, 0xC00000B7 if _ARM else 0xC000003E, 1, 0)
+        + _op(_RETURN, _KILL_PROCESS)  # another architecture's numbers
+        + _op(_LOAD, 0)
+        + (not_of_input(_READ) + not_of_input(_READV) if told else b"")
+        + (b"".join(_op(_JUMP_IF_EQUAL, n, 0, 1) + _op(_RETURN, _ALLOW) for n in (_SECCOMP, _SENDMSG)) if told else b"")
+        + b"".join(_op(_JUMP_IF_EQUAL, int(n), 0, 1) + _op(_RETURN, _ALLOW) for n in numbers if n != "-")
+        + _op(_JUMP_IF_EQUAL, _CLONE3, 0, 1)
+        + _op(_RETURN, _ERRNO | _ENOSYS)  # its flags are out of a filter's sight; the C library falls back to clone
         + only_if(_CLONE, 0, (_CLONE_THREAD,), _JUMP_IF_ANY_BIT)
         + only_if(_KILL, 0, (pid,))
         + only_if(_TGKILL, 0, (pid,))
         + only_if(_FCNTL, 1, _FCNTL_COMMANDS)
         + only_if(_IOCTL, 1, _IOCTL_COMMANDS)
         + only_if(_PRLIMIT, 0, (0,))
-        + op(_RETURN, _ERRNO | _EPERM)
+        + _op(_RETURN, refuse)
     )
 
 
@@ -155,9 +183,61 @@ def _has_seccomp() -> bool:
     return _KNOWN_MACHINE and _libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
 
 
-def _enter_seccomp(private_root: bool) -> None:
-    code = _filter(os.getpid(), _ALLOWED + (_ALLOWED_ON_OWN_FILES if private_root else ""))
+def _enter_seccomp(private_root: bool, watcher: _socket.socket | None) -> None:
+    """watcher: gets the descriptor from which refused calls can be read, where the kernel has one (5.0 on)."""
+    allowed = _ALLOWED + (_ALLOWED_ON_OWN_FILES if private_root else "")
+    if watcher is not None:
+        code = _filter(os.getpid(), allowed, _TELL)
+        program = _Program(len(code) // 8, code)
+        told = _libc.syscall(ctypes.c_long(_SECCOMP), 1, 8, ctypes.byref(program))  # SET_MODE_FILTER, NEW_LISTENER
+        if told >= 0:
+            watcher.sendmsg([b"y"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, told.to_bytes(4, "little"))])
+            os.close(told)
+            code = _without((_SECCOMP, _SENDMSG))
+            program = _Program(len(code) // 8, code)
+            _checked(_libc.syscall(ctypes.c_long(_SECCOMP), 1, 0, ctypes.byref(program)), "seccomp")
+            return
+    code = _filter(os.getpid(), allowed, _ERRNO | _EPERM)
     _prctl(22, 2, ctypes.byref(_Program(len(code) // 8, code)))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+
+
+def _without(numbers: tuple[int, ...]) -> bytes:
+    """A further filter, against the calls that setting up the first one took."""
+    refuse = _op(_RETURN, _ERRNO | _EPERM)
+    return _op(_LOAD, 0) + b"".join(_op(_JUMP_IF_EQUAL, n, 0, 1) + refuse for n in numbers) + _op(_RETURN, _ALLOW)
+
+
+class Refusals:
+    """The calls that the kernel refuses the program, told by the kernel itself. listener: -1 where it does not tell."""
+
+    def __init__(self, watcher: _socket.socket) -> None:
+        self.seen: set[str] = set()
+        self.listener = -1
+        _, ancillary, _, _ = watcher.recvmsg(1, _socket.CMSG_SPACE(4))  # nothing, where the program's process ended
+        for _, _, data in ancillary:
+            self.listener = int.from_bytes(data[:4], "little")
+
+    def answer(self) -> None:
+        """The next one: no permission, or the end of the input."""
+        notice = bytearray(80)  # struct seccomp_notif: id, pid, flags, number, architecture, pointer, arguments
+        try:
+            fcntl.ioctl(self.listener, 0xC0502100, notice)  # SECCOMP_IOCTL_NOTIF_RECV
+            number = int.from_bytes(notice[16:20], "little")
+            is_read = number in (_READ, _READV)
+            if number not in _UNNOTED:
+                self.seen.add("input" if is_read else f"{number}")
+            error = 0 if is_read else -_EPERM
+            reply = notice[:8] + bytes(8) + error.to_bytes(4, "little", signed=True) + bytes(4)
+            fcntl.ioctl(self.listener, 0xC0182101, reply)  # SECCOMP_IOCTL_NOTIF_SEND
+        except OSError:
+            return  # the thread that asked has ended, or was interrupted
+
+    def close(self) -> str:
+        """What was refused, in words; "-" where nobody knows."""
+        if self.listener < 0:
+            return "-"
+        os.close(self.listener)
+        return " ".join(sorted(self.seen))
 
 
 # ---- landlock ----------------------------------------------------------------------------------------------
@@ -316,8 +396,8 @@ def lock_in() -> Protections:
     got = Protections()
     if not _KNOWN_MACHINE:
         return got
-    free_user = 2**30 + os.getpid()  # nobody else on the machine
-    may_become = _may_become(free_user)
+    free_user = 2**30 + 2 * os.getpid()  # nobody else on the machine; the next one is the judging process's
+    may_become = _may_become(free_user) and _may_become(free_user + 1)
     namespaces = _enter_namespaces()
     if namespaces:
         got.active.append("namespaces")
@@ -343,11 +423,7 @@ def lock_in() -> Protections:
 # ---- one program -------------------------------------------------------------------------------------------
 
 
-class OutOfTime(BaseException):
-    """The program's time is up."""
-
-
-def _set_limits(limits: Limits, own_count: bool) -> None:
+def _set_limits(limits: Limits, own_count: bool, later: float) -> None:
     cpu = int(limits.cpu_seconds) + 2  # the timers come first
     bounds = {
         "CPU": cpu,
@@ -368,155 +444,124 @@ def _set_limits(limits: Limits, own_count: bool) -> None:
             resource.setrlimit(kind, (least, least))
 
     def stop(*_: object) -> None:
-        raise OutOfTime
+        raise sandbox_program.OutOfTime
 
-    for which, alarm, seconds in (("PROF", "PROF", limits.cpu_seconds), ("REAL", "ALRM", limits.wall_seconds)):
+    for which, alarm, seconds in (("PROF", "PROF", limits.cpu_seconds), ("REAL", "ALRM", limits.wall_seconds + later)):
         signal.signal(getattr(signal, f"SIG{alarm}"), stop)
         signal.setitimer(getattr(signal, f"ITIMER_{which}"), seconds, 0.1)  # again and again, against a bare except
-
-
-def _compiled(cells: list[Cell]) -> list[tuple[CodeType | None, BaseException | None]]:
-    """Code or the error of every cell; a `from __future__ import annotations` counts for those after it."""
-    out: list[tuple[CodeType | None, BaseException | None]] = []
-    flags = 0
-    for name, source in cells:
-        try:
-            code = compile(source, name, "exec", flags, dont_inherit=True)
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            out.append((None, error))
-        else:
-            flags |= code.co_flags & __future__.annotations.compiler_flag
-            out.append((code, None))
-    return out
-
-
-def run_cells(cells: list[Cell], token: str, results: int) -> None:
-    """Runs the cells in order in one namespace, each whatever those before it did; when time is up, only the last one.
-    Writes a record for each to the pipe `results`.
-
-    The program can replace any name in any module, so all that is needed between cells is bound to local names first.
-    """
-    write, run, escaped, text, kind_of, flush = os.write, exec, ascii, str, type, sys.stdout.flush
-    settrace, setprofile, setitimer = sys.settrace, sys.setprofile, signal.setitimer
-    timers = signal.ITIMER_PROF, signal.ITIMER_REAL
-    anything, out_of_time = BaseException, OutOfTime
-    files = frozenset(name for name, _ in cells)
-
-    def places(error: BaseException) -> str:
-        """File and line of the program's frames, outermost first, each once: a deep recursion is no long list."""
-        seen: dict[tuple[str, int], None] = {}
-        trace = error.__traceback__
-        while trace is not None and seen.__len__() < TRACE_LINES:
-            if trace.tb_frame.f_code.co_filename in files:
-                seen[trace.tb_frame.f_code.co_filename, trace.tb_lineno or 0] = None
-            trace = trace.tb_next
-        return "\x1d".join([f"{name}\x1c{line}" for name, line in seen])
-
-    def record(index: int, kind: str, message: str, where: str) -> None:
-        fields = (token, f"{index}", escaped(kind[:80])[1:-1], escaped(message)[1:-1], where)
-        write(results, ("\x1f".join(fields) + "\x1e").encode())
-
-    write(results, f"{token}\x1e".encode())  # locked in
-    code_of = _compiled(cells)
-    program = ModuleType("__main__")
-    sys.modules["__main__"] = program
-    if any("random" in source for _, source in cells):  # the same program shall give the same result
-        __import__("random").seed(0)
-    last, over = len(cells) - 1, False
-    for index, (code, problem) in enumerate(code_of):
-        if over and index != last:
-            continue
-        settrace(None)
-        setprofile(None)
-        try:
-            if problem is not None:
-                raise problem
-            run(code, program.__dict__)  # type: ignore[arg-type]
-        except anything as error:
-            if kind_of(error) is out_of_time:
-                over = True
-                for timer in timers:
-                    setitimer(timer, 0)
-            try:
-                message = text(error)[:MESSAGE_CHARS]
-            except anything:
-                message = ""
-            record(index, kind_of(error).__name__, message, places(error))
-        else:
-            record(index, "", "", "")
-    flush()
 
 
 # ---- the programs, one after another -----------------------------------------------------------------------
 
 
-def _be_program(cells: list[Cell], token: str, limits: Limits, protections: Protections, pipes: list[int]) -> None:
-    """Turns this fork into the program. If a protection fails, nothing is run."""
-    output, results = pipes
+def _confine(limits: Limits, protections: Protections, files: list[int], judge: bool) -> None:
+    """Locks this fork in. files: its descriptors from 1 on, the last of a program's being a socket to the process that
+    watches it. If a protection fails, it ends."""
     private_root = "private-root" in protections.active
     try:
         os.setsid()
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.dup2(results, 3)
-        os.closerange(4, 1 << 20)
-        if private_root:
+        high = [fcntl.fcntl(file, fcntl.F_DUPFD, 64) for file in files]
+        for number, file in enumerate(high, 1):
+            os.dup2(file, number)
+        os.closerange(len(files) + 1, 1 << 20)
+        if private_root and not judge:
             _enter_work(limits.disk_bytes, protections.user)
         if protections.user:
-            _become(protections.user)
+            _become(protections.user + judge)
         if _KNOWN_MACHINE:
             _drop_capabilities()
             _die_with_parent()
         os.environ.clear()
         os.environ["HOME"] = os.environ["TMPDIR"] = os.getcwd()
-        _set_limits(limits, protections.own_count)
+        _set_limits(limits, protections.own_count, JUDGE_LATER if judge else 0.0)
         if "landlock" in protections.active:
-            _enter_landlock(_landlock_version(), _exposed(), ["/dev/null", *([WORK] if private_root else [])])
+            writable = ["/dev/null", *([WORK] if private_root and not judge else [])]
+            _enter_landlock(_landlock_version(), _exposed(), writable)
+        watcher = None if judge else _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, len(files))
         if "seccomp" in protections.active:
-            _enter_seccomp(private_root)
+            _enter_seccomp(private_root and not judge, watcher)
+        if watcher is not None:
+            os.close(watcher.detach())
     except BaseException:
-        os._exit(1)  # without the first record
-    run_cells(cells, token, 3)
+        os._exit(1)  # without a word to the other
 
 
-def _watch(pid: int, output: int, results: int, requests: int, limits: Limits) -> tuple[str, int, bytes, bytes]:
-    """Reads what the program writes until it ends or is ended. Why it was ended (else empty), its exit status
-    (-n: signal n), its records, its output."""
-    bounds, got = {output: limits.output_bytes, results: RECORD_BYTES}, {output: b"", results: b""}
-    deadline = time.monotonic() + limits.wall_seconds + 0.5  # its own timer comes first
+def _be_judge(count: int, limits: Limits, protections: Protections, tests: int, files: list[int]) -> None:
+    """files: from the program, to it, verdicts, and the end of a pipe that tells how long this process lives."""
+    asked = sandbox_wire.Channel(tests, -1).receive()
+    null = os.open("/dev/null", os.O_WRONLY)
+    _confine(limits, protections, [null, null, *files], judge=True)
+    program = sandbox_wire.Channel(3, 4) if count else None
+    try:
+        there = sandbox_judge.run(
+            count, [sandbox_judge.Check(*test) for test in asked[1]], program, sandbox_wire.Channel(-1, 5)
+        )
+    except sandbox_wire.GoneError:
+        there = False
+    os._exit(0 if there else GONE)
+
+
+def _watch(  # noqa: PLR0912  # one branch an event
+    program: int, judge: int, output: int, life: int, requests: int, refusals: Refusals | None, limits: Limits
+) -> tuple[str, int, bytes]:
+    """Reads what the program writes, and answers the calls that it is refused, until the judging process ends. Why the
+    program was ended (else empty), its exit status (-n: signal n), its output. program: 0 where there is none."""
+    got = b""
+    deadline = time.monotonic() + limits.wall_seconds + 2 * JUDGE_LATER  # their own timers come first
     poll = select.poll()
-    poll.register(output, select.POLLIN)
-    poll.register(results, select.POLLIN)
+    for pipe in (output, life):
+        poll.register(pipe, select.POLLIN)
+    if refusals is not None and refusals.listener >= 0:
+        poll.register(refusals.listener, select.POLLIN)
     poll.register(requests, 0)  # only its end: nobody waits for the result any more
-    open_pipes = {output, results}
-    why, status = "", 0
-    while True:
-        events = poll.poll(20 if open_pipes else 1)
-        for pipe, _ in events:
-            data = os.read(pipe, 1 << 16) if pipe != requests else b""
-            if pipe == requests:
-                why = "given up"
-            elif data:
-                got[pipe] += data
-                why = "wrote too much" if len(got[pipe]) > bounds[pipe] else why
-            else:
+    why, judging = "", True
+    while judging:
+        for pipe, event in poll.poll(50):
+            if refusals is not None and pipe == refusals.listener:
+                if event & select.POLLIN:
+                    refusals.answer()
+                else:
+                    poll.unregister(pipe)
+                continue
+            data = os.read(pipe, 1 << 16) if pipe == output else b""
+            got += data
+            if pipe == life:
+                judging = False
+            elif not data:
                 poll.unregister(pipe)
-                open_pipes.discard(pipe)
-        if not events or not open_pipes:
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                break
-        if time.monotonic() > deadline:
-            why = "out of time"
-        if why:
-            os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
+                why = "given up" if pipe == requests else why
+        if len(got) > limits.output_bytes:
+            why, got = "wrote too much", got[: limits.output_bytes]
+        late = time.monotonic() - deadline
+        if late > 0:
+            why = why or "out of time"
+        if why and program:
+            os.kill(program, signal.SIGKILL)
+        if late > 4 * JUDGE_LATER or why == "given up":
+            os.kill(judge, signal.SIGKILL)
+    status = _ended(program, os.waitstatus_to_exitcode(os.waitpid(judge, 0)[1]) == GONE) if program else 0
+    while select.select([output], [], [], 0)[0] and (data := os.read(output, 1 << 16)):
+        got += data
+        if len(got) > limits.output_bytes:
             break
+    return why, status, got[: limits.output_bytes]
+
+
+def _ended(program: int, by_itself: bool) -> int:
+    """Ends the program's process; one that is ending by itself may do so first. Its exit status."""
+    until = time.monotonic() + 0.5
+    ended, status = 0, 0
+    while by_itself and not ended and time.monotonic() < until:
+        ended, status = os.waitpid(program, os.WNOHANG)
+        time.sleep(0 if ended else 0.002)
+    if not ended:
+        os.kill(program, signal.SIGKILL)
+        _, status = os.waitpid(program, 0)
     try:  # noqa: SIM105  # contextlib takes long to import
-        os.killpg(pid, signal.SIGKILL)  # what it left behind, where it could start processes at all
+        os.killpg(program, signal.SIGKILL)  # what it left behind, where it could start processes at all
     except OSError:
         pass
-    return why, os.waitstatus_to_exitcode(status), got[results], got[output][: limits.output_bytes]
+    return os.waitstatus_to_exitcode(status)
 
 
 def _read(pipe: int, count: int) -> bytes:
@@ -533,34 +578,68 @@ def _write(pipe: int, data: bytes) -> None:
         data = data[os.write(pipe, data) :]
 
 
-def serve(requests: int, replies: int, protections: Protections) -> None:
+def _fork(child: Callable[[], None]) -> int:
+    """A process that is `child` and nothing after it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child()
+        finally:
+            os._exit(0)
+    return pid
+
+
+def serve(requests: int, replies: int, tests: int, verdicts: int, protections: Protections) -> None:
     """One program a request, until the parent closes the pipe."""
     while head := _read(requests, 4):
-        cells, token, limits = marshal.loads(_read(requests, int.from_bytes(head, "little")))
-        (output, output_end), (results, results_end) = os.pipe(), os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                _be_program(cells, token, Limits(*limits), protections, [output_end, results_end])
-            finally:
-                os._exit(0)
-        os.close(output_end)
-        os.close(results_end)
-        why, status, records, written = _watch(pid, output, results, requests, Limits(*limits))
-        os.close(output)
-        os.close(results)
-        _write(replies, f"{why}\n{status}\n{len(records)}\n".encode() + records + written)
+        cells, numbers = marshal.loads(_read(requests, int.from_bytes(head, "little")))
+        _write(replies, _judged(cells, Limits(*numbers), protections, requests, tests, verdicts))
+
+
+def _judged(
+    cells: list[Cell], limits: Limits, protections: Protections, requests: int, tests: int, verdicts: int
+) -> bytes:
+    """Runs one program and its judge. Why it was ended, its exit status, what it was refused, its output."""
+    output, output_end = os.pipe()
+    life, life_end = os.pipe()
+    questions, questions_end = os.pipe()
+    answers, answers_end = os.pipe()
+    watcher, watched = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+
+    def be_judge() -> None:
+        _be_judge(len(cells), limits, protections, tests, [answers, questions_end, verdicts, life_end])
+
+    def be_program() -> None:
+        files = [output_end, output_end, questions, answers_end, watched.fileno()]
+        _confine(limits, protections, files, judge=False)
+        sandbox_program.run(cells, 3, 4)
+
+    judge = _fork(be_judge)
+    program = _fork(be_program) if cells else 0
+    for end in (output_end, life_end, questions, questions_end, answers, answers_end):
+        os.close(end)
+    watched.close()
+    refusals = Refusals(watcher) if program else None
+    watcher.close()
+    why, status, written = _watch(program, judge, output, life, requests, refusals, limits)
+    refused = refusals.close() if refusals is not None else ""
+    os.close(output)
+    os.close(life)
+    return f"{why}\n{status}\n{refused}\n".encode() + written
 
 
 def main() -> None:
     if not getattr(sys.flags, "safe_path", False):
         del sys.path[0]  # this file's directory (Python 3.10)
+    tests, verdicts = map(int, sys.argv[1:])
     requests, replies, null = os.dup(0), os.dup(1), os.open("/dev/null", os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
+    if sys.platform == "linux" and hasattr(_libc, "mallopt"):
+        _libc.mallopt(-8, 1)  # M_ARENA_MAX: else each thread reserves 64 MB of the addresses that are counted as memory
     protections = lock_in()
     _write(replies, " ".join(protections.active).encode())
-    serve(requests, replies, protections)
+    serve(requests, replies, tests, verdicts, protections)
     os._exit(0)  # nothing to tidy up
 
 
