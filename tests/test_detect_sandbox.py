@@ -83,7 +83,7 @@ def nothing_left_over() -> Iterator[None]:
     """No process, file descriptor or temporary file outlives a test."""
     before, files, temporary = guests(), os.listdir("/proc/self/fd"), set(os.listdir("/tmp"))
     yield
-    until = time.monotonic() + 3
+    until = time.monotonic() + 30
     while (left := guests() - before) and time.monotonic() < until:
         time.sleep(0.01)
     assert not left
@@ -616,11 +616,10 @@ def test_a_sandbox_left_in_the_middle_of_a_run_ends_at_once():
     thread = threading.Thread(target=box.run, args=([Cell("<p>", "while True: pass")],))
     thread.start()
     time.sleep(0.3)
-    start = time.monotonic()
     box._child.stdin.close()
-    thread.join(5)
+    thread.join(30)
+    assert not thread.is_alive()  # long before the program's own limits
     box.close()
-    assert time.monotonic() - start < 2
 
 
 def test_a_killed_sandbox_takes_its_program_along():
@@ -639,18 +638,18 @@ def test_a_killed_parent_takes_its_sandbox_along(tmp_path):
     )
     assert parent.stdout is not None
     assert parent.stdout.read(1) == b"\n"
-    time.sleep(0.2)
-    assert len(guests()) >= 2
+    while len(guests()) < 2:
+        assert parent.poll() is None
+        time.sleep(0.01)
     parent.kill()
     parent.stdout.close()
     parent.wait()
 
 
 def test_the_deadline_of_all_runs_holds():
-    start = time.monotonic()
-    with Sandbox(Limits(cpu_seconds=60, wall_seconds=60), seconds=0.5) as box:
-        assert box.run([Cell("<p>", "while True: pass")]).results[0].error == "OutOfTime"
-    assert time.monotonic() - start < 3
+    program = "import time\nfor _ in range(100): time.sleep(10)"  # no processor's time
+    with Sandbox(Limits(cpu_seconds=60, wall_seconds=1000), seconds=0.5) as box:
+        assert box.run([Cell("<p>", program)]).results[0].error == "OutOfTime"
 
 
 def test_many_sandboxes_work_side_by_side():
