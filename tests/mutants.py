@@ -29,28 +29,36 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 
 # the tests that are about a module, quickest first
+CORE, KERNELS = ["test_backends", "test_contract_loss"], ["test_kernels", "test_half_precision", "test_triton_backend"]
 TESTS_OF = {
     "prefixloss/advantages.py": ["test_advantages", "test_contract_advantages"],
-    "prefixloss/objective.py": ["test_objective", "test_contract_loss"],
-    "prefixloss/softmax.py": ["test_softmax", "test_contract_loss"],
-    "prefixloss/reduction.py": ["test_contract_loss"],
-    "prefixloss/layout.py": ["test_contract_errors", "test_contract_loss"],
-    "prefixloss/batch.py": ["test_contract_errors", "test_contract_loss"],
-    "prefixloss/metrics.py": ["test_contract_loss"],
-    "prefixloss/two_stages.py": ["test_contract_loss"],
-    "prefixloss/torch_backend.py": ["test_torch_backend", "test_contract_loss"],
-    "prefixloss/heads.py": ["test_torch_backend", "test_contract_loss"],
-    "prefixloss/operators.py": ["test_operators", "test_triton_backend"],
+    "prefixloss/objective.py": ["test_objective", *CORE],
+    "prefixloss/softmax.py": ["test_softmax", *CORE],
+    "prefixloss/reduction.py": CORE,
+    "prefixloss/layout.py": ["test_check", "test_contract_errors", *CORE],
+    "prefixloss/batch.py": ["test_check", "test_contract_errors", *CORE],
+    "prefixloss/metrics.py": CORE,
+    "prefixloss/two_stages.py": CORE,
+    "prefixloss/autograd.py": ["test_retained_graph"],
+    "prefixloss/torch_backend.py": ["test_retained_graph", "test_torch_backend", *CORE],
+    "prefixloss/heads.py": ["test_batch_invariance", "test_torch_backend", *CORE],
+    "prefixloss/operators.py": ["test_half_precision", "test_operators", "test_triton_backend"],
     "prefixloss/triton_backend.py": ["test_operators", "test_triton_backend"],
-    "prefixloss/chunks.py": ["test_operators", "test_triton_backend"],
-    "prefixloss/products.py": ["test_triton_backend"],
-    "csrc_triton/launch.py": ["test_kernels", "test_compile_report"],
-    "csrc_triton/tune.py": ["test_tune"],
+    "prefixloss/chunks.py": ["test_half_precision", "test_operators", "test_triton_backend"],
+    "prefixloss/products.py": ["test_products", "test_half_precision"],
+    "csrc_triton/launch.py": KERNELS,
+    "csrc_triton/tune.py": ["test_tune", *KERNELS],
+    "csrc_triton/scale.py": ["test_retained_graph", *KERNELS],
+    "csrc_triton/maths.py": KERNELS,
+    "csrc_triton/objective.py": KERNELS,
+    "csrc_triton/softmax.py": KERNELS,
+    "csrc_triton/rows.py": KERNELS,
 }
 ALL_OF_THE_LOSS = [
-    "test_contract_errors", "test_contract_loss", "test_contract_advantages", "test_torch_backend", "test_softmax",
-    "test_objective", "test_torch_operators", "test_kernels", "test_operators", "test_triton_backend",
-    "test_retained_graph", "test_integrations_trl",
+    "test_check", "test_config", "test_backends", "test_contract_errors", "test_torch_backend", "test_softmax",
+    "test_objective", "test_products", "test_retained_graph", "test_batch_invariance", "test_half_precision",
+    "test_kernels", "test_tune", "test_contract_loss", "test_contract_advantages", "test_torch_operators",
+    "test_operators", "test_triton_backend", "test_compile_report", "test_package",
 ]  # fmt: skip
 SECONDS = 400  # of one run of tests; a mutant that takes longer hangs
 
