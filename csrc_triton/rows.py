@@ -271,6 +271,8 @@ def gradient_kernel(
     stats = load_statistics(stats_ptr, token, step, live)
     target = target_column(tokens, token, vocabulary, live)
     start = part * span
+    # in place, another slice's target may be overwritten by its own program at any time: it is not read
+    target = tl.where((target >= start) & (target < start + span), target, -1)
     scale = row_scale(stats, coefficients, transform, live, scales_ptr, row, part == 0, WORK)
     write_slice(
         row_pointer(logits, row, length, WORK, VECTOR), row_pointer(ref, row, length, WORK, VECTOR),
@@ -453,12 +455,10 @@ def write_slice(
     """The gradient of columns start to stop, from the last block back to the first; 0 where the row has none."""
     block: tl.constexpr = LANES * VECTOR
     scaled = Coefficients(coefficients.logp * scale, coefficients.entropy * scale, coefficients.kl * scale)
-    # in place, another slice's target may be overwritten by its own program at any time
-    own = tl.where(live & (target >= start) & (target < stop), target, -1)
-    z = load_target(logits_row, own, transform, WORK)
+    z = load_target(logits_row, tl.where(live, target, -1), transform, WORK)
     ref = z
     if WORK.reference:
-        ref = load_target(ref_row, own, transform, WORK)
+        ref = load_target(ref_row, tl.where(live, target, -1), transform, WORK)
     at_target = target_gradient(z, ref, stats, scaled, transform, WORK.softcap, WORK.penalty, WORK.reference)
     if not WORK.narrowed:
         # in place, another warp may be about to overwrite the target's logit; narrowed, each block has a barrier

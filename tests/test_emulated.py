@@ -22,18 +22,22 @@ DEVICE_CODE = ROOT / "csrc_triton"
 KERNELS = ("tests/test_kernels.py", "-k", "not compile and not 64_bits")
 
 
+def compiling() -> dict[str, str]:
+    """The environment of a process that compiles kernels, and whose tensors are on the CPU even beside a GPU."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TRITON_INTERPRET"))}
+    return {**kept, "CUDA_VISIBLE_DEVICES": ""}
+
+
 def emulated(record: pytest.RecordProperty | Any, folder: Path, *arguments: str) -> dict[str, Any]:
     """Runs pytest on them under the emulator; its figures."""
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TRITON_INTERPRET"))
-    }
+    environment = compiling()
     report = folder / "figures.json"
     command = [sys.executable, "-m", "pytest", "-p", "no:benchmark", "--emulate", "--figures", str(report), *arguments]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     figures = json.loads(report.read_text())
     assert figures["errors"] == {}
-    assert figures["instructions"] > 1000 * sum(figures["launches"].values()) / 10
+    assert figures["programs"] > 100
     line = next(line for line in run.stdout.splitlines() if line.startswith("emulated: "))
     record("emulated", line.removeprefix("emulated: "))
     return figures
@@ -94,7 +98,7 @@ def test_every_test_of_kernels_and_back_end_passes_as_machine_code(
 
 
 def test_every_barrier_mask_and_address_matters_and_its_loss_is_noticed(record_property: Any) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment = compiling()
     program = Path(__file__).with_name("ptx_mutants.py")
     run = subprocess.run(
         [sys.executable, program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False

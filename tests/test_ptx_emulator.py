@@ -114,7 +114,7 @@ def test_threads_of_a_warp_may_store_one_value_and_not_two() -> None:
 
 
 def test_a_fused_product_is_rounded_once() -> None:
-    # 1 + 2^-24 + 2^-60 is above half of an ulp; 1774001 * 38737 * 17... = 2^36 + 1
+    # 1 + 2^-24 + 2^-60 is above half of an ulp
     a, b = np.float32(1774001 * 2.0**-30), np.float32(38737 * 2.0**-30)
     assert 1774001 * 38737 == 2**36 + 1
     assert fused(np.array([a]), np.array([b]), np.array([np.float32(1)]))[0] == np.float32(1 + 2.0**-23)

@@ -900,4 +900,6 @@ def test_ids_outside_the_vocabulary_are_never_read_where_nobody_looks(
     others[1, 2] = False
     assert torch.equal(out.logps[others], want.logps[others])
     name = leaf_names(case)[0]
-    assert torch.equal(grads[name][others], want_grads[name][others])
+    # with "none" the rows of the backward's products are one fewer or more, and may be summed in another order: 7 terms
+    got, expected = grads[name][others], want_grads[name][others].double()
+    within(got, expected, 8 * SINGLE * expected.abs().max() * torch.ones_like(expected), "others")
