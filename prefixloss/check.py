@@ -335,7 +335,7 @@ def overwritable(value: Tensor) -> None:
     reach = 0
     for stride, size in sorted((s, n) for s, n in zip(value.stride(), value.shape, strict=True) if n > 1):
         if stride <= reach:
-            got = f"shape {list(value.shape)} with strides {list(value.stride())}, whose elements overlap in memory,"
+            got = f"shape {list(value.shape)} with strides {list(value.stride())}, whose elements overlap in memory"
             fail("logits", got, "elements of their own, since inplace=True overwrites them (or inplace=False)")
         reach += stride * (size - 1)
 

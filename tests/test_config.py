@@ -80,6 +80,12 @@ def test_a_name_that_only_the_config_knows_is_an_error_in_every_back_end(
         loss_with(start, backend, **{**more, option: NEW})
 
 
+def normalizer_of(config: LossConfig) -> Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        return parallel.global_normalizer(config, torch.zeros(2, 1).long())
+
+
 X = torch.tensor([0.5, -0.5])
 KNOWN = objective.Given(X, X, X, X)
 CHOICES: dict[str, tuple[str, Callable[[LossConfig], Any]]] = {
@@ -93,7 +99,7 @@ CHOICES: dict[str, tuple[str, Callable[[LossConfig], Any]]] = {
     "reference.reduce": ("reduction", lambda c: reference.reduce(c, None, X, X)),  # type: ignore[arg-type]
     "reduction.token_weights": ("reduction", lambda c: token_weights(c, layout(), None, None, X.dtype)),
     "reduction.token_weights, given": ("reduction", lambda c: token_weights(c, layout(), None, 3.0, X.dtype)),
-    "parallel.global_normalizer": ("reduction", lambda c: parallel.global_normalizer(c, torch.zeros(2, 1).long())),
+    "parallel.global_normalizer": ("reduction", normalizer_of),
     "config.sequence_ratio": ("ratio_level", lambda c: c.sequence_ratio),
     "config.shows_every_scored": ("stats", lambda c: c.shows_every_scored),
     "token_loss.policy_loss": ("objective", lambda c: token_loss.policy_loss(X, X, X, None, c)),
