@@ -61,6 +61,7 @@ def test_methods_take_turns_and_the_file_has_all_of_them(bench: Bench) -> None:
 
 
 def test_errors_are_measured_once_a_head_and_dtype(bench: Bench) -> None:
+    bench.truths.clear()
     bench.run(CASE, ["ours"])
     assert "errors" not in by_name(bench.run(CASE._replace(tokens=128), ["ours"]))["ours"]
     assert "errors" in by_name(bench.run(CASE._replace(dtype="bfloat16"), ["ours"]))["ours"]
