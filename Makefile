@@ -12,8 +12,8 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/prefixloss train --out runs/demo --overwrite
 
-# a process a core, each with one thread; in random order, whose seed is printed: `pytest -p randomly -p "no:xdist"
-# --randomly-seed=N` repeats it in one process, `-p no:randomly` takes the files' own order
+# a process a core, each with one thread; in random order, whose seed is printed: `pytest --randomly-seed=N` repeats it,
+# `-p no:randomly` takes the files' own order
 test: lint types wheel
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --dist loadfile
 

@@ -303,7 +303,9 @@ def quantised(weight: Any) -> str | None:
         return type(weight).__name__
     # such a subclass only stands for the numbers; these two are gathered, and waited for
     wraps = is_traceable_wrapper_subclass(weight) and type(weight).__name__ not in ("DTensor", "AsyncCollectiveTensor")
-    return type(weight).__name__ if wraps else None if weight.dtype in _FLOATS else describe(weight)
+    if wraps:
+        return type(weight).__name__
+    return None if weight.dtype in _FLOATS else describe(weight)
 
 
 def head_weight(argument: str, weight: Any) -> None:

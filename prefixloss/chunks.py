@@ -18,7 +18,6 @@ from prefixloss._kernels.scale import launch_scale
 
 # rows are rounded up to what fills the matrix units' tiles
 _TILE = 128
-_SMALL_TILE = 16
 # no row's gradient is scaled by more: see `row_scale` in the kernels
 LARGEST_SCALE = 2.0**120
 
@@ -67,7 +66,7 @@ def chunk_rows(rows: int, tokens: int, bytes_per_row: int, device: torch.device,
     tile = _TILE if most >= _TILE else 1
     most = most // tile * tile
     even = -(-rows // max(1, -(-rows // most)))
-    tile = min(tile, _TILE if even > _TILE else _SMALL_TILE)
+    tile = min(tile, _TILE if even > _TILE else memory.ALIGNED)
     return min(most, -(-even // tile) * tile)
 
 

@@ -10,14 +10,14 @@ is data, the exception it raised, or a handle. The boundary:
   however often it comes, so that `is` holds among objects;
 - a comparison or an operator that an object of the program answers itself (`__eq__`, `__contains__`, `__sub__`) is
   *hearsay*, for it is told the other side, which may be what is expected: the test is marked;
-- what is no data and no function (an iterator or an object of the test's as an argument, an object that is a kind
-  of list), and a test that changes a value it looked up in the program, is *unpassable*: such a test can only
-  be run in the
-  program's process, where its result is hearsay too.
+- what is no data and no function (an iterator or an object of the test's as an argument, an object that is a kind of
+  list), and a test that changes a value it looked up in the program, is *unpassable*: such a test can only be run in
+  the program's process, where its result is hearsay too.
 """
 
 from __future__ import annotations
 
+import builtins
 import functools
 import importlib
 import sys
@@ -31,7 +31,7 @@ else:
     import sandbox_program as own  # this file is no part of a package in there
     import sandbox_wire as wire
 
-_BUILTINS = frozenset(dir(__import__("builtins")))
+_BUILTINS = frozenset(dir(builtins))
 _COMPARED = {"eq", "ne", "lt", "le", "gt", "ge", "contains"}
 _COMPUTED = {"add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "matmul", "and", "or", "xor", "lshift"}
 _COMPUTED |= {"rshift"}

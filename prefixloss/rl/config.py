@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
+from prefixloss.check import describe
 from prefixloss.detect.choose import by_name
 from prefixloss.rl import UsageError
 from prefixloss.steps import SEGMENTERS
@@ -135,11 +136,11 @@ class Config:
             right = False
         if not right:
             wants = " or ".join(_KINDS[kind] for kind in kinds)
-            raise SettingTypeError(name, f"got {_short(value)}, expected {wants}")
+            raise SettingTypeError(name, f"got {describe(value)}, expected {wants}")
 
     def _expect(self, name: str, holds: object, expected: str) -> None:
         if not holds:
-            raise SettingError(name, f"got {_short(getattr(self, name))}, expected {expected}")
+            raise SettingError(name, f"got {describe(getattr(self, name))}, expected {expected}")
 
     @classmethod
     def of(cls, values: dict[str, Any], where: str = "config.json") -> Config:
@@ -147,7 +148,7 @@ class Config:
         known = {f.name for f in fields(cls)}
         for key in values:
             if key not in known:
-                raise UsageError(f"--resume: config.json has an unknown key: {_short(key)} ({where})")
+                raise UsageError(f"--resume: config.json has an unknown key: {describe(key)} ({where})")
         try:
             return cls(**values)
         except SettingError as error:
@@ -171,13 +172,6 @@ class Config:
 
 def _types() -> dict[str, tuple[type, ...]]:
     return {name: get_args(kind) or (kind,) for name, kind in get_type_hints(Config).items()}
-
-
-def _short(value: object) -> str:
-    """A value as a message names it; a whole number may have more digits than Python prints."""
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"a whole number of {value.bit_length()} bits"
-    return repr(value)[:100]
 
 
 GENERAL: dict[str, Any] = {
