@@ -4,9 +4,9 @@
     python tests/mutants.py --sample 200 --seed 0 --processes 2 --out mutants.jsonl
 
 The mutants are cosmic-ray's, one of each family a line, without those that change annotations only. A mutant dies when
-a test fails, or hangs. First the tests of its own module run; what lives then meets all tests of the loss. Before, all of
-them are seen to pass without a mutant. Each process has a copy of the package and forks a Python that has torch loaded
-already: about a minute a mutant that dies, a quarter of an hour for one that lives.
+a test fails, or hangs. First the tests of its own module run; what lives then meets all tests of the loss. Before, the
+modules' tests are seen to pass without a mutant. Each process has a copy of the package and forks a Python that has
+torch loaded already: about a minute a mutant that dies, a quarter of an hour for one that lives.
 """
 
 from __future__ import annotations
