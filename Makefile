@@ -48,7 +48,7 @@ bench: .venv/bench
 # saves this commit's times and compares them with those saved before; TRACK chooses cases, as pytest's -k does
 TRACK ?= floor-narrow or floor-wide
 bench-track: .venv/bench
-	$(BIN)/pytest bench/test_speed.py -k '$(TRACK)' --benchmark-autosave
+	$(BIN)/pytest bench/speed/test_speed.py -k '$(TRACK)' --benchmark-autosave
 	$(BIN)/pytest-benchmark compare --group-by fullname --columns median,iqr --sort fullname
 
 clean:

@@ -13,15 +13,15 @@ import torch
 import typer
 from rich.console import Console
 
-from prefixloss.files import write_whole
+from prefixloss.io.files import write_whole
 
-from . import record as records
-from .cases import Case, count_of, custom_cases, default_cases, head_of, methods_for, quick_cases
 from .files import write_json
-from .harness import GIB, Bench, GoneError, Limits, bench_on
-from .methods import NAMES
-from .record import FormatError, Record
-from .table import grids, made_on, markdown, show, show_grid
+from .speed import record as records
+from .speed.cases import Case, count_of, custom_cases, default_cases, head_of, methods_for, quick_cases
+from .speed.harness import GIB, Bench, GoneError, Limits, bench_on
+from .speed.methods import NAMES
+from .speed.record import FormatError, Record
+from .speed.table import grids, made_on, markdown, show, show_grid
 
 app = typer.Typer(
     help="Time, memory and error of prefixloss beside PyTorch, TRL, Liger, Cut Cross-Entropy and bare products.",
@@ -118,7 +118,7 @@ def plot(
 ) -> None:
     """Draw time and memory against length, time against the learning share, errors, and the distance from the floor."""
     try:
-        from .plot import draw  # noqa: PLC0415 (needs matplotlib)
+        from .speed.plot import draw  # noqa: PLC0415 (needs matplotlib)
     except ModuleNotFoundError as error:
         raise _fail(f'plot needs matplotlib: pip install "prefixloss[bench]" ({error.name} is not installed)') from None
     record = _read(file)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prefixloss.files import write_whole
+from prefixloss.io.files import write_whole
 
 
 def write_json(path: Path, record: Any) -> None:

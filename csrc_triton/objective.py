@@ -1,4 +1,4 @@
-"""A token's loss and its derivatives on the device: `prefixloss.objective`, scalar for scalar.
+"""A token's loss and its derivatives on the device: `prefixloss.maths.objective`, scalar for scalar.
 
 `tests/test_kernels.py` holds the two equal value by value, at every branch point.
 """

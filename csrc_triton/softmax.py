@@ -1,4 +1,4 @@
-"""A row of logits: its statistics in one pass, its gradient in another. The twin of `prefixloss.softmax`.
+"""A row of logits: its statistics in one pass, its gradient in another. The twin of `prefixloss.maths.softmax`.
 
     z = x, or softcap * tanh(before * x / softcap);  score s = kappa * z;  p = softmax(s)
     logp = -log(1 + sum over the other tokens of exp(s_j - s_target))

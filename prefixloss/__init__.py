@@ -2,8 +2,8 @@
 
 from prefixloss import advantages
 from prefixloss._version import __version__
-from prefixloss.advantages import TokenAdvantages
 from prefixloss.config import LossConfig
+from prefixloss.inputs.token_advantages import TokenAdvantages
 from prefixloss.loss import LogpOutput, LossOutput, linear_logps, linear_prefix_loss, prefix_loss
 
 __all__ = [

@@ -18,43 +18,15 @@ from __future__ import annotations
 
 from fractions import Fraction
 from numbers import Integral
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from prefixloss import check
-from prefixloss.layout import Layout
+from prefixloss.inputs.token_advantages import TokenAdvantages
 
-
-class TokenAdvantages(NamedTuple):
-    """Two advantages a response: A[b, t] = prefix[b] for its first prefix_lengths[b] scored tokens, else suffix[b].
-
-    prefix, suffix: float [B]. prefix_lengths: int64 [B], in scored tokens; 0 for responses that are all of one piece.
-    """
-
-    prefix: Tensor
-    suffix: Tensor
-    prefix_lengths: Tensor
-
-    def per_token(self, like: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The advantage of every token: float, shaped like `like`, 0 where `mask` is False.
-
-        like: any tensor shaped like the tokens, [B, T], or [N] with `cu_seqlens` [B + 1].
-        """
-        check.dense("like", like, "a tensor shaped like the tokens")
-        check.rows("like", like)
-        layout = Layout.of(like.shape, like.device, mask, cu_seqlens)
-        return self.spread(layout)[0].reshape(like.shape)
-
-    def spread(self, layout: Layout) -> tuple[Tensor, Tensor]:
-        """`per_token` over a flat layout, float [N], and which scored tokens take the prefix advantage, bool [N]."""
-        check.token_advantages(self, layout)
-        response = layout.response_of_token("advantages")
-        in_prefix = layout.scored & (layout.rank() < self.prefix_lengths[response])
-        values = torch.where(in_prefix, self.prefix[response], self.suffix[response])
-        return torch.where(layout.scored, values, torch.zeros_like(values)), in_prefix
-
+__all__ = ["TokenAdvantages", "cliff", "grpo", "mixed", "neutral_prefix", "rts", "vppo"]
 
 # of float64, in which means are taken
 _EPS = torch.finfo(torch.float64).eps

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +15,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-if TYPE_CHECKING:
-    from prefixloss.advantages import TokenAdvantages
-    from prefixloss.config import LossConfig
-    from prefixloss.layout import Layout
 
 _INTEGERS = (torch.int64, torch.int32)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -176,30 +171,6 @@ def layout(shape_of_tokens: torch.Size, mask: Tensor | None, cu_seqlens: Tensor 
         fail("cu_seqlens", f"a last value of {int(cu_seqlens[-1])}", f"N = {count}, the number of tokens")
 
 
-def token_advantages(advantages: TokenAdvantages, where: Layout) -> None:
-    for name, kind in (("prefix", "float"), ("suffix", "float"), ("prefix_lengths", "integer")):
-        value = getattr(advantages, name)
-        tensor(f"advantages.{name}", value, kind)
-        shape(f"advantages.{name}", value, (where.responses("advantages"),), "[B]")
-        device(f"advantages.{name}", value, where.scored.device)
-    prefixes = advantages.prefix_lengths
-    if readable(prefixes):
-        _none("advantages.prefix_lengths", prefixes, prefixes < 0, "0 or more scored tokens")
-        lengths = where.lengths("advantages")
-        beyond = (prefixes > lengths) & (lengths > 0)  # of a response that is masked altogether nothing is looked at
-        _none("advantages.prefix_lengths", prefixes, beyond, "no more than its scored tokens,", lengths)
-
-
-def finite(argument: str, values: Tensor, where: Layout) -> None:
-    """Per-token values [N]: no NaN and no infinity at a scored token."""
-    if not readable(values):
-        return
-    wrong = where.scored & ~values.isfinite()
-    if bool(wrong.any()):
-        at = int(wrong.nonzero()[0])
-        fail(argument, f"{float(values[at])} at {where.place(at)}", "finite values at scored tokens")
-
-
 def responses(judged: Tensor | None = None, **arguments: Tensor) -> None:
     """Per-response arguments of an advantage function: dtypes, one shared shape [B], and, where `judged`, ranges."""
     kinds = {"correct": "bool", "lengths": "integer", "first_error": "integer", "group_ids": "integer"}
@@ -217,24 +188,24 @@ def responses(judged: Tensor | None = None, **arguments: Tensor) -> None:
     if "first_error" in arguments and "lengths" in arguments:
         first_error, lengths = arguments["first_error"], arguments["lengths"]
         wants = "an index below the response's length,"
-        _none("first_error", first_error, first_error >= lengths, wants, lengths, judged)
+        none("first_error", first_error, first_error >= lengths, wants, lengths, judged)
     if "right_steps" in arguments:
         right, total = arguments["right_steps"], arguments["total_steps"]
-        _none("right_steps", right, right > total, "no more than total_steps,", total, judged)
+        none("right_steps", right, right > total, "no more than total_steps,", total, judged)
     for name in ("rewards", "mean_step_scores", "response_advantages"):
         if name in arguments and arguments[name].is_floating_point() and readable(arguments[name]):
             value = arguments[name]
             wants = f"a finite number between -{_LARGEST_REWARD:g} and {_LARGEST_REWARD:g}"
             # a NaN is not below any limit
-            _none(name, value, ~(value.double().abs() <= _LARGEST_REWARD), wants, judged=judged)
+            none(name, value, ~(value.double().abs() <= _LARGEST_REWARD), wants, judged=judged)
 
 
 def _within(argument: str, values: Tensor, low: int, judged: Tensor | None) -> None:
     wrong = (values < low) | (values > _LARGEST_INDEX)
-    _none(argument, values, wrong, f"{low} or more, up to {_LARGEST_INDEX}", judged=judged)
+    none(argument, values, wrong, f"{low} or more, up to {_LARGEST_INDEX}", judged=judged)
 
 
-def _none(
+def none(
     argument: str,
     values: Tensor,
     wrong: Tensor,
@@ -265,16 +236,6 @@ def shorten(value: Any, lengths: Tensor, prompt_lengths: Tensor | None, judged: 
     share = is_number(value) and not isinstance(value, Integral) and 0 <= value <= 1
     if not (is_whole(value) or share):
         fail("shorten", describe(value), wants)
-
-
-def token_ids(tokens: Tensor, where: Layout, vocabulary: int) -> None:
-    """Ids [N] of scored tokens in [0, V)."""
-    if not readable(tokens):
-        return
-    wrong = where.scored & ((tokens < 0) | (tokens >= vocabulary))
-    if bool(wrong.any()):
-        at = int(wrong.nonzero()[0])
-        fail("tokens", f"id {int(tokens[at])} at {where.place(at)}", f"ids in [0, V) with V = {vocabulary}")
 
 
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str], rows: torch.Size) -> None:
@@ -354,24 +315,6 @@ def logits(argument: str, value: Tensor, tokens: Tensor) -> None:
 def same_vocabulary(argument: str, got: int, expected: int) -> None:
     if got != expected:
         fail(argument, f"a vocabulary of {got}", f"V = {expected}, the policy's")
-
-
-def needed_data(config: LossConfig, given: dict[str, Any], exact_reference: tuple[str, ...]) -> None:
-    """The arguments that the options call for. `given` maps names to values; `exact_reference` are for kl="full"."""
-    needs: list[tuple[str, str]] = []
-    if config.kl not in (None, "full"):
-        needs.append(("ref_logps", f'kl="{config.kl}"'))
-    if config.kl == "full":
-        needs += [(name, 'kl="full"') for name in exact_reference]
-    if config.sampler_correction is not None:
-        needs.append(("sampler_logps", f'sampler_correction="{config.sampler_correction}"'))
-    if config.reduction == "group-token-mean":
-        needs.append(("group_ids", 'reduction="group-token-mean"'))
-    for name, why in needs:
-        if given[name] is None:
-            fail(name, "None", f"a value, since {why}")
-    if config.reduction == "constant" and given["normalizer"] is None and config.max_length is None:
-        fail("max_length", "None", 'a value, since reduction="constant" without a normalizer')
 
 
 def process_group(argument: str, value: Any) -> None:

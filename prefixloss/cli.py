@@ -12,13 +12,13 @@ from typing import Annotated, Any
 
 from prefixloss.detect.choose import EXPECTED
 from prefixloss.detect.records import FormatError
-from prefixloss.files import write_whole
+from prefixloss.io.files import write_whole
+from prefixloss.io.visible import visible
 from prefixloss.rl import UsageError
 from prefixloss.rl.config import ADVANTAGES, GENERAL, Config
 from prefixloss.rl.lock import is_empty
 from prefixloss.show import read_shown, to_html, to_terminal
 from prefixloss.steps import SEGMENTERS
-from prefixloss.visible import visible
 
 
 def missing(error: ModuleNotFoundError) -> str:

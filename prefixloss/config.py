@@ -116,7 +116,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 class LossConfig:
     """What the loss computes. Every value is checked on construction (ValueError naming the field).
 
-    Per-token objective, with rho = exp(logp - old_logp) and advantage A (`prefixloss.reference` has the formulas):
+    Per-token objective, with rho = exp(logp - old_logp) and advantage A (formulas: `prefixloss.backends.reference`):
         objective: "clip" (PPO, GRPO, DAPO), "cispo", "sapo", "reinforce" or "topr".
         clip_low, clip_high: "clip" keeps rho inside [1 - clip_low, 1 + clip_high]. For "cispo", `clip_high` is the cap
             on rho itself, at least 1: 5.0 is usual, as in TRL, and the default 0.2 is refused.
@@ -142,7 +142,7 @@ class LossConfig:
             every token in the mask.
         row_tolerance: 0 is exact. Above 0, tokens whose logit gradient is surely at most this times the largest one
             (in L1 norm, by bounds on both) leave the backward.
-        chunk_tokens: tokens per chunk; None sizes it from a memory budget (see `prefixloss.memory`). A number is also a
+        chunk_tokens: tokens per chunk; None: by a memory budget (`prefixloss.backends.memory`). A number is also a
             promise: a token's log-prob, entropy, KL and gradient (of its hidden state or logits) then have the same
             bits alone, at any place in any batch and under any mask, given the same weight in the loss (`normalizer`).
             For that every product has this many rows, rounded up to 16, however few tokens there are: the cost of a

@@ -8,14 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefixloss import check, memory, reference, torch_backend, torch_operators
-from prefixloss.advantages import TokenAdvantages
-from prefixloss.batch import Batch, TokenInputs, TokenValues
+from prefixloss import check
+from prefixloss.backends import memory, reference
+from prefixloss.backends.torch import loss as torch_backend
+from prefixloss.backends.torch import operators as torch_operators
+from prefixloss.backends.torch.sharded import Shard, Whole
 from prefixloss.config import LossConfig
-from prefixloss.heads import accumulation_dtype
-from prefixloss.layout import Layout
-from prefixloss.metrics import metrics
-from prefixloss.sharded import Shard, Whole
+from prefixloss.inputs.batch import Batch, TokenInputs, TokenValues
+from prefixloss.inputs.layout import Layout
+from prefixloss.inputs.token_advantages import TokenAdvantages
+from prefixloss.maths.metrics import metrics
+from prefixloss.maths.precision import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class LossOutput:
     loss: 0-d (shaped like `tokens` for reduction="none"), float32 or float64, differentiable.
     logps, entropy, kl: float, shaped like `tokens`, detached; 0 where not computed.
     learning: bool, shaped like `tokens`: tokens that may have a gradient.
-    metrics: 0-d tensors by name (see `prefixloss.metrics`); reading one is the caller's synchronisation.
+    metrics: 0-d tensors by name (see `prefixloss.maths.metrics`); reading one is the caller's synchronisation.
     """
 
     loss: Tensor
@@ -86,7 +89,7 @@ def linear_prefix_loss(
         ref_hidden, ref_lm_head_weight, ref_lm_head_bias: [.., D_ref], [V, D_ref], [V], for kl="full".
         lm_head_bias: [V].
         group_ids: int64 [B], for reduction="group-token-mean".
-        normalizer: replaces the reduction's denominator (see `prefixloss.reduction`).
+        normalizer: replaces the reduction's denominator (see `prefixloss.inputs.reduction`).
         config: see `LossConfig`.
         tp_group: a torch.distributed group whose processes have the same tokens and hidden states and consecutive
             rows of the head (and bias, and reference head), in the order of their ranks, not all alike many. Each gets
@@ -95,7 +98,7 @@ def linear_prefix_loss(
         cp_group: a torch.distributed group whose processes have consecutive parts of every response, in the order of
             their ranks: lengths, prefixes, sequence ratios and denominators are those of whole responses. A process's
             loss is its share: the shares, and their gradients, add up to the whole. Metrics are of the part alone.
-        backend: "auto" | "triton" | "torch" | "reference" (`prefixloss.reference` is the method in its plainest form).
+        backend: "auto" | "triton" | "torch" | "reference" (`prefixloss.backends.reference` is the plainest form).
             "auto" takes the Triton kernels on CUDA, ROCm and XPU, plain torch elsewhere and for float64.
         max_learning_tokens: an upper bound on the learning tokens (on all scored ones with stats="scored" or
             ratio_level="sequence"). With it nothing waits for the device, so that a CUDA graph can hold the call; a
@@ -114,6 +117,7 @@ def linear_prefix_loss(
     check.transforms(backend, hidden, lm_head_weight, lm_head_bias)
     check.config(config, LossConfig)
     check.tokens(tokens)
+    memory.budget(tokens.device)  # an unusable PREFIXLOSS_MEMORY is found before any work
     lm_head_weight, lm_head_bias = _whole(lm_head_weight, tp_group), _whole(lm_head_bias, tp_group)
     ref_lm_head_weight = _whole(ref_lm_head_weight, tp_group)
     ref_lm_head_bias = _whole(ref_lm_head_bias, tp_group)
@@ -185,6 +189,7 @@ def prefix_loss(
     check.config(config, LossConfig)
     check.flag("inplace", inplace)
     check.tokens(tokens)
+    memory.budget(tokens.device)  # an unusable PREFIXLOSS_MEMORY is found before any work
     check.logits("logits", logits, tokens)
     if inplace:
         check.overwritable(logits)
@@ -251,6 +256,7 @@ def linear_logps(
     backend = check.backend(backend, tp_group, None, hidden, lm_head_weight)
     check.transforms(backend, hidden, lm_head_weight, lm_head_bias)
     check.tokens(tokens)
+    memory.budget(tokens.device)  # an unusable PREFIXLOSS_MEMORY is found before any work
     check.flag("entropy", entropy)
     # checks the four; a coefficient says that the entropy has a gradient
     options = LossConfig(
@@ -268,7 +274,7 @@ def linear_logps(
     ids = tokens.reshape(-1).long().contiguous()
     dtype = accumulation_dtype(hidden, lm_head_weight)
     columns = _columns(tp_group, len(lm_head_weight), vocab_size, tokens, dtype, 1)
-    check.token_ids(ids, layout, columns.vocabulary)
+    layout.check_token_ids(ids, columns.vocabulary)
     if max_scored_tokens is not None:
         check.most_tokens("max_scored_tokens", max_scored_tokens, layout.scored)
     head = (_rows(hidden), *columns.head(lm_head_weight, lm_head_bias))
@@ -314,8 +320,8 @@ def _compiled(tp_group: Any) -> bool:
 
 
 def _kernels() -> Any:
-    """`prefixloss.triton_backend`, which needs triton: imported where it is used first."""
-    from prefixloss import triton_backend  # noqa: PLC0415
+    """`prefixloss.backends.triton.loss`, which needs triton: imported where it is used first."""
+    from prefixloss.backends.triton import loss as triton_backend  # noqa: PLC0415
 
     return triton_backend
 

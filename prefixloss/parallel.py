@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefixloss import check
 from prefixloss.config import LossConfig, unknown
-from prefixloss.layout import Layout
+from prefixloss.inputs.layout import Layout
 
 # in place of a count of 0: a denominator that adds nothing to other micro-batches' counts
 _NOTHING = 1e-30

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from prefixloss.detect.records import FormatError, json_lines
-from prefixloss.visible import visible
+from prefixloss.io.visible import visible
 
 Part = Literal["good", "trimmed", "wrong", "after", "unknown"]
 

@@ -21,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from prefixloss import LossConfig, config, operators
+from prefixloss import LossConfig, config
+from prefixloss.backends.triton import operators
 
 COMPUTED, LEARNING = rows.COMPUTED.value, rows.LEARNING.value
 

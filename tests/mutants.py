@@ -33,20 +33,20 @@ ROOT = Path(__file__).parents[1]
 CORE, KERNELS = ["test_backends", "test_contract_loss"], ["test_kernels", "test_half_precision", "test_triton_backend"]
 TESTS_OF = {
     "prefixloss/advantages.py": ["test_advantages", "test_contract_advantages"],
-    "prefixloss/objective.py": ["test_objective", *CORE],
-    "prefixloss/softmax.py": ["test_softmax", *CORE],
-    "prefixloss/reduction.py": CORE,
-    "prefixloss/layout.py": ["test_check", "test_contract_errors", *CORE],
-    "prefixloss/batch.py": ["test_check", "test_contract_errors", *CORE],
-    "prefixloss/metrics.py": CORE,
-    "prefixloss/two_stages.py": CORE,
-    "prefixloss/autograd.py": ["test_retained_graph"],
-    "prefixloss/torch_backend.py": ["test_retained_graph", "test_torch_backend", *CORE],
-    "prefixloss/heads.py": ["test_batch_invariance", "test_torch_backend", *CORE],
-    "prefixloss/operators.py": ["test_half_precision", "test_operators", "test_triton_backend"],
-    "prefixloss/triton_backend.py": ["test_operators", "test_triton_backend"],
-    "prefixloss/chunks.py": ["test_half_precision", "test_operators", "test_triton_backend"],
-    "prefixloss/products.py": ["test_products", "test_half_precision"],
+    "prefixloss/maths/objective.py": ["test_objective", *CORE],
+    "prefixloss/maths/softmax.py": ["test_softmax", *CORE],
+    "prefixloss/inputs/reduction.py": CORE,
+    "prefixloss/inputs/layout.py": ["test_check", "test_contract_errors", *CORE],
+    "prefixloss/inputs/batch.py": ["test_check", "test_contract_errors", *CORE],
+    "prefixloss/maths/metrics.py": CORE,
+    "prefixloss/backends/two_stages.py": CORE,
+    "prefixloss/backends/autograd.py": ["test_retained_graph"],
+    "prefixloss/backends/torch/loss.py": ["test_retained_graph", "test_torch_backend", *CORE],
+    "prefixloss/backends/torch/heads.py": ["test_batch_invariance", "test_torch_backend", *CORE],
+    "prefixloss/backends/triton/operators.py": ["test_half_precision", "test_operators", "test_triton_backend"],
+    "prefixloss/backends/triton/loss.py": ["test_operators", "test_triton_backend"],
+    "prefixloss/backends/triton/chunks.py": ["test_half_precision", "test_operators", "test_triton_backend"],
+    "prefixloss/backends/products.py": ["test_products", "test_half_precision"],
     "csrc_triton/launch.py": KERNELS,
     "csrc_triton/tune.py": ["test_tune", *KERNELS],
     "csrc_triton/scale.py": ["test_retained_graph", *KERNELS],
@@ -133,13 +133,14 @@ def passes(folder: Path, name: str) -> bool:
         os.setsid()
         os.chdir(folder)
         sys.path.insert(0, str(folder))
+        os.environ["PYTHONPATH"] = str(folder)  # for the processes that tests start
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(null, stream)
         import pytest  # noqa: PLC0415
 
         quiet = ["-x", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
-        os._exit(int(pytest.main([*quiet, f"tests/{name}.py"])))
+        os._exit(int(pytest.main([*quiet, str(next((folder / "tests").rglob(f"{name}.py")))])))
     until = time.monotonic() + SECONDS
     while time.monotonic() < until:
         done, status = os.waitpid(child, os.WNOHANG)

@@ -27,7 +27,8 @@ from prefixloss._kernels.scale import launch_scale
 from ptx_emulator import EmulationError, Emulator
 from torch import Tensor
 
-from prefixloss import LossConfig, operators
+from prefixloss import LossConfig
+from prefixloss.backends.triton import operators
 
 COMPUTED, LEARNING = rows.COMPUTED.value, rows.LEARNING.value
 # two warps, and blocks of 256 or 512 logits: whole ones and a rest in which every load has a thread with work. The last

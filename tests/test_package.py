@@ -32,8 +32,8 @@ def test_kernels_are_installed_inside_the_package() -> None:
 
 
 def test_the_benchmark_is_installed_inside_the_package() -> None:
-    code = "import prefixloss._bench.worker as w; print(w.__name__, w.Worker.__module__)"
-    assert run_python(code).strip() == "prefixloss._bench.worker prefixloss._bench.worker"
+    code = "import prefixloss._bench.speed.worker as w; print(w.__name__, w.Worker.__module__)"
+    assert run_python(code).strip() == "prefixloss._bench.speed.worker prefixloss._bench.speed.worker"
 
 
 def test_package_is_typed_and_knows_its_version() -> None:

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from prefixloss import cli
 from prefixloss.detect.records import FormatError
+from prefixloss.io.visible import print_table, visible
 from prefixloss.show import Shown, read_shown, to_html, to_terminal
-from prefixloss.visible import print_table, visible
 
 STEPS = ["Step 1: 1 + 1 = 2\n", "Step 2: 2 + 2 = 5\n", "Step 3: so 5"]
 TOKENS = ["Step 1", ": 1 + 1", " = 2\nSt", "ep 2: 2 + 2 = 5\n", "Step 3: so 5"]

@@ -10,16 +10,16 @@ from prefixloss import check
 from prefixloss.detect.base import Detector
 
 _CLASSES = {
-    "brackets": "brackets.Brackets",
-    "code": "code.Code",
-    "judge": "judge.Judge",
-    "knights": "knights.Knights",
-    "maths": "maths.Maths",
-    "orderings": "orderings.Orderings",
-    "prm": "prm.PRM",
-    "rules": "rules.Rules",
-    "sorting": "sorting.Sorting",
-    "swaps": "swaps.Swaps",
+    "brackets": "puzzles.brackets.Brackets",
+    "code": "code.detector.Code",
+    "judge": "models.judge.Judge",
+    "knights": "puzzles.knights.Knights",
+    "maths": "maths.detector.Maths",
+    "orderings": "puzzles.orderings.Orderings",
+    "prm": "models.prm.PRM",
+    "rules": "puzzles.rules.Rules",
+    "sorting": "puzzles.sorting.Sorting",
+    "swaps": "puzzles.swaps.Swaps",
 }
 # each reads its own kind of problem only; what runs code, or a model, is never chosen unasked
 _AUTO = ("brackets", "swaps", "sorting", "orderings", "knights", "maths", "rules")
@@ -54,7 +54,7 @@ def _by_name(name: str) -> Detector:
     kind, _, setting = name.partition(":")
     if kind not in _CLASSES or (bool(setting) != (kind in ("prm", "judge"))):
         raise ValueError(f"detector: got {check.describe(name)}, expected {EXPECTED}")
-    module, _, cls = _CLASSES[kind].partition(".")
+    module, _, cls = _CLASSES[kind].rpartition(".")
     make = getattr(import_module(f"prefixloss.detect.{module}"), cls)
     if kind == "prm":
         return make(model=setting)

@@ -22,9 +22,9 @@ from prefixloss.detect.base import Detector, FirstError
 from prefixloss.detect.choose import EXPECTED, by_name
 from prefixloss.detect.evaluate import KINDS, Scores, evaluate, kind_of
 from prefixloss.detect.records import FORMS, FormatError, Record, read_records
-from prefixloss.files import Growing, check_writable, json_line, write_whole
+from prefixloss.io.files import Growing, check_writable, json_line, write_whole
+from prefixloss.io.visible import print_table, visible
 from prefixloss.steps import SEGMENTERS
-from prefixloss.visible import print_table, visible
 
 _SHOWN_ERRORS = 5  # of each kind, with --errors
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefixloss.detect.maths_answers import right_answer
+from prefixloss.detect.maths.answers import right_answer
 from prefixloss.steps import Segmenter, split
 
 _SPACE = re.compile(r"[ \t\r\n]*")

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from prefixloss import check
-from prefixloss.advantages import TokenAdvantages
 from prefixloss.config import LossConfig
+from prefixloss.inputs.token_advantages import TokenAdvantages
 from prefixloss.integrations.token_loss import clip_high, outcomes, token_advantages
 from prefixloss.integrations.token_loss import policy_loss as loss_of
-from prefixloss.objective import clipped
+from prefixloss.maths.objective import clipped
 
 
 def reward_post_process(args: Any, samples: list[Any]) -> tuple[list[float], list[list[float]]]:

@@ -1,8 +1,8 @@
 """What trainers with log-probs and registries of their own share: the loss from log-probs, credit from plain rewards.
 
-`prefixloss.two_stages` holds the maths; here are the checks, the layout and the metrics of `linear_prefix_loss`. With
-log-probs from `linear_logps` the model's gradient is that of `linear_prefix_loss`: the backward there skips every token
-whose coefficient is 0.
+`prefixloss.backends.two_stages` holds the maths; here are the checks, the layout and the metrics of
+`linear_prefix_loss`. With log-probs from `linear_logps` the model's gradient is that of `linear_prefix_loss`: the
+backward there skips every token whose coefficient is 0.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ import torch
 from torch import Tensor
 
 from prefixloss import advantages as credit
-from prefixloss import check, two_stages
-from prefixloss.advantages import TokenAdvantages
-from prefixloss.batch import TokenInputs
+from prefixloss import check
+from prefixloss.backends import two_stages
 from prefixloss.config import LossConfig, Objective
 from prefixloss.detect.choose import by_name
-from prefixloss.heads import accumulation_dtype
-from prefixloss.integrations.heads_of_models import unwrapped
+from prefixloss.inputs.batch import TokenInputs
+from prefixloss.inputs.token_advantages import TokenAdvantages
+from prefixloss.integrations.models.heads import unwrapped
 from prefixloss.loss import linear_logps
-from prefixloss.metrics import metrics
+from prefixloss.maths.metrics import metrics
+from prefixloss.maths.precision import accumulation_dtype
 from prefixloss.steps import Segmenter, step_tokens
 
 
 class PolicyLoss(NamedTuple):
-    """loss: 0-d (shaped like `logps` for reduction="none"), differentiable. metrics: see `prefixloss.metrics`."""
+    """loss: 0-d (shaped like `logps` for reduction="none"), differentiable. metrics: see `prefixloss.maths.metrics`."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -114,7 +115,7 @@ def gradient_shared(hidden: Tensor, group: Any) -> Tensor:
 
 
 def logged(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """What trainers log of `prefixloss.metrics`, as numbers, after one synchronisation."""
+    """What trainers log of `prefixloss.maths.metrics`, as numbers, after one synchronisation."""
     shares = {
         "clip_ratio": metrics["clip_low"] + metrics["clip_high"],
         "learning_share": metrics["learning_tokens"] / metrics["scored_tokens"].clamp(min=1),

@@ -24,11 +24,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
 from prefixloss import check
-from prefixloss.advantages import TokenAdvantages
 from prefixloss.config import LossConfig
-from prefixloss.integrations import positions
-from prefixloss.integrations.check_model import Known, Probe, verified
-from prefixloss.integrations.heads_of_models import chosen_module, entrance, linear_of, refuse_quantised, unwrapped
+from prefixloss.inputs.token_advantages import TokenAdvantages
+from prefixloss.integrations.models import positions
+from prefixloss.integrations.models.check import Known, Probe, verified
+from prefixloss.integrations.models.heads import chosen_module, entrance, linear_of, refuse_quantised, unwrapped
 from prefixloss.loss import LossOutput, linear_prefix_loss
 
 AUX_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
@@ -88,8 +88,8 @@ class PrefixBatch:
 @dataclass
 class PrefixLossOutput(ModelOutput):  # type: ignore[misc]
     """loss: differentiable, with the router's loss in it (but for reduction="none", where it stands alone in
-    `aux_loss`). logps, entropy, kl, learning: like the batch's mask. metrics: see `prefixloss.metrics`. The others are
-    the model's own."""
+    `aux_loss`). logps, entropy, kl, learning: like the batch's mask. metrics: see `prefixloss.maths.metrics`. The
+    others are the model's own."""
 
     loss: Tensor | None = None
     logps: Tensor | None = None

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from prefixloss.files import write_whole
+from prefixloss.io.files import write_whole
 from prefixloss.rl import UsageError
 from prefixloss.rl.lock import clear
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from prefixloss.integrations.heads_of_models import refuse_quantised
+from prefixloss.integrations.models.heads import refuse_quantised
 from prefixloss.rl import UsageError
 from prefixloss.steps import decode, token_boundaries
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from prefixloss.files import write_whole
-from prefixloss.visible import print_table, visible
+from prefixloss.io.files import write_whole
+from prefixloss.io.visible import print_table, visible
 
 SHOWN = {"loss": "loss {:.3f}", "good_prefix": "first error at token {:.0f}"}
 

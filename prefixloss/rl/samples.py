@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from prefixloss import TokenAdvantages
-from prefixloss.files import json_line, write_whole
+from prefixloss.io.files import json_line, write_whole
 from prefixloss.rl import task
 from prefixloss.rl.policy import Policy, Sampled
 from prefixloss.steps import Segmenter, pieces, split

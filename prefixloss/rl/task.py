@@ -15,7 +15,7 @@ from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
-from prefixloss.detect.maths_answers import right_answer, states
+from prefixloss.detect.maths.answers import right_answer, states
 from prefixloss.detect.records import FormatError, json_lines
 
 MAX_VALUE = 99  # every number of a built-in problem has one or two digits

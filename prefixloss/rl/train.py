@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prefixloss import LossConfig, TokenAdvantages, advantages, linear_logps, linear_prefix_loss
 from prefixloss.detect.choose import by_name
-from prefixloss.files import write_whole_directory
+from prefixloss.io.files import write_whole_directory
 from prefixloss.rl import UsageError, checkpoint, task
 from prefixloss.rl.config import Config
 from prefixloss.rl.lock import Lock

@@ -1,0 +1,201 @@
+"""Training runs that compare credit assignments on the built-in task, from one warm start a seed.
+
+A run is `prefixloss train` at a smaller size, with what judges the responses (`check`) as a parameter: the built-in
+check, one with errors, or a loose one that takes every true equation for a right step.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from prefixloss.io.files import write_whole
+from prefixloss.rl import task, train
+from prefixloss.rl.checkpoint import Stop
+from prefixloss.rl.config import Config
+from prefixloss.rl.policy import Policy, Sampled, tiny_policy
+from prefixloss.rl.report import Report
+
+# a sixth of the demo's rollouts: a run takes about a minute on one core
+SMALL = Config(updates=40, prompts=16, eval_every=10, eval_problems=64, eval_samples=8, k=4, lr_warmup=10)
+# `check` of a run: makes the judge of the responses for a seed
+Judge = Callable[[int], train.Check]
+
+
+def exact(seed: int) -> train.Check:
+    """The built-in check."""
+    return train.check_responses
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """The built-in check with mistakes: a share `rate` of the first errors it finds is moved to an earlier or later
+    step (chosen evenly; one that cannot move stays), or missed."""
+
+    kind: str
+    rate: float
+
+    def __call__(self, seed: int) -> train.Check:
+        return partial(self._check, random.Random(f"{self.kind} {self.rate} {seed}"))
+
+    def _check(
+        self, rng: random.Random, config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled
+    ) -> train.Checked:
+        checked = train.check_responses(config, policy, problems, sampled)
+        moved = checked.first_error.clone()
+        for i, error in enumerate(checked.first_error.tolist()):
+            if error < 0 or rng.random() >= self.rate:
+                continue
+            starts = line_starts(policy, sampled.tokens[i][sampled.mask[i]])
+            choices = {
+                "early": [s for s in starts if s < error],
+                "late": [s for s in starts if s > error],
+                "missed": [-1],
+            }[self.kind]
+            moved[i] = rng.choice(choices) if choices else error
+        return replace(checked, first_error=moved)
+
+
+def line_starts(policy: Policy, ids: Tensor) -> list[int]:
+    """The first token of every line of a response of the tiny model, which has a token for a line's end."""
+    end = policy.tokenizer.convert_tokens_to_ids("\n")
+    return [0, *(i + 1 for i, token in enumerate(ids[:-1].tolist()) if token == end)]
+
+
+_STEP = re.compile(r"Step ([1-9]): ([0-9]{1,4})([-+*])([0-9]{1,4})=([0-9]{1,6})")
+
+
+def true_steps(text: str) -> int:
+    """How many lines from the first on are "Step k: a+b=c" in order, and true."""
+    count = 0
+    for line in text.split("\n"):
+        match = _STEP.fullmatch(line)
+        if match is None or int(match[1]) != count + 1:
+            break
+        a, b, c = int(match[2]), int(match[4]), int(match[5])
+        if {"+": a + b, "-": a - b, "*": a * b}[match[3]] != c:
+            break
+        count += 1
+    return count
+
+
+def loose(seed: int) -> train.Check:
+    """A judge that a policy can please with steps that do not help: the first error of a wrong response is its first
+    line that is not a true equation."""
+
+    def check(config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled) -> train.Checked:
+        checked = train.check_responses(config, policy, problems, sampled)
+        first = checked.first_error.clone()
+        for i, text in enumerate(sampled.texts):
+            if not checked.correct[i] and sampled.finished[i]:
+                starts = line_starts(policy, sampled.tokens[i][sampled.mask[i]])
+                first[i] = starts[min(true_steps(text), len(starts) - 1)]
+        return replace(checked, first_error=first)
+
+    return check
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One line of a comparison: options of `Config` over SMALL, and a judge."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    judge: Judge = exact
+
+    @property
+    def key(self) -> str:
+        """What the run does, whatever it is called: equal runs of two comparisons are made once."""
+        options = {**{"advantage": "vppo", "alpha": SMALL.alpha, "shorten": SMALL.shorten}, **self.options}
+        if options["advantage"] != "vppo":
+            options = {name: value for name, value in options.items() if name not in ("alpha", "shorten")}
+        judge = getattr(self.judge, "__name__", repr(self.judge))
+        return f"{judge} " + " ".join(f"{name}={value}" for name, value in sorted(options.items()))
+
+
+# seeds of each comparison
+SEEDS = {"compare": 10, "inflation": 5, "alpha": 5, "noise": 5}
+EXPERIMENTS: dict[str, list[Condition]] = {
+    "compare": [
+        Condition("VPPO"),
+        Condition("GRPO", {"advantage": "grpo"}),
+        Condition("GRPO without std", {"advantage": "dr-grpo"}),
+        Condition("RTS", {"advantage": "rts"}),
+        Condition("Mixed", {"advantage": "mixed"}),
+    ],
+    # with room for nine steps where five or six are needed
+    "inflation": [
+        Condition("nothing cut", {"shorten": 0, "max_tokens": 96}, loose),
+        Condition("8 tokens cut", {"shorten": 8, "max_tokens": 96}, loose),
+        Condition("a tenth cut", {"shorten": 0.1, "max_tokens": 96}, loose),
+    ],
+    "alpha": [Condition(f"{alpha:g}", {"alpha": alpha}) for alpha in (0.0, 0.25, 0.5, 1.0)],
+    "noise": [
+        Condition("none"),
+        *(
+            Condition(f"{kind} {rate:.0%}", judge=Noisy(kind, rate))
+            for kind in ("early", "late", "missed")
+            for rate in (0.25, 0.5)
+        ),
+        Condition("GRPO", {"advantage": "grpo"}),
+    ],
+}
+
+
+def warm(seed: int, directory: Path) -> Path:
+    """The policy that all runs of a seed start from, made once."""
+    path = directory / f"warm-{seed}.pt"
+    if not path.exists():
+        config = replace(SMALL, seed=seed)
+        torch.manual_seed(seed)
+        policy = tiny_policy(config.hidden_size, config.layers)
+        problems, _ = train.open_problems(config)
+        train.warm_start(policy, config, problems, Report(Console(quiet=True)), Stop())
+        write_whole(path, partial(torch.save, policy.model.state_dict()))
+    return path
+
+
+def run(condition: Condition, seed: int, start: Path, base: Config = SMALL) -> dict[str, Any]:
+    """One training run: a curve with a point an evaluation, the rest means over the updates since the last one."""
+    began = time.perf_counter()
+    torch.set_num_threads(1)
+    config = replace(base, seed=seed, **condition.options)
+    problems, held_out = train.open_problems(config)
+    policy = tiny_policy(config.hidden_size, config.layers)
+    policy.model.load_state_dict(torch.load(start, weights_only=True))
+    reference = train.frozen(policy)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    steps: list[float] = []  # that the responses of an update have, on average
+    judge = condition.judge(seed)
+
+    def check(config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled) -> train.Checked:
+        steps.append(statistics.fmean(text.count("Step ") for text in sampled.texts))
+        return judge(config, policy, problems, sampled)
+
+    state = train.State()
+    curve: list[dict[str, float]] = [{"update": 0, **train.evaluate(config, policy, held_out)}]
+    since: list[dict[str, float]] = []
+    for number in range(1, config.updates + 1):
+        torch.manual_seed(1_000_003 * seed + number)
+        first = config.warm_steps * config.warm_batch + (number - 1) * config.prompts
+        batch = problems(first, config.prompts)
+        metrics = train.update(config, policy, reference, optimizer, state, batch, check=check)
+        since.append({"steps": steps[-1], **{name: metrics[name] for name in ("reward", "length", "kl")}})
+        if number % config.eval_every == 0 or number == config.updates:
+            means = {name: statistics.fmean(point[name] for point in since) for name in since[0]}
+            curve.append({"update": number, **means, **train.evaluate(config, policy, held_out)})
+            since = []
+    seconds = round(time.perf_counter() - began)
+    points = [{name: round(value, 5) for name, value in point.items()} for point in curve]
+    return {"key": condition.key, "seed": seed, "seconds": seconds, "curve": points}

@@ -1,0 +1,74 @@
+"""How much memory the loss may use beyond its inputs and gradients.
+
+`PREFIXLOSS_MEMORY` (bytes) sets the budget for the logits of one chunk of tokens and all the tokens' own statistics;
+unset, it is 1 GiB, and on a CPU, where larger chunks gain little, 128 MiB or what 512 rows of a whole vocabulary take.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# statistics, coefficients and indices of a token, in bytes, rounded up
+_PER_TOKEN = 64
+# each chunk reads the head twice, and reads and writes its gradient: with fewer rows a CPU spends over 7 % on that
+_ROWS_ON_CPU = 512
+# rows of a tile, and elements of a row, that every product can take whole: 64 bytes at least of any dtype but half
+ALIGNED = 16
+
+
+def budget(device: torch.device) -> int:
+    """The budget in bytes."""
+    text = os.environ.get("PREFIXLOSS_MEMORY")
+    if text is None:
+        return 2**27 if device.type == "cpu" else 2**30
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"PREFIXLOSS_MEMORY: got {text!r}, expected a whole number of bytes > 0")
+    return int(text)
+
+
+def rows_in_budget(tokens: int, bytes_per_row: int, device: torch.device) -> int:
+    """How many rows of logits fit beside the statistics of `tokens`.
+
+    A quarter of the budget is for logits however many tokens there are; never less than one row.
+    """
+    whole = budget(device)
+    return max(1, max(whole - _PER_TOKEN * tokens, whole // 4) // bytes_per_row)
+
+
+def chunk_sizes(rows: int, tokens: int, bytes_per_row: int, device: torch.device, chosen: int | None) -> list[int]:
+    """How to split `rows` of a batch of `tokens`: chunks of `chosen` rows, or of as many as the budget allows.
+
+    The last two chunks share what is left, so that none is a small remainder; no row, no chunk.
+    """
+    if rows == 0:
+        return []
+    least = _ROWS_ON_CPU if device.type == "cpu" and "PREFIXLOSS_MEMORY" not in os.environ else 1
+    most = chosen or max(least, rows_in_budget(tokens, bytes_per_row, device))
+    whole = max(0, rows // most - 1)
+    rest = rows - whole * most
+    tail = [rest] if rest <= most else [rest - rest // 2, rest // 2]
+    return [most] * whole + tail
+
+
+def zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros; on a CPU from NumPy, which asks Linux for huge pages: a large buffer's first use is 4 x faster."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros(tuple(shape), dtype=f"i{dtype.itemsize}")
+    return torch.from_numpy(raw).view(dtype)
+
+
+def room(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, columns] to write into, rows a multiple of 16 elements apart: Triton sees then that they are aligned, and
+    a CPU's products treat all of them alike."""
+    return torch.empty(rows, -(-columns // ALIGNED) * ALIGNED, dtype=dtype, device=device)[:, :columns]
+
+
+def product_rows(chosen: int) -> int:
+    """Rows of every product where chunks have `chosen` tokens, so that a row's bits depend on nothing else: whole
+    tiles, since a library sums the rows that are left over in another order."""
+    return -(-chosen // ALIGNED) * ALIGNED

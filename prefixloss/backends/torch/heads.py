@@ -1,0 +1,229 @@
+"""Where rows of logits come from, and where their gradients go: an LM head over hidden states, or logits themselves.
+
+Both give `scores(rows)`, the chunk of logits of those tokens in the accumulation dtype, and `room(rows)`, where their
+probabilities and then their gradient are made, and take the gradient with `add_gradient(rows, gradient)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from prefixloss.backends import memory, products
+from prefixloss.maths.precision import accumulation_dtype, storage_dtype
+from prefixloss.maths.softmax import Transform
+
+# elements of a half-precision head turned into float32 at a time: 16 MiB
+_UPCAST = 2**22
+# logits of the caller's tensor a chunk: 16 MiB of float32, still in the cache when their gradient is made
+_IN_CACHE = 2**22
+
+
+class Rows(Protocol):
+    """N rows of V logits, worked on in `dtype`. `multiplies`: whether products follow the logits' gradient. Then rows
+    without gradient had better leave a chunk, and factors wait for the end, where nothing can underflow."""
+
+    multiplies: bool
+    transform: Transform
+    dtype: torch.dtype
+
+    def chunks(self, rows: Tensor, chosen: int | None) -> Iterator[Tensor]:
+        """The rows [n] in pieces: of `chosen` rows, or as many as memory and cache advise."""
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """[n, V], transformed; read only, valid until the next call."""
+
+    def room(self, rows: Tensor, learning: bool) -> Tensor:
+        """[n, V] to write into, once the scores are made; it may be the scores, or where the gradient of rows that
+        are `learning` will stay."""
+
+    def add_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
+        """gradient: [n, V], with respect to `transform.before` times the logits, still to be multiplied by `scale`; of
+        rows that do not multiply, with all factors in it."""
+
+    def clear_except(self, rows: Tensor) -> None:
+        """Makes sure that the gradient of every other row is 0."""
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """One for each tensor the rows were made of."""
+
+
+def as_slice(rows: Tensor) -> Tensor | slice:
+    """Increasing indices as a slice where they have no gap: no gather, no scatter."""
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
+
+
+class LinearRows:
+    """Logits of hidden [N, D] under a head weight [V, D] and bias [V] (or None).
+
+    share: whether the head is a part of one, and the hidden states' gradient a share of it. chosen: tokens a chunk,
+    where the caller chose: then every product has the same number of rows, those beyond a chunk's own 0, and no token's
+    bits depend on the others.
+    """
+
+    multiplies = True
+
+    def __init__(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        transform: Transform,
+        needs: tuple[bool, ...] = (False, False, False),
+        buffers: int = 1,
+        share: bool = False,
+        chosen: int | None = None,
+    ) -> None:
+        self.hidden, self.weight, self.bias = tensors
+        self.padded = None if chosen is None else memory.product_rows(chosen)
+        self.transform = transform
+        self.buffers = buffers
+        self.dtype = accumulation_dtype(self.hidden, self.weight)
+        self.vocabulary = len(self.weight)
+        self.scaled_bias = None if self.bias is None else self.bias.to(self.dtype) * transform.before
+        self.buffer = self.hidden.new_empty(0, self.vocabulary, dtype=self.dtype)
+        self.d_hidden = self.d_weight = self.d_bias = None
+        if needs[0]:
+            # of several processes' shares only the sum is rounded
+            kept = self.dtype if share else storage_dtype(self.hidden.dtype)
+            self.d_hidden = memory.zeros(self.hidden.shape, kept, self.hidden.device)
+        if needs[1]:
+            self.d_weight = memory.zeros(self.weight.shape, self.dtype, self.weight.device)
+        if needs[2]:
+            self.d_bias = self.weight.new_zeros(self.vocabulary, dtype=self.dtype)
+
+    def chunks(self, rows: Tensor, chosen: int | None) -> Iterator[Tensor]:
+        per_row = self.vocabulary * self.dtype.itemsize * self.buffers
+        return iter(rows.split(memory.chunk_sizes(len(rows), len(self.hidden), per_row, self.hidden.device, chosen)))
+
+    def _hidden(self, rows: Tensor) -> Tensor:
+        hidden = self.hidden.index_select(0, rows).to(self.dtype).mul_(self.transform.before)
+        if self.padded is None:
+            return hidden
+        whole = self._room(hidden.shape[1])
+        whole[: len(rows)] = hidden
+        whole[len(rows) :] = 0
+        return whole
+
+    def _room(self, columns: int) -> Tensor:
+        """Where every product's rows lie, [padded, columns]."""
+        assert self.padded is not None
+        return memory.room(self.padded, columns, self.dtype, self.hidden.device)
+
+    def _weight_slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """The head in the accumulation dtype, whole if it has that dtype, else a slice of the vocabulary at a time."""
+        width = max(1, self.weight.shape[1])
+        step = self.vocabulary if self.weight.dtype == self.dtype else max(1, _UPCAST // width)
+        for start in range(0, self.vocabulary, step):
+            columns = slice(start, min(start + step, self.vocabulary))
+            yield columns, self.weight[columns].to(self.dtype)
+
+    def scores(self, rows: Tensor) -> Tensor:
+        if self.padded is not None and len(self.buffer) == 0:
+            self.buffer = self._room(self.vocabulary)
+        elif len(self.buffer) < len(rows):
+            self.buffer = memory.zeros((len(rows), self.vocabulary), self.dtype, self.buffer.device)
+        hidden = self._hidden(rows)
+        for columns, weight in self._weight_slices():
+            products.multiply(hidden, weight.t(), self.buffer[: len(hidden), columns])
+        scores = self.buffer[: len(rows)]
+        if self.scaled_bias is not None:
+            scores.add_(self.scaled_bias)
+        return self.transform.cap_(scores)
+
+    def room(self, rows: Tensor, learning: bool) -> Tensor:
+        return self.buffer[: len(rows)]
+
+    def hidden_gradient(self, gradient: Tensor, scale: float) -> Tensor:
+        """scale * gradient @ weight: [n, D]. gradient: the first rows of `room`."""
+        width, whole = self.weight.shape[1], self._whole(gradient)
+        product = gradient.new_empty(len(whole), width) if self.padded is None else self._room(width)
+        product.zero_()
+        for columns, weight in self._weight_slices():
+            products.add_product(product, whole[:, columns], weight)
+        return product[: len(gradient)].mul_(self.transform.before * scale)
+
+    def _whole(self, gradient: Tensor) -> Tensor:
+        """The gradient with 0 for the rows that a product has beyond it."""
+        if self.padded is None:
+            return gradient
+        self.buffer[len(gradient) :] = 0
+        return self.buffer
+
+    def add_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
+        if self.d_hidden is not None:
+            self.d_hidden.index_copy_(0, rows, self.hidden_gradient(gradient, scale).to(self.d_hidden.dtype))
+        if self.d_weight is not None:
+            products.add_product(self.d_weight, self._whole(gradient).t(), self._hidden(rows), alpha=scale)
+        if self.d_bias is not None:
+            self.d_bias.add_(gradient.sum(0), alpha=self.transform.before * scale)
+
+    def clear_except(self, rows: Tensor) -> None:
+        """Nothing to do: gradients are made as zeros."""
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        d_weight, d_bias = self.d_weight, self.d_bias
+        if d_weight is not None:
+            d_weight = d_weight.to(storage_dtype(self.weight.dtype))
+        if d_bias is not None and self.bias is not None:
+            d_bias = d_bias.to(storage_dtype(self.bias.dtype))
+        return self.d_hidden, d_weight, d_bias
+
+
+class LogitRows:
+    """Logits [N, V] as they are. `into`: where the gradient goes; `logits` itself overwrites them."""
+
+    multiplies = False
+
+    def __init__(
+        self, logits: Tensor, transform: Transform, needs: tuple[bool, ...] = (False,), into: Tensor | None = None
+    ) -> None:
+        self.logits = logits
+        self.transform = transform
+        self.dtype = accumulation_dtype(logits)
+        self.vocabulary = logits.shape[1]
+        self.buffer = logits.new_empty(0, self.vocabulary, dtype=self.dtype)
+        self.d_logits = None
+        if needs[0]:
+            self.d_logits = memory.zeros(logits.shape, logits.dtype, logits.device) if into is None else into
+
+    def chunks(self, rows: Tensor, chosen: int | None) -> Iterator[Tensor]:
+        return iter(rows.split(chosen or max(1, _IN_CACHE // self.vocabulary)) if len(rows) else ())
+
+    def scores(self, rows: Tensor) -> Tensor:
+        logits = self.logits[as_slice(rows)]
+        transform = self.transform
+        if logits.dtype == self.dtype and transform.before == 1 and transform.softcap is None:
+            return logits
+        return transform.cap_(self._chunk(rows).copy_(logits).mul_(transform.before))
+
+    def room(self, rows: Tensor, learning: bool) -> Tensor:
+        where = as_slice(rows)
+        if learning and self.d_logits is not None and self.d_logits.dtype == self.dtype and isinstance(where, slice):
+            return self.d_logits[where]
+        return self._chunk(rows)
+
+    def _chunk(self, rows: Tensor) -> Tensor:
+        if len(self.buffer) < len(rows):
+            self.buffer = self.buffer.new_empty(len(rows), self.vocabulary)
+        return self.buffer[: len(rows)]
+
+    def add_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
+        if self.d_logits is None:
+            return
+        where = as_slice(rows)
+        made_in_place = isinstance(where, slice) and gradient.data_ptr() == self.d_logits[where].data_ptr()
+        if not made_in_place:
+            self.d_logits[where] = gradient.to(self.d_logits.dtype)
+
+    def clear_except(self, rows: Tensor) -> None:
+        if self.d_logits is self.logits:  # overwritten in place: the others still hold logits
+            others = torch.ones(len(self.logits), dtype=torch.bool, device=rows.device)
+            others[rows] = False
+            self.logits.index_fill_(0, others.nonzero().squeeze(1), 0)
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        return (self.d_logits,)

@@ -1,0 +1,1 @@
+"""backend="triton": what launches the kernels of `prefixloss._kernels`."""

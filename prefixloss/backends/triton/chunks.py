@@ -1,0 +1,207 @@
+"""An LM head over many tokens, a chunk of logits at a time: what `backend="triton"` multiplies.
+
+Every chunk of a call has the same number of rows, so that no token's result depends on where in the batch it lies; with
+`chunk_tokens` every call's chunks have, so that none depends on the batch. One buffer holds a chunk's float32 logits
+and then, in the same memory, their gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefixloss._kernels.scale import launch_scale
+from prefixloss.backends import memory, products
+from prefixloss.maths.precision import storage_dtype
+
+# rows are rounded up to what fills the matrix units' tiles
+_TILE = 128
+# no row's gradient is scaled by more: see `row_scale` in the kernels
+LARGEST_SCALE = 2.0**120
+
+
+class Head(NamedTuple):
+    """hidden [N, D], weight [V, D], bias [V] or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Rows(NamedTuple):
+    """Which tokens to compute: int64 [n]; wanted: bool [n] where not all of them are."""
+
+    token: Tensor
+    wanted: Tensor | None
+
+    @classmethod
+    def where(cls, wanted: Tensor, most: int | None) -> Rows:
+        """The True entries of wanted [N]: exactly, after one synchronisation with the device, or, with `most`, the
+        first `most` of them and then others, without any."""
+        if most is None:
+            return cls(wanted.nonzero().squeeze(1), None)
+        if most >= len(wanted):
+            return cls(torch.arange(len(wanted), device=wanted.device), wanted)
+        index = torch.argsort(~wanted, stable=True)[:most]
+        return cls(index, wanted[index])
+
+    @classmethod
+    def split(cls, first: Tensor, wanted: Tensor) -> tuple[Rows, Rows]:
+        """The tokens in both of two masks [N], and those in the second alone; one synchronisation."""
+        kind = torch.where(wanted, torch.where(first, 0, 1), 2)
+        counts = torch.stack([(kind == 0).sum(), (kind <= 1).sum()]).tolist()
+        index = torch.argsort(kind, stable=True)
+        return cls(index[: counts[0]], None), cls(index[counts[0] : counts[1]], None)
+
+
+def chunk_rows(rows: int, tokens: int, bytes_per_row: int, device: torch.device, chosen: int | None) -> int:
+    """Tokens in every chunk: `chosen`, or as many as the memory budget allows, divided evenly, in whole tiles."""
+    if rows == 0:
+        return 0
+    if chosen is not None:
+        return chosen
+    most = memory.rows_in_budget(tokens, bytes_per_row, device)
+    tile = _TILE if most >= _TILE else 1
+    most = most // tile * tile
+    even = -(-rows // max(1, -(-rows // most)))
+    tile = min(tile, _TILE if even > _TILE else memory.ALIGNED)
+    return min(most, -(-even // tile) * tile)
+
+
+class Chunk(NamedTuple):
+    """rows: int64 [n], the tokens it is made of. logits: float32 [n, V]; reference likewise, or None."""
+
+    rows: Tensor
+    logits: Tensor
+    reference: Tensor | None
+
+
+class HeadChunks:
+    """The logits of the tokens `rows` [n] in chunks, and what their gradients add up to.
+
+    needs: whether hidden, weight and bias want gradients. chosen: rows a chunk, None for as many as memory advises.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        reference: Head | None,
+        rows: Rows,
+        chosen: int | None,
+        needs: Sequence[bool] = (False, False, False),
+    ) -> None:
+        self.head, self.reference, self.rows = head, reference, rows
+        hidden, weight, _ = head
+        self.vocabulary, self.device = len(weight), hidden.device
+        buffers = 1 if reference is None else 2
+        self.step = chunk_rows(len(rows.token), len(hidden), 4 * self.vocabulary * buffers, self.device, chosen)
+        # the rows of the buffers and of every product
+        self.size = self.step if chosen is None else memory.product_rows(self.step)
+        self.logits = self._room(torch.float32)
+        self.reference_logits = None if reference is None else self._room(torch.float32)
+        self.hidden = self._hidden_room(head)
+        self.reference_hidden = None if reference is None else self._hidden_room(reference)
+        self.grads_dtype = products.gradient_dtype(self.hidden, weight)
+        # float16 ends at 6e-8: there each row's gradient comes times a power of two of its own, and so does the sum
+        self.scales = self.sum_scale = None
+        if self.grads_dtype == torch.float16:
+            self.scales = torch.full((self.size,), LARGEST_SCALE, device=self.device)
+            self.sum_scale = self.scales.new_full((), LARGEST_SCALE)
+        self.d_hidden = self.d_weight = self.d_bias = None
+        if needs[0]:
+            self.d_hidden = torch.zeros(hidden.shape, device=self.device, dtype=storage_dtype(hidden.dtype))
+        if needs[1]:
+            self.d_weight = torch.zeros(weight.shape, device=self.device)
+        if needs[2]:
+            self.d_bias = torch.zeros(self.vocabulary, 1, device=self.device)
+
+    def _room(self, dtype: torch.dtype) -> Tensor:
+        """[size, V]."""
+        return memory.room(self.size, self.vocabulary, dtype, self.device)
+
+    def _hidden_room(self, head: Head) -> Tensor:
+        """[size, D]; rows beyond a chunk's own are never NaN."""
+        dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
+        return memory.room(self.size, head.hidden.shape[1], dtype, self.device).zero_()
+
+    def gradient_room(self, apart: bool) -> Tensor:
+        """[size, V] in the products' dtype: over the logits themselves, for half precision in the upper half of each
+        row; or `apart`, where several programs share a row and none may overwrite what another has yet to read."""
+        if apart:
+            return self._room(self.grads_dtype)
+        if self.grads_dtype == torch.float32:
+            return self.logits
+        stride = self.logits.stride(0)
+        halves = self.logits.as_strided((self.size, stride), (stride, 1)).view(self.grads_dtype)
+        return halves[:, stride : stride + self.vocabulary]
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for start in range(0, len(self.rows.token), max(1, self.step)):
+            here = slice(start, start + self.step)
+            rows, wanted = self.rows.token[here], None if self.rows.wanted is None else self.rows.wanted[here]
+            self._multiply(self.head, rows, wanted, self.hidden, self.logits)
+            reference = None
+            if self.reference is not None:
+                assert self.reference_hidden is not None
+                assert self.reference_logits is not None
+                self._multiply(self.reference, rows, wanted, self.reference_hidden, self.reference_logits)
+                reference = self.reference_logits[: len(rows)]
+            yield Chunk(rows, self.logits[: len(rows)], reference)
+
+    def _multiply(self, head: Head, rows: Tensor, wanted: Tensor | None, hidden: Tensor, out: Tensor) -> None:
+        chosen = hidden[: len(rows)].copy_(head.hidden.index_select(0, rows))
+        if wanted is not None:
+            # a token outside the mask may hold anything, and 0 times NaN is NaN
+            chosen.masked_fill_(~wanted[:, None], 0)
+        products.logits(hidden, head.weight, head.bias, out)
+
+    def hidden_gradient(self, grads: Tensor, rows: int) -> Tensor:
+        """float32 [rows, D]: the first rows of grads [size, V] times the head, their scales taken back."""
+        product = products.hidden_gradient(grads, self.head.weight)
+        return (product if self.scales is None else product.div_(self.scales[:, None]))[:rows]
+
+    def add_gradient(self, rows: Tensor, grads: Tensor) -> None:
+        """Takes in grads [size, V] of the chunk `rows`, which is the one last made."""
+        grads[len(rows) :] = 0
+        if self.scales is not None:
+            self.scales[len(rows) :] = LARGEST_SCALE
+        if self.d_hidden is not None:
+            self.d_hidden.index_copy_(0, rows, self.hidden_gradient(grads, len(rows)).to(self.d_hidden.dtype))
+        if self.d_weight is None and self.d_bias is None:
+            return
+        share = None if self.scales is None else self._share_of_sum(self.scales)[:, None]
+        if self.d_weight is not None:
+            hidden = self.hidden if share is None else (self.hidden * share).to(self.grads_dtype)
+            products.add_head_gradient(self.d_weight, grads, hidden)
+        if self.d_bias is not None:
+            ones = grads.new_ones(self.size, 1)
+            products.add_head_gradient(self.d_bias, grads, ones if share is None else share.to(self.grads_dtype))
+
+    def _share_of_sum(self, scales: Tensor) -> Tensor:
+        """[size], at most 1: what a row's gradient, times its own scale, needs to have the sum's scale.
+
+        The sum has the smallest scale of any row so far, so that nothing in it is too large for the products.
+        """
+        assert self.sum_scale is not None
+        smallest = torch.minimum(scales.min(), self.sum_scale)
+        for total in (self.d_weight, self.d_bias):
+            if total is not None:
+                launch_scale(total, smallest / self.sum_scale)
+        self.sum_scale = smallest
+        return smallest / scales
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden, weight and bias, in their dtype; float16's wait for the incoming scale in float32. The end."""
+        del self.logits, self.reference_logits  # room for the head's gradient in its own dtype
+        sums: list[Tensor | None] = []
+        for total, given in ((self.d_weight, self.head.weight), (self.d_bias, self.head.bias)):
+            if total is None or given is None:
+                sums.append(None)
+                continue
+            if self.sum_scale is not None:
+                total.div_(self.sum_scale)
+            sums.append(total.reshape(given.shape).to(storage_dtype(given.dtype)))
+        return self.d_hidden, sums[0], sums[1]

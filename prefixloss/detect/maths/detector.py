@@ -1,0 +1,327 @@
+"""Arithmetic and algebra: the first step that claims what is false, or contradicts what was said before.
+
+Every equality and inequality is checked: numbers exactly, names by what they were said to be, solutions by
+substitution. What is not false but has no origin is a doubt: a number from nowhere, a calculation that is no part of
+the problem's, a rewriting with another value. Where the final answer is known to be wrong and no claim is false, the
+first doubt is blamed, else the step that states the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from prefixloss.detect.base import Detector, FirstError
+from prefixloss.detect.maths.answers import answer_in, collections_differ, differ, follows, is_collection, stated
+from prefixloss.detect.maths.claims import EQUALITIES, claims, describes, holds, rounding
+from prefixloss.detect.maths.expressions import (
+    DivisionByZeroError,
+    Expression,
+    NoValueError,
+    Rational,
+    evaluate,
+    is_number,
+    magnitude,
+    numbers,
+    show,
+    value,
+)
+from prefixloss.detect.maths.lexemes import declared
+from prefixloss.detect.maths.names import Names, gaps
+from prefixloss.detect.maths.reader import Chain, Reading, Run, read
+from prefixloss.detect.maths.task import Task, parts
+from prefixloss.detect.maths.text import MAX_TEXT, UnreadableError, words
+
+MAX_RESPONSE = 10 * MAX_TEXT  # characters
+MAX_BASES = 8  # numbers before it that a percentage may be a share of
+
+# confidence
+_FALSE = 0.95  # a false claim between numbers
+_COPIED = 0.85  # a wrong copy of the problem's expression
+_CONTRADICTED = 0.8  # equations that cannot hold together
+_UNDERIVED = 0.8  # a final answer that the steps do not give
+_DOUBTED = 0.6  # the first doubt, where the answer is known to be wrong
+_KNOWN_WRONG = 0.5  # the step that states the wrong answer, where there is no doubt
+_RIGHT = 0.9  # nothing wrong, where every step could be checked
+
+_MENTIONED_BEFORE = words("has have")  # "x^2 + 1 = 0 has no real root"
+_MENTIONED_BEHIND = words("of line axis curve graph circle parabola ellipse")  # "the roots of x^2 = 4"
+_RESTARTS = words("let now define denote call redefine set")
+_COMMON = frozenset((*range(17), 20, 24, 25, 28, 29, 30, 31, 36, 50, 52, 60, 90, 100, 180, 360, 365, 366, 1000, 3600))
+_SIGNS = {"is": "=", "~=": "\u2248", "\\ne": "\u2260", "<=": "\u2264", ">=": "\u2265"}
+
+
+class WrongError(Exception):
+    """A step is wrong: why, and how sure that is."""
+
+    def __init__(self, reason: str, confidence: float) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.confidence = confidence
+
+
+@dataclass(frozen=True)
+class Maths(Detector):
+    """strict_numbers: a number from neither the problem, an earlier step nor common knowledge is an error, not a doubt.
+
+    solve: a problem that is an expression to calculate gives its right answer itself, where none is passed.
+    """
+
+    strict_numbers: bool = False
+    solve: bool = False
+
+    def find(self, problem: str, steps: Sequence[str], answer: str | None) -> FirstError:
+        if sum(map(len, (problem, *steps))) > MAX_RESPONSE:
+            return FirstError(None, f"more than {MAX_RESPONSE} characters", 0.0)
+        response = _Response(problem, steps, self.strict_numbers)
+        for k, step in enumerate(steps):
+            try:
+                response.read(k, step)
+            except UnreadableError as error:
+                response.unread.setdefault(k, str(error))
+            except WrongError as wrong:
+                unsure = any(earlier < k for earlier in response.unread)
+                return FirstError(k, wrong.reason, wrong.confidence * (0.5 if unsure else 1))
+        if answer is None and self.solve and response.task.value is not None:
+            answer = str(response.task.value)
+        return response.judge(answer)
+
+
+class _Response:
+    """What the steps so far say, and what is wrong with it."""
+
+    def __init__(self, problem: str, steps: Sequence[str], strict_numbers: bool) -> None:
+        self.strict_numbers = strict_numbers
+        self.declared = declared("\n".join((problem, *steps)))
+        self.task = Task.of(problem, self.declared)
+        self.names = Names(self.task.equations)
+        self.known = {*self.task.numbers, *_COMMON}  # numbers that have an origin
+        self.steps = len(steps)
+        self.step = 0
+        self.checked: set[int] = set()  # steps in which something was found right
+        self.unread: dict[int, str] = {}  # steps in which something could not be read or decided
+        self.doubts: dict[int, str] = {}
+        self.results: list[tuple[int, Rational]] = []  # the values that were found right, with their steps
+        self.calculations: list[tuple[int, Expression]] = []  # those that were found right, with their steps
+        self.final: tuple[int, str] | None = None  # the last answer, with its step
+        self.asserts = True  # whether the words before the chain let it contradict what was said before
+        self.stated: set[str] = set()  # names for which this step has stated no more than a value
+        self.last: Run | None = None  # where the next text may go on with "= ..."
+
+    def read(self, k: int, text: str) -> None:
+        """The next step; WrongError at the first thing that is wrong."""
+        self.step = k
+        self.stated = set()
+        reading = read(text, self.declared)
+        if reading.unread:
+            self._unsure("a claim that cannot be read")
+        before = frozenset(self.names.values)
+        for chain in reading.chains:
+            self._origin(chain)
+            self._chain(chain)
+        if self.task.expression:
+            self._copies(reading, before)
+        self._answer(text, reading)
+
+    def _unsure(self, reason: str) -> None:
+        self.unread.setdefault(self.step, reason)
+
+    # ---- claims
+
+    def _chain(self, chain: Chain) -> None:
+        """Every relation of a chain."""
+        if chain.opening and self.last:
+            chain = chain._replace(runs=[self.last, *chain.runs], relations=[chain.opening, *chain.relations])
+        runs = chain.runs
+        self.last = runs[-1]
+        mentioned = chain.supposed or chain.tail in _MENTIONED_BEFORE or _MENTIONED_BEHIND.intersection(chain.lead[-1:])
+        if len(runs) > 1 and (chain.tail == "?" or (mentioned and any(run.names for run in runs))):
+            self._unsure("a claim that is only supposed or mentioned")
+            return
+        if (name := runs[0].name) and _RESTARTS.intersection(chain.lead):
+            self.names.forget(name)
+        self.asserts = claims(chain.lead)
+        for n in range(len(chain.relations)):
+            try:
+                self._relation(chain, n)
+            except NoValueError as error:
+                self._unsure(str(error))
+
+    def _relation(self, chain: Chain, n: int) -> None:
+        """The relation between run n and the next; NoValueError where it cannot be decided."""
+        left, right, relation = chain.runs[n], chain.runs[n + 1], chain.relations[n]
+        if left.partial or right.partial or (right.worded and right.names and n + 2 < len(chain.runs)):
+            raise NoValueError("a claim that cannot be read")
+        if not (left.names | right.names) <= self.names.values.keys():
+            if relation in EQUALITIES:
+                self._equation(left, right, len(chain.runs) > 2)
+            return
+        before_it = chain.runs[max(0, n - MAX_BASES) : n] if "%" in right.expression else []
+        bases = [magnitude(number) for run in before_it for number in numbers(run.expression)]
+        if holds(left, right, relation, self.names.values, bases):
+            self._right(right)
+            if not left.names and not is_number(left.expression):
+                self.calculations.append((self.step, left.expression))
+        elif n == 0 and describes(chain.lead, left, right):
+            raise NoValueError("a claim that may be a description")
+        elif left.name in self.stated and len(chain.runs) == 2:
+            self._solution(left.name, right)
+            self.names.values.pop(left.name)  # one value of several: x = 2 or x = 3
+        else:
+            raise WrongError(self._false(left, right, relation), _FALSE)
+
+    def _right(self, run: Run) -> None:
+        """A run whose value was found right."""
+        number = value(run.expression, self.names.values)
+        self.checked.add(self.step)
+        self.results.append((self.step, number))
+        self.known.add(magnitude(number))
+
+    def _false(self, left: Run, right: Run, relation: str) -> str:
+        try:
+            a, b = (show(value(run.expression, self.names.values)) for run in (left, right))
+        except DivisionByZeroError:
+            return "division by zero"
+        return f"{a} {_SIGNS.get(relation, relation)} {b} is false"
+
+    def _equation(self, left: Run, right: Run, chained: bool) -> None:
+        """An equality with a name that has no value. chained: whether it is one of several in a chain."""
+        known = self.names.values.keys()
+        for side, other in ((left, right), (right, left)):
+            if side.name and other.names <= known:
+                self._solution(side.name, other)
+                self.stated |= set() if chained else {side.name}
+                return
+        derived = any(self.names.about(name) for name in left.names | right.names)
+        simplifies = chained and left.names == right.names and not left.name
+        try:
+            refuted = self.names.refute(left.expression, right.expression)
+        finally:
+            self.names.add(left.expression, right.expression)
+        if refuted:
+            self._contradiction("an equation that contradicts what was said before")
+        same = gaps(left.expression, right.expression) == {0}
+        if simplifies and not same:
+            raise WrongError("two sides that are not the same", _CONTRADICTED)
+        if same or derived:
+            self.checked.add(self.step)
+
+    def _solution(self, name: str, run: Run) -> None:
+        """A name gets its value, unless an equation contradicts it."""
+        number = value(run.expression, self.names.values)
+        self.names.values[name] = number
+        if self.names.refute_value(name, number, rounding(run)):
+            del self.names.values[name]
+            self._contradiction(f"{name} = {show(number)} does not solve what was said before")
+        self._right(run)
+
+    def _contradiction(self, reason: str) -> NoReturn:
+        if self.asserts:
+            raise WrongError(reason, _CONTRADICTED)
+        raise NoValueError(reason)
+
+    # ---- origins
+
+    def _origin(self, chain: Chain) -> None:
+        """Doubts the step if the chain starts from a number without an origin."""
+        start = chain.runs[1] if chain.runs[0].name and len(chain.runs) > 1 else chain.runs[0]
+        strange = [number for number in numbers(start.expression) if not self._has_origin(magnitude(number))]
+        if strange and not is_number(start.expression) and not self.task.expression:
+            reason = f"{show(strange[0])} comes from nowhere"
+            if self.strict_numbers:
+                raise WrongError(reason, _DOUBTED)
+            self.doubts.setdefault(self.step, reason)
+        self.known.update(magnitude(number) for run in chain.runs for number in numbers(run.expression))
+
+    def _has_origin(self, n: Rational) -> bool:
+        """From the problem, an earlier step or common knowledge; perhaps as a percentage, its complement or on top."""
+        return not self.known.isdisjoint((n, n * 100, 100 - n, 100 - n * 100, n * 100 - 100))
+
+    def _copies(self, reading: Reading, before: frozenset[str]) -> None:
+        """Compares the problem's expression with its copies, and with a formula in the names that the step defines."""
+        defines = self.names.values.keys() - before
+        for chain in reading.chains:
+            copy = chain.runs[0]
+            rewrites = defines and len(copy.names) > 1 and len(chain.runs) == 1
+            if copy.partial or (copy.names and not rewrites):
+                continue
+            try:
+                same = evaluate(copy.expression, self.names.values) == self.task.value
+            except NoValueError:
+                same = False
+            if same:
+                self.checked.add(self.step)
+            elif not copy.names and self.task.resembles(copy.expression):
+                raise WrongError("the problem's expression is copied wrongly", _COPIED)
+            elif copy.names:
+                definitions = (c.runs[1].expression for c in reading.chains if c.runs[0].name and len(c.runs) > 1)
+                if not all(is_number(definition) or self.task.copies(definition) for definition in definitions):
+                    raise WrongError("a part of the problem's expression is copied wrongly", _COPIED)
+                self.doubts.setdefault(self.step, "this is not the problem's expression")
+
+    def _strays(self) -> dict[int, str]:
+        """The steps with a calculation that is no part of the problem's expression."""
+        if self.task.expression is None:
+            return {}
+        try:
+            found = parts(self.task.expression)
+        except NoValueError:
+            return {}
+        strays = (k for k, calculation in self.calculations if not found.have(calculation, value(calculation, {})))
+        return dict.fromkeys(strays, "this is no part of the problem")
+
+    # ---- the answer
+
+    def _answer(self, text: str, reading: Reading) -> None:
+        """The answer that the step states; WrongError if the steps give another."""
+        said = stated(text)
+        if said is None:
+            return
+        self.final = self.step, said
+        run = None if is_collection(said) else answer_in(said, self.declared)
+        if run is None:
+            self._unsure("an answer that cannot be read")
+            return
+        if not self.results or max(self.unread, default=-1) >= self.results[-1][0]:
+            return  # the answer may follow from what could not be read
+        try:
+            number = value(run.expression, self.names.values)
+        except NoValueError:
+            return
+        beside = {chain.runs[0].expression for chain in reading.chains if len(chain.runs) == 1} - {run.expression}
+        unknown = any(other.names - self.names.values.keys() for chain in reading.chains for other in chain.runs)
+        if self.task.expression:
+            derived = [self.results[-1][1]]
+        elif beside or unknown:
+            return  # the answer may follow in words, "8 times as many as 5 are 40", or from an equation
+        else:
+            derived = [result for k, result in self.results if k == self.step] or [result for _, result in self.results]
+        if not any(follows(number, result, rounding(run)) for result in derived):
+            raise WrongError(f"the steps give {show(derived[-1])}, not {show(number)}", _UNDERIVED)
+        self.checked.add(self.step)
+
+    def judge(self, right: str | None) -> FirstError:
+        """The first error where no claim is false. right: the right answer, where it is known."""
+        if right is not None and self.final and self._is_not(right):
+            step = self.final[0]
+            doubts = {**self._strays(), **self.doubts, step: "the answer is wrong"}
+            first = min(doubts)
+            return FirstError(first, doubts[first], _DOUBTED if first < step else _KNOWN_WRONG)
+        if self.unread:
+            first = min(self.unread)
+            return FirstError(None, f"step {first + 1}: {self.unread[first]}", 0.0)
+        if self.task.value is not None and self.final and self._is_not(str(self.task.value)):
+            return FirstError(None, "no claim is false, but the answer is not the problem's value", 0.0)
+        if not self.checked:
+            return FirstError(None, "nothing to check", 0.0)
+        return FirstError(None, "every claim holds", _RIGHT * len(self.checked) / self.steps)
+
+    def _is_not(self, right: str) -> bool:
+        """Whether the stated answer is surely not the right one."""
+        if self.final is None:
+            return False
+        if is_collection(self.final[1]) or is_collection(right):
+            return collections_differ(self.final[1], right)
+        said, known = answer_in(self.final[1], self.declared), answer_in(right, self.declared)
+        return said is not None and known is not None and differ(said, known, self.names.values)

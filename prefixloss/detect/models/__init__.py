@@ -1,0 +1,1 @@
+"""Learned evaluators: a process reward model here, a judge behind a server."""

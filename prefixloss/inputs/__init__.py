@@ -1,0 +1,1 @@
+"""A call's arguments, checked, as one flat batch of tokens."""

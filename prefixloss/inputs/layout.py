@@ -1,0 +1,139 @@
+"""Where the tokens of a call lie: padded [B, T] or packed [N] with cu_seqlens, seen as one flat list of N tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixloss import check
+
+
+@dataclass(frozen=True)
+class Layout:
+    """scored: bool [N], the tokens in `mask`. offsets: int64 [B + 1], None for packed input without cu_seqlens.
+
+    group: processes that have a part of every response each, in the order of their ranks; None if all is here. What is
+    asked of a response is then asked of all of it, by a collective.
+    """
+
+    scored: Tensor
+    offsets: Tensor | None
+    group: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        shape: torch.Size,
+        device: torch.device,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        group: Any = None,
+    ) -> Layout:
+        """Checks `mask` and `cu_seqlens` against tokens of that shape ([B, T] or [N])."""
+        check.layout(shape, mask, cu_seqlens)
+        tokens = shape.numel()
+        if mask is None:
+            scored = torch.ones(tokens, dtype=torch.bool, device=device)
+        else:
+            scored = mask.reshape(-1).to(device=device, dtype=torch.bool)
+        if len(shape) == 2:
+            offsets: Tensor | None = torch.arange(shape[0] + 1, device=device) * shape[1]
+        else:
+            offsets = (
+                None if cu_seqlens is None else _in_bounds(cu_seqlens.to(device=device, dtype=torch.int64), tokens)
+            )
+        return cls(scored, offsets, group)
+
+    @property
+    def tokens(self) -> int:
+        return self.scored.shape[0]  # not its len: a compiler would take that for a constant
+
+    def starts(self, argument: str) -> Tensor:
+        """`offsets`, or the error that `argument` needs them."""
+        if self.offsets is None:
+            raise ValueError(
+                f"{argument}: is per response, got packed input without cu_seqlens, expected cu_seqlens [B + 1]"
+            )
+        return self.offsets
+
+    def responses(self, argument: str) -> int:
+        """B, or the error that `argument` needs it."""
+        return self.starts(argument).shape[0] - 1
+
+    def response_of_token(self, argument: str) -> Tensor:
+        """int64 [N]: the response each token belongs to."""
+        starts = self.starts(argument)
+        positions = torch.arange(self.tokens, device=starts.device)
+        return torch.searchsorted(starts, positions, right=True) - 1
+
+    def rank(self) -> Tensor:
+        """int64 [N]: how many scored tokens of the same response stand before each token."""
+        starts = self.starts("advantages")
+        before = torch.nn.functional.pad(self.scored.long().cumsum(0), (1, 0))
+        first = -before[starts[:-1]]
+        if self.group is not None:
+            rank = torch.distributed.get_rank(self.group)
+            first = first + self._of_all(before[starts].diff())[:rank].sum(0)
+        return before[:-1] + first[self.response_of_token("advantages")]
+
+    def place(self, position: int) -> str:
+        """Where a token lies, in words, for an error message."""
+        if self.offsets is None:
+            return f"position {position}"
+        response = int(self.response_of_token("tokens")[position])
+        return f"response {response}, position {position - int(self.offsets[response])}"
+
+    def check_finite(self, argument: str, values: Tensor) -> None:
+        """Per-token values [N]: no NaN and no infinity at a scored token."""
+        if not check.readable(values):
+            return
+        wrong = self.scored & ~values.isfinite()
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            check.fail(argument, f"{float(values[at])} at {self.place(at)}", "finite values at scored tokens")
+
+    def check_token_ids(self, tokens: Tensor, vocabulary: int) -> None:
+        """Ids [N] of scored tokens in [0, V)."""
+        if not check.readable(tokens):
+            return
+        wrong = self.scored & ((tokens < 0) | (tokens >= vocabulary))
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            check.fail("tokens", f"id {int(tokens[at])} at {self.place(at)}", f"ids in [0, V) with V = {vocabulary}")
+
+    def lengths(self, argument: str) -> Tensor:
+        """int64 [B]: scored tokens of each response."""
+        before = torch.nn.functional.pad(self.scored.long().cumsum(0), (1, 0))
+        return self._summed(before[self.starts(argument)].diff())
+
+    def sum_by_response(self, values: Tensor, argument: str) -> Tensor:
+        """[N] -> [B], summed in a fixed order on every device."""
+        lengths = self.starts(argument).diff()
+        return self._summed(torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True, initial=0))
+
+    def scored_tokens(self) -> Tensor:
+        """0-d."""
+        return self._summed(self.scored.sum())
+
+    def _summed(self, values: Tensor) -> Tensor:
+        return values if self.group is None else self._of_all(values).sum(0)
+
+    def _of_all(self, values: Tensor) -> Tensor:
+        """Every process's values, [processes, ...], in the order of their ranks."""
+        rank, size = torch.distributed.get_rank(self.group), torch.distributed.get_world_size(self.group)
+        places = values.new_zeros(size, *values.shape)
+        places[rank] = values
+        torch.distributed.all_reduce(places, group=self.group)
+        return places
+
+
+def _in_bounds(offsets: Tensor, tokens: int) -> Tensor:
+    """Offsets that were checked, as they are; else made such that wrong ones lead to no read out of bounds."""
+    if check.readable(offsets):
+        return offsets
+    offsets = offsets.clamp(0, tokens).cummax(0).values
+    offsets[0], offsets[-1] = 0, tokens
+    return offsets

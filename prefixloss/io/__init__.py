@@ -1,0 +1,1 @@
+"""What leaves the package: files written whole, text that is safe to show."""

@@ -1,0 +1,1 @@
+"""The formulas, once: objectives, softmax rows, metrics, precision."""
