@@ -247,7 +247,7 @@ def test_the_command_measures_writes_and_prints(tmp_path: Path) -> None:
 def test_cases_are_tracked_by_pytest_benchmark_and_not_by_the_ordinary_tests(tmp_path: Path) -> None:
     saved = tmp_path / "track.json"
     pytest_ = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    options = ["bench/test_speed.py", "-k", "quick and logits and floor", f"--benchmark-json={saved}"]
+    options = ["bench/speed/test_speed.py", "-k", "quick and logits and floor", f"--benchmark-json={saved}"]
     # in a worker of pytest-xdist, whose variables the child would inherit, pytest-benchmark saves nothing
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run([*pytest_, *options], cwd=ROOT, capture_output=True, text=True, check=False, env=alone)
