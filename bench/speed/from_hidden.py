@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prefixloss import linear_logps, linear_prefix_loss
-from prefixloss.backends import products
+from prefixloss.backends import memory, products
 
 from .inputs import Linear, capped, padding, policy_terms, token_logps
 from .step import Result, Step
@@ -63,11 +63,9 @@ def bare_products(data: Linear, count: int = 3) -> Step:
 
 def chunked_products(data: Linear) -> Step:
     """Our own products and nothing else: in chunks, with float32 results."""
-    from prefixloss.backends.triton.chunks import chunk_rows  # noqa: PLC0415 (needs triton)
-
     hidden, weight = data.hidden.detach(), data.weight.detach()
     rows, vocabulary = len(hidden), len(weight)
-    size = chunk_rows(rows, rows, 4 * vocabulary, hidden.device, None)
+    size = memory.chunk_rows(rows, rows, 4 * vocabulary, hidden.device, None)
     logits = torch.empty(size, vocabulary, device=hidden.device)
     grads = torch.randn(size, vocabulary, device=hidden.device, dtype=hidden.dtype)
 
