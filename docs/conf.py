@@ -1,4 +1,4 @@
-"""Sphinx reads this: `make docs` writes the pages to build/docs. Every warning, such as a broken link, ends the build."""
+"""Sphinx reads this: `make docs` writes the pages to build/docs. A warning, such as a broken link, ends the build."""
 
 import shutil
 from importlib import metadata
@@ -17,7 +17,7 @@ autodoc_typehints = "signature"
 exclude_patterns = ["conf.py", "pictures.py"]
 
 
-def as_it_stands(app, what, name, obj, options, lines):  # noqa: PLR0917 (Sphinx's signature)
+def as_it_stands(app, what, name, obj, options, lines):
     """Docstrings are plain text, as `help()` shows them."""
     lines[:] = ["::", "", *(f"    {line}" for line in lines), ""]
 

@@ -28,9 +28,9 @@ def draw(path: Path) -> None:
     figure, axes = plt.subplots(2, 1, figsize=(9, 4.6), sharex=True, layout="constrained")
     for axis, (name, table) in zip(axes, credit().items(), strict=True):
         image = axis.imshow(table, cmap="RdBu", norm=TwoSlopeNorm(0, -0.75, 0.75), aspect="auto")
-        for (row, token), value in zip(torch.cartesian_prod(*map(torch.arange, table.shape)).tolist(), table.flatten(), strict=True):
-            if not value.isnan():
-                axis.text(token, row, f"{value:+.2f}".replace("0.", "."), ha="center", va="center", fontsize=7)
+        for row, token in (~table.isnan()).nonzero().tolist():
+            shown = f"{table[row, token]:+.2f}".replace("0.", ".")
+            axis.text(token, row, shown, ha="center", va="center", fontsize=7)
         axis.set_yticks(range(4), NAMES, fontsize=9)
         axis.set_title(name, fontsize=10, loc="left")
         axis.spines[:].set_visible(False)
