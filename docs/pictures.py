@@ -27,7 +27,7 @@ def credit() -> dict[str, torch.Tensor]:
 def draw(path: Path) -> None:
     figure, axes = plt.subplots(2, 1, figsize=(9, 4.6), sharex=True, layout="constrained")
     for axis, (name, table) in zip(axes, credit().items(), strict=True):
-        image = axis.imshow(table, cmap="RdBu", norm=TwoSlopeNorm(0, -0.75, 0.75), aspect="auto")
+        image = axis.imshow(table, cmap="RdBu", norm=TwoSlopeNorm(0, -1.3, 1.3), aspect="auto")
         for row, token in (~table.isnan()).nonzero().tolist():
             shown = f"{table[row, token]:+.2f}".replace("0.", ".")
             axis.text(token, row, shown, ha="center", va="center", fontsize=7)
