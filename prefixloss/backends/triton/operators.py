@@ -3,8 +3,8 @@
 An operator takes tensors, numbers and strings only: `options` is `LossConfig.encoded`. Letters: N tokens, D hidden
 size, V vocabulary. Common arguments:
     logits, ref: [B, T, V] or [N, V], rows contiguous. hidden [N, D], weight [V, D], bias [V]; ref_... likewise.
-    ids: int64 [N]. flags: uint8 [N], see `prefixloss._kernels.rows`. given: float32 [5, N], see `Given` in
-    `prefixloss._kernels.objective`; its weights have the reduction's denominator in them.
+    ids: int64 [N]. flags: uint8 [N], see `prefixloss._kernels.problem`. given: float32 [5, N], see `TokenInputs`
+    in `prefixloss._kernels.objective`; its weights have the reduction's denominator in them.
     most: an upper bound on the tokens to compute, -1 for none; with it nothing waits for the device.
     needs: which of hidden, weight and bias want a gradient.
 Common results, float32: stats [7, N] and terms [6, N], see `STATS` and `TERMS` there, 0 where not computed; and
@@ -23,18 +23,18 @@ import torch
 from torch import Tensor
 
 from prefixloss._kernels import launch, rows, tune
-from prefixloss._kernels.objective import Given, Objective, Options
-from prefixloss._kernels.rows import Problem, Tokens, Work
+from prefixloss._kernels.objective import ObjectiveKind, Options, TokenInputs
+from prefixloss._kernels.problem import LEARNING as LEARNING_BIT
+from prefixloss._kernels.problem import STATS, TERMS, Problem, Tokens, Work
 from prefixloss._kernels.scale import launch_scale
-from prefixloss._kernels.softmax import Transform
+from prefixloss._kernels.softmax import LogitScaling
 from prefixloss.backends.autograd import first_order, graph_is_kept
 from prefixloss.backends.triton.chunks import Head, HeadChunks, Rows
 from prefixloss.config import LossConfig
 from prefixloss.maths.precision import storage_dtype
-from prefixloss.maths.softmax import Coefficients, RowStats, live_rows
-from prefixloss.maths.softmax import Transform as SoftmaxTransform
+from prefixloss.maths.softmax import Coefficients, RowStats, Transform, live_rows
 
-LEARNING = rows.LEARNING.value
+LEARNING = LEARNING_BIT.value
 # elements of half precision turned into float32 at a time: 16 MiB
 _UPCAST = 2**22
 
@@ -46,15 +46,15 @@ def _decoded(options: str) -> LossConfig:
         return LossConfig.decoded(options)
 
 
-def transform_of(config: LossConfig) -> Transform:
+def transform_of(config: LossConfig) -> LogitScaling:
     slope = config.logit_scale / config.temperature
     if config.softcap is None:
-        return Transform(1.0, 1.0, float(slope), float(slope))
-    return Transform(*map(float, (config.logit_scale, config.softcap, 1 / config.temperature, slope)))
+        return LogitScaling(1.0, 1.0, float(slope), float(slope))
+    return LogitScaling(*map(float, (config.logit_scale, config.softcap, 1 / config.temperature, slope)))
 
 
-def _objective(config: LossConfig, off_policy: bool) -> tuple[Objective, Options]:
-    kind = Objective(
+def _objective(config: LossConfig, off_policy: bool) -> tuple[ObjectiveKind, Options]:
+    kind = ObjectiveKind(
         policy=config.objective,
         off_policy=off_policy,
         ratio_cap=config.ratio_cap is not None,
@@ -143,7 +143,7 @@ def _splits(problem: Problem, programs: int) -> int:
 def _rooms(given: Tensor) -> tuple[Tensor, Tensor]:
     """stats and terms of no token yet."""
     count = given.shape[1]
-    return given.new_zeros(len(rows.STATS), count), given.new_zeros(len(rows.TERMS), count)
+    return given.new_zeros(len(STATS), count), given.new_zeros(len(TERMS), count)
 
 
 def _total(terms: Tensor, given: Tensor, flags: Tensor, most: int) -> Tensor:
@@ -215,7 +215,7 @@ def _(logits: Any, ref: Any, ids: Tensor, flags: Any, options: str) -> Any:
 
 
 def _no_stats(ids: Tensor) -> Tensor:
-    return torch.zeros(len(rows.STATS), ids.shape[0], device=ids.device)
+    return torch.zeros(len(STATS), ids.shape[0], device=ids.device)
 
 
 def _logit_gradient(
@@ -333,9 +333,9 @@ def linear_statistics(
     head, reference = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
     stats = _no_stats(ids)
     slopes = hidden.new_zeros(hidden.shape if slope else (0,), dtype=torch.float32)
-    given = stats.new_zeros(len(Given._fields), len(ids))
+    given = stats.new_zeros(len(TokenInputs._fields), len(ids))
     given[0], given[1] = -1.0, 1.0  # advantage and weight
-    terms = stats.new_empty(len(rows.TERMS), len(ids)) if slope else stats
+    terms = stats.new_empty(len(TERMS), len(ids)) if slope else stats
     tokens = Tokens(ids, flags, given, ids)
     which = Rows.where(flags != 0, None if most < 0 else most)
     chunks = HeadChunks(head, reference, which, config.chunk_tokens)
@@ -486,7 +486,7 @@ def _coefficients(config: LossConfig, flags: Tensor, stats: Tensor, grad: Tensor
         kl=stats[2],
         ref_lse=None,
     )
-    cap = SoftmaxTransform.of(config.temperature, config.softcap, config.logit_scale)
+    cap = Transform.of(config.temperature, config.softcap, config.logit_scale)
     live = live_rows(Coefficients(*coefficients), by_name, cap, config.row_tolerance)
     return torch.where(live, coefficients, 0.0)
 
