@@ -29,7 +29,7 @@ from prefixloss._kernels import problem, rows
 from prefixloss._kernels.launch import Launch
 from prefixloss._kernels.problem import Problem, Tokens
 from prefixloss._kernels.scale import launch_scale
-from prefixloss.backends.triton import operators
+from prefixloss.backends.triton import problems
 
 COMPUTED, LEARNING = problem.COMPUTED.value, problem.LEARNING.value
 # two warps, and blocks of 256 or 512 logits: whole ones and a rest in which every load has a thread with work. The last
@@ -62,7 +62,7 @@ def problem_of(config: LossConfig, logits: Tensor, ref: Tensor, grads: torch.dty
     )
     # its logits are where its gradient is cleared
     EMULATOR.fenced = [tokens.ids_ptr[0], *(row[0] for row in given), *([] if ref is logits else [ref[0]])]
-    problem = operators.problem_of(
+    problem = problems.problem_of(
         config, logits, ref, tokens, True, grads, terms=True, gradient=True, clear=True, **work
     )
     cut = Launch(LANES, 4 if grads.itemsize == 4 else 8, WARPS)

@@ -62,6 +62,27 @@ class Detector(ABC):
         return [self.detect(p, s, a) for p, s, a in zip(problems, steps, known, strict=True)]
 
 
+@dataclass(frozen=True)
+class BatchDetector(Detector):
+    """One whose work is done in batches: `detect_batch` is its own, and one response is a batch of one. It keeps its
+    own limits, and turns whatever goes wrong into reasons."""
+
+    @abstractmethod
+    def detect_batch(
+        self,
+        problems: Sequence[str],
+        steps: Sequence[Sequence[str]],
+        answers: Sequence[str | None] | None = None,
+    ) -> list[FirstError]:
+        """One result a response, in order; never raises for one of them."""
+
+    def find(self, problem: str, steps: Sequence[str], answer: str | None) -> FirstError:
+        return self.detect_batch([problem], [steps], [answer])[0]
+
+    def detect(self, problem: str, steps: Sequence[str], answer: str | None = None) -> FirstError:
+        return self.detect_batch([problem], [steps], [answer])[0]
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises OutOfTimeError inside the block after `seconds`.

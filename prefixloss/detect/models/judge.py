@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
-from prefixloss.detect.base import Detector, FirstError
+from prefixloss.detect.base import BatchDetector, FirstError
 
 if TYPE_CHECKING:
     import httpx
@@ -48,7 +48,7 @@ _LONGEST = 200  # characters of a reason
 
 
 @dataclass(frozen=True)
-class Judge(Detector):
+class Judge(BatchDetector):
     """Asks for a critique of each response, several responses at a time. Deterministic as far as the endpoint is.
 
     url: the endpoint's base, such as "https://api.openai.com/v1". model: its name there.
@@ -79,12 +79,6 @@ class Judge(Detector):
         for name in ("tries", "concurrency", "votes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-
-    def find(self, problem: str, steps: Sequence[str], answer: str | None) -> FirstError:
-        return self.detect_batch([problem], [steps], [answer])[0]
-
-    def detect(self, problem: str, steps: Sequence[str], answer: str | None = None) -> FirstError:
-        return self.detect_batch([problem], [steps], [answer])[0]
 
     def detect_batch(
         self,

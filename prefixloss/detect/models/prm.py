@@ -14,14 +14,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from prefixloss.detect.base import Detector, FirstError
+from prefixloss.detect.base import BatchDetector, FirstError
 
 _STEPS = "\ue000steps\ue000"  # stands for the response in a rendered chat template
 _LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
-class PRM(Detector):
+class PRM(BatchDetector):
     """A token classifier of `transformers` in the form of Qwen2.5-Math-PRM. A step's reward is the probability of the
     positive label at the separator behind it; confidence is 1 - reward for an error, else the lowest reward.
 
@@ -71,10 +71,7 @@ class PRM(Detector):
 
     def find(self, problem: str, steps: Sequence[str], answer: str | None) -> FirstError:
         self.load()
-        return self.detect_batch([problem], [steps])[0]
-
-    def detect(self, problem: str, steps: Sequence[str], answer: str | None = None) -> FirstError:
-        return self.detect_batch([problem], [steps])[0]
+        return super().find(problem, steps, answer)
 
     def detect_batch(
         self,
