@@ -17,6 +17,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from prefixloss.detect.base import BatchDetector, FirstError
+from prefixloss.detect.cost import spend
 
 if TYPE_CHECKING:
     import httpx
@@ -211,7 +212,9 @@ class _Endpoint:
 
     def _text(self, body: bytes) -> str:
         try:
-            choice = json.loads(body)["choices"][0]
+            reply = json.loads(body)
+            choice = reply["choices"][0]
+            spend(1, _tokens(reply))
             text, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise _UnansweredError(f"unreadable verdict: {body.decode(errors='replace')}") from None
@@ -221,6 +224,13 @@ class _Endpoint:
 
     def without_key(self, text: str) -> str:
         return text.replace(self.key, "***") if self.key else text
+
+
+def _tokens(reply: dict[str, Any]) -> int:
+    """Of the request and the completion, as far as the endpoint says."""
+    usage = reply.get("usage")
+    total = usage.get("total_tokens") if isinstance(usage, dict) else None
+    return total if isinstance(total, int) else 0
 
 
 def _run(work: Coroutine[Any, Any, list[FirstError]]) -> list[FirstError]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from prefixloss.detect.base import BatchDetector, FirstError
+from prefixloss.detect.cost import spend
 
 _STEPS = "\ue000steps\ue000"  # stands for the response in a rendered chat template
 _LOADING = threading.Lock()
@@ -198,6 +199,7 @@ class _Loaded(NamedTuple):
             mask[row, : len(one.ids)] = 1
         device = self.model.device
         logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device))[0]
+        spend(len(batch), sum(len(one.ids) for one in batch))
         at_ends = [logits[row, one.ends].cpu().double() for row, one in enumerate(batch)]
         return [scores.softmax(-1)[:, label].tolist() for scores in at_ends]
 
