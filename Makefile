@@ -39,11 +39,12 @@ wheel: .venv/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
-# about half an hour on two cores: tables, figures, pictures and the README's section
+# about half an hour on two cores: figures, tables, pictures, and three of the figures in the README
 bench: .venv/bench
 	$(BIN)/prefixloss bench --json bench/results/cpu.json
 	$(BIN)/prefixloss bench plot bench/results/cpu.json --out bench/results
-	$(BIN)/prefixloss bench table bench/results/cpu.json --into README.md
+	$(BIN)/prefixloss bench table bench/results/cpu.json --into bench/results/README.md
+	$(BIN)/prefixloss bench table bench/results/cpu.json --figures --into README.md
 
 # saves this commit's times and compares them with those saved before; TRACK chooses cases, as pytest's -k does
 TRACK ?= floor-narrow or floor-wide

@@ -121,8 +121,8 @@ def train(
         if value is not None and name not in ("out", "resume", "overwrite")
     }
     try:
+        from prefixloss.rl.optimise import NotFiniteError  # noqa: PLC0415
         from prefixloss.rl.report import Report  # noqa: PLC0415
-        from prefixloss.rl.train import NotFiniteError  # noqa: PLC0415
         from prefixloss.rl.train import train as train_run  # noqa: PLC0415
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("prefixloss"):

@@ -22,7 +22,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from prefixloss import LossConfig, config
-from prefixloss.backends.triton import operators
+from prefixloss.backends.triton import from_head, from_logits, problems
 
 COMPUTED, LEARNING = rows.COMPUTED.value, rows.LEARNING.value
 
@@ -55,7 +55,7 @@ def loss_of_logits(
     logits = torch.zeros(batch, length, vocabulary, dtype=dtype)
     ids, flags = torch.zeros(count, dtype=torch.int64), torch.full((count,), COMPUTED | LEARNING, dtype=torch.uint8)
     config = LossConfig(**options)
-    operators.logit_loss(logits, None, ids, flags, torch.ones(5, count), False, config.encoded, True)
+    from_logits.logit_loss(logits, None, ids, flags, torch.ones(5, count), False, config.encoded, True)
 
 
 def loss_of_head(tokens: int = 320, vocabulary: int = 4096, **options: Any) -> None:
@@ -64,7 +64,7 @@ def loss_of_head(tokens: int = 320, vocabulary: int = 4096, **options: Any) -> N
     flags = torch.full((tokens,), COMPUTED | LEARNING, dtype=torch.uint8)
     none, encoded = (None, None, None, None), LossConfig(**options).encoded
     given = torch.ones(5, tokens)
-    operators.linear_loss(hidden, weight, *none, ids, flags, given, False, encoded, tokens, [True, True, False])
+    from_head.linear_loss(hidden, weight, *none, ids, flags, given, False, encoded, tokens, [True, True, False])
 
 
 def variants() -> dict[str, list[str]]:
@@ -134,7 +134,7 @@ def problem_on(device: torch.device | None = None, vocabulary: int = 4096) -> ro
         logits = logits.as_subclass(type("Elsewhere", (torch.Tensor,), {"device": device}))
     ids, flags = torch.zeros(count, dtype=torch.int64), torch.full((count,), COMPUTED | LEARNING, dtype=torch.uint8)
     tokens = rows.Tokens(ids, flags, torch.ones(5, count), ids)
-    return operators.problem_of(LossConfig(), logits, None, tokens, False, logits.dtype, terms=True, gradient=True)
+    return problems.problem_of(LossConfig(), logits, None, tokens, False, logits.dtype, terms=True, gradient=True)
 
 
 def launches(problem: rows.Problem) -> dict[str, Callable[[], None]]:

@@ -28,7 +28,7 @@ from ptx_emulator import EmulationError, Emulator
 from torch import Tensor
 
 from prefixloss import LossConfig
-from prefixloss.backends.triton import operators
+from prefixloss.backends.triton import problems
 
 COMPUTED, LEARNING = rows.COMPUTED.value, rows.LEARNING.value
 # two warps, and blocks of 256 or 512 logits: whole ones and a rest in which every load has a thread with work. The last
@@ -61,7 +61,7 @@ def problem_of(config: LossConfig, logits: Tensor, ref: Tensor, grads: torch.dty
     )
     # its logits are where its gradient is cleared
     EMULATOR.fenced = [tokens.ids_ptr[0], *(row[0] for row in given), *([] if ref is logits else [ref[0]])]
-    problem = operators.problem_of(
+    problem = problems.problem_of(
         config, logits, ref, tokens, True, grads, terms=True, gradient=True, clear=True, **work
     )
     cut = Launch(LANES, 4 if grads.itemsize == 4 else 8, WARPS)

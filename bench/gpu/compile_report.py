@@ -36,7 +36,7 @@ from prefixloss._kernels import rows, scale
 from triton.backends.compiler import GPUTarget
 
 from prefixloss import LossConfig
-from prefixloss.backends.triton import operators
+from prefixloss.backends.triton import problems
 
 from ..files import write_json
 
@@ -194,7 +194,7 @@ def launch(case: Case) -> None:
         "narrowed": not own_width,
         "rescaled": case.chunk and case.grads == F16,
     }
-    problem = operators.problem_of(config, logits, logits, tokens, True, case.grads, **work)
+    problem = problems.problem_of(config, logits, logits, tokens, True, case.grads, **work)
     grads = logits if own_width else logits.view(case.grads)[:, case.vocabulary :]
     if case.run == "row":
         rows.launch_rows(problem, stats, terms, grads, stats)

@@ -32,8 +32,9 @@ from torch import Tensor
 
 import prefixloss.maths.objective as torch_form
 from prefixloss import LossConfig
-from prefixloss.backends.triton import operators
-from prefixloss.backends.triton.chunks import Head, HeadChunks, Rows
+from prefixloss.backends.problem import Head
+from prefixloss.backends.triton import problems
+from prefixloss.backends.triton.chunks import HeadChunks, Wanted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # for a GPU or the emulator of one: its divisions and exponentials are approximate
@@ -238,7 +239,7 @@ def test_policy_takes_the_torch_form_s_branch_at_every_bound(config: LossConfig)
     bounds = [1.0, 1 - config.clip_low, 1 + config.clip_high, config.clip_high, config.ratio_cap, config.dual_clip]
     ratios = [*neighbours(*(b for b in bounds if b)), *EXTREMES]
     a, ratio, logp = columns(ADVANTAGES, ratios, [-3.0, 0.0])
-    kind, options = operators._objective(config, True)
+    kind, options = problems.objective_of(config, True)
     out = outputs(2, len(a))
     block = triton.next_power_of_2(len(a))
     policy_kernel[(1,)](on_device(a), on_device(logp), on_device(ratio), out, len(a), options, kind, block)
@@ -259,7 +260,7 @@ def test_sampler_weight_is_the_torch_form_s_at_and_beside_its_bounds(
 ) -> None:
     config = LossConfig(sampler_correction=correction, sampler_bounds=bounds)
     q = torch.tensor([*neighbours(*bounds), 1.0, *EXTREMES])
-    kind, options = operators._objective(config, True)
+    kind, options = problems.objective_of(config, True)
     out = outputs(1, len(q))
     weight_kernel[(1,)](on_device(q), out, len(q), options, kind, triton.next_power_of_2(len(q)))
     given = torch_form.Given(torch.zeros_like(q), q, torch.zeros_like(q), None)
@@ -274,7 +275,7 @@ def test_divergence_is_the_torch_form_s(kl: Any) -> None:
     config = LossConfig(kl=kl, kl_coef=0.1)
     d = torch.tensor([0.0, *(sign * x for x in (1e-30, 1e-6, 1e-3, 1.0, 20.0, 100.0, INF) for sign in (1, -1)), NAN])
     exact = torch.linspace(0, 3, len(d))
-    kind, _ = operators._objective(config, True)
+    kind, _ = problems.objective_of(config, True)
     out = outputs(2, len(d))
     divergence_kernel[(1,)](on_device(d), on_device(exact), out, len(d), kind, triton.next_power_of_2(len(d)))
     value, slope = out.cpu()
@@ -315,7 +316,7 @@ def test_token_terms_are_the_torch_form_s(objective: str) -> None:
     old, entropy, exact = finite - log_ratio, finite.abs() + 0.1, log_ratio.abs() / 100
     for config, off_policy in terms_configs(objective):
         sampler = (old if off_policy else finite) - log_q
-        kind, options = operators._objective(config, off_policy)
+        kind, options = problems.objective_of(config, off_policy)
         stacked = torch.stack([a, torch.ones_like(a), old, sampler, finite + d])
         out = outputs(6, len(a))
         terms_kernel[(1,)](
@@ -432,7 +433,7 @@ class Run:
         # several programs a row take the coefficients of tokens that were not computed from `terms`
         self.terms = torch.full((6, problem.count), NAN if splits == 1 else 0.0, device=device)
         self.scales = torch.full((problem.rows,), NAN, device=device)
-        operators._run(problem, self.stats, self.terms, self.grads, self.scales, splits)
+        problems.run(problem, self.stats, self.terms, self.grads, self.scales, splits)
         if guarded:
             assert (behind(self.grads) == GUARD).all()
 
@@ -463,7 +464,7 @@ def make(
         on_device(torch.arange(count) if which is None else which, torch.int64),
     )
     asked = {"terms": True, "gradient": True, "clear": True, "indexed": which is not None, **work}
-    problem = operators.problem_of(config, logits, ref, tokens, False, grads or logits.dtype, **asked)
+    problem = problems.problem_of(config, logits, ref, tokens, False, grads or logits.dtype, **asked)
     return dataclasses.replace(problem, launch=cut)
 
 
@@ -601,7 +602,7 @@ def test_in_place_the_gradient_is_the_same_to_the_bit(config: LossConfig, vocabu
 def head_chunks(size: int, vocabulary: int, dtype: torch.dtype) -> HeadChunks:
     """Room for chunks of `size` rows whose gradients have that dtype."""
     head = Head(torch.zeros(size, 2, device=DEVICE), torch.zeros(vocabulary, 2, device=DEVICE), None)
-    chunks = HeadChunks(head, None, Rows(torch.arange(size, device=DEVICE), None), size)
+    chunks = HeadChunks(head, None, Wanted(torch.arange(size, device=DEVICE), None), size)
     chunks.grads_dtype = dtype
     return chunks
 
