@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from prefixloss import check
 from prefixloss.config import LossConfig, Objective, RatioLevel, SamplerCorrection
+from prefixloss.integrations import installed
 from prefixloss.integrations.token_loss import clip_high, head_of_logps, logged, put, token_advantages
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 
@@ -150,7 +151,10 @@ def patch(
 
     options: of the estimator. `--algo.advantage.no_std_norm` is for neutral_prefix; vppo has an option `std` of its
     own, off unless set, and cliff has none.
+
+    ImportError: OpenRLHF is missing or older than 0.11, or its actor takes other arguments.
     """
+    installed.check_version("openrlhf", "0.11")
     from openrlhf.models import actor  # noqa: PLC0415
     from openrlhf.trainer.ppo_utils import experience_maker  # noqa: PLC0415
     from openrlhf.trainer.ray import ppo_actor  # noqa: PLC0415
@@ -169,6 +173,8 @@ def patch(
         (experience_maker.RemoteExperienceMaker, "compute_advantages_and_returns", torch.no_grad()(compute)),
     ]
     if head:
+        takes = ["self", "sequences", "action_mask", "attention_mask", "return_output"]
+        installed.check_takes("openrlhf.models.Actor.forward", actor.Actor.forward, takes)
         places.append((actor.Actor, "forward", actor_forward(actor.Actor.forward)))
     return put(*places)
 

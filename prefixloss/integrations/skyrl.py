@@ -19,6 +19,7 @@ estimators are not told which tokens tools wrote, so first_error counts those as
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
@@ -26,6 +27,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from prefixloss.config import LossConfig, Objective
+from prefixloss.integrations import installed
 from prefixloss.integrations.token_loss import clip_high, gradient_shared, logged, put, shared_by_many, token_advantages
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 from prefixloss.loss import linear_logps
@@ -119,14 +121,24 @@ def fused_logps(
 
 
 def patch_head() -> Callable[[], None]:
-    """Puts `fused_logps` under SkyRL's fused LM head, in this process. Returns what undoes it."""
+    """Puts `fused_logps` under SkyRL's fused LM head, in this process. Returns what undoes it.
+
+    ImportError: SkyRL is missing or older than 0.3, or its function takes other arguments.
+    """
+    installed.check_version("skyrl", "0.3")
     from skyrl.backends.skyrl_train.distributed.megatron import model_utils  # noqa: PLC0415
 
+    theirs = model_utils._fused_lm_head_logprob_apply
+    installed.check_takes("skyrl._fused_lm_head_logprob_apply", theirs, list(inspect.signature(fused_logps).parameters))
     return put((model_utils, "_fused_lm_head_logprob_apply", fused_logps))
 
 
 def register(**options: Any) -> None:
-    """Adds the losses and the estimators "vppo", "cliff" and "neutral_prefix", once; options: of the estimators."""
+    """Adds the losses and the estimators "vppo", "cliff" and "neutral_prefix", once; options: of the estimators.
+
+    ImportError: SkyRL is missing or older than 0.3.
+    """
+    installed.check_version("skyrl", "0.3")
     from skyrl.backends.skyrl_train.utils.ppo_utils import (  # noqa: PLC0415
         AdvantageEstimatorRegistry,
         PolicyLossRegistry,

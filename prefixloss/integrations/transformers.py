@@ -1,4 +1,4 @@
-"""transformers 5: the fused loss inside a causal language model's own forward.
+"""transformers from 4.57 on: the fused loss inside a causal language model's own forward.
 
     patch_model(model, LossConfig(reduction="token-mean"))
     out = model(input_ids=ids, attention_mask=seen, prefix_loss=PrefixBatch(mask, advantages, old_logps=old))
@@ -20,16 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.utils import ModelOutput
 
 from prefixloss import check
 from prefixloss.config import LossConfig
 from prefixloss.inputs.token_advantages import TokenAdvantages
+from prefixloss.integrations import installed
 from prefixloss.integrations.models import positions
 from prefixloss.integrations.models.check import Known, Probe, verified
 from prefixloss.integrations.models.heads import chosen_module, entrance, linear_of, refuse_quantised, unwrapped
 from prefixloss.loss import LossOutput, linear_prefix_loss
+
+installed.check_version("transformers", "4.57")  # before its imports can fail in words of their own
+
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # noqa: E402
+from transformers.utils import ModelOutput  # noqa: E402
 
 AUX_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 PER_TOKEN = ("tokens", "advantages", "old_logps", "sampler_logps", "ref_logps")

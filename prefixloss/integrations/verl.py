@@ -24,6 +24,7 @@ estimator finds out. So `algorithm.use_kl_in_reward` has to stay off.
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import sys
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from prefixloss import check
 from prefixloss.config import LossConfig, Objective
+from prefixloss.integrations import installed
 from prefixloss.integrations.token_loss import (
     clip_high,
     first_error_of,
@@ -179,8 +181,9 @@ def fused_logps(
 def patch_head() -> Callable[[], None]:
     """Puts `fused_logps` under verl's `use_fused_kernels`, for impl_backend "torch", "liger" and "triton" alike.
 
-    Returns what undoes it.
+    Returns what undoes it. ImportError: verl is missing or older than 0.9, or its head takes other arguments.
     """
+    installed.check_version("verl", "0.9")
     from verl.utils.experimental import torch_functional  # noqa: PLC0415
     from verl.utils.kernel import linear_cross_entropy as kernel  # noqa: PLC0415
 
@@ -189,6 +192,8 @@ def patch_head() -> Callable[[], None]:
     ) -> tuple[Tensor, Tensor]:
         return fused_logps(hidden_states, vocab_weights, input_ids, temperature)
 
+    head = torch_functional.FusedLinearForPPO.forward
+    installed.check_takes("verl.FusedLinearForPPO.forward", head, list(inspect.signature(forward).parameters))
     theirs = kernel.linear_cross_entropy
     # the Megatron models bind the name when they are imported
     models = [m for name, m in list(sys.modules.items()) if name.startswith("verl.models.mcore.")]
@@ -200,7 +205,8 @@ def patch_head() -> Callable[[], None]:
 
 
 def register() -> None:
-    """Adds everything here to verl's registries; more than once does no harm."""
+    """Adds everything here to verl's registries; more than once does no harm. ImportError: verl is older than 0.9."""
+    installed.check_version("verl", "0.9")
     from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss  # noqa: PLC0415
 
     for objective, loss in POLICY_LOSSES.items():

@@ -1,4 +1,4 @@
-"""TRL 1.16's own trainers, on the CPU and offline, with and without us: a tiny random Llama, a tiny tokenizer."""
+"""TRL's own trainers, on the CPU and offline, with and without us: a tiny random Llama, a tiny tokenizer."""
 
 # ruff: noqa: E402 (TRL may be missing)
 
@@ -22,15 +22,15 @@ trl = pytest.importorskip("trl", reason="these tests run TRL's trainers")
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer, kernels
-from trl.kernels import chunked_logprob
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils
 
 from prefixloss.detect.base import Detector, FirstError
 from prefixloss.integrations.trl import LogProbs, PrefixGRPOTrainer, patch_trl
+from prefixloss.integrations.trl.logps import OPTIONAL
 from prefixloss.integrations.trl.trainer import _question, _scored_index
 
-TRL_FUNCTION = chunked_logprob.ChunkedLogProbFunction
+TRL_FUNCTION = utils._ChunkedLogProbFunction
 TEXTS = ["1 + 2 = 3\n", "so it is 4.\n", "What is 7 - 3?", "Step 1: 5 + 5 = 10\nStep 2: done"]
 
 
@@ -163,7 +163,7 @@ def test_only_what_is_asked_for_is_made(wanted):
     made, targets = inputs_of_function(1)
     given = (*made, targets, 1.0, 32, None, 1.0, wanted)
     pairs = zip(LogProbs().apply(*given), TRL_FUNCTION.apply(*given), strict=True)
-    assert [x is None for x, _ in pairs] == [False, *(n not in wanted for n in chunked_logprob.OPTIONAL_OUTPUTS)]
+    assert [x is None for x, _ in pairs] == [False, *(n not in wanted for n in OPTIONAL)]
 
 
 def test_half_precision_is_nearer_to_float64_than_trl():
@@ -218,9 +218,13 @@ def test_a_head_sharded_by_deepspeed_is_left_to_trl(monkeypatch):
 
 
 def bound():
-    found = {kernels.ChunkedLogProbFunction, chunked_logprob.ChunkedLogProbFunction, utils._ChunkedLogProbFunction}
-    assert len(found) == 1
-    return found.pop()
+    """What all of TRL's names for its function stand for."""
+    modules = [m for name, m in sys.modules.items() if name.split(".")[0] == "trl"]
+    names = ("ChunkedLogProbFunction", "_ChunkedLogProbFunction")
+    found = [vars(m)[name] for m in modules for name in names if name in vars(m)]
+    assert len(found) > 2
+    assert len(set(found)) == 1
+    return found[0]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 0, 2, 1, 1)])
@@ -245,14 +249,6 @@ def test_a_patch_is_a_context_that_survives_an_error():
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert bound() is TRL_FUNCTION
-
-
-def test_another_version_is_refused_by_name(monkeypatch, tmp_path):
-    monkeypatch.setattr(trl, "__version__", "1.17.2")
-    for use in (patch_trl, lambda: grpo(tmp_path, PrefixGRPOTrainer)):
-        with pytest.raises(ImportError, match=r"got TRL 1\.17\.2, expected trl==1\.16\.\*"):
-            use()
     assert bound() is TRL_FUNCTION
 
 
@@ -290,9 +286,9 @@ def test_a_trainer_runs_the_same_under_the_patch(make, tmp_path, monkeypatch):
     calls = Counter()
     apply = LogProbs.apply
 
-    def counted(self, *args):
+    def counted(self, *args, **named):
         calls["ours"] += 1
-        return apply(self, *args)
+        return apply(self, *args, **named)
 
     monkeypatch.setattr(LogProbs, "apply", counted)
     with patch_trl():
@@ -389,7 +385,8 @@ def test_the_fused_loss_has_trls_value_gradient_and_metrics(loss_type, beta, tmp
     )  # fmt: skip
     for seed, drop in enumerate([(), ("old_per_token_logps",), ("tool_mask",), ("importance_sampling_ratio",)]):
         inputs = {k: v for k, v in micro_batch(trainer, seed, per_token=seed != 2).items() if k not in drop}
-        monkeypatch.setattr(utils, "_use_triton", lambda _, compact=seed % 2 == 1: compact)
+        if hasattr(utils, "_use_triton"):
+            monkeypatch.setattr(utils, "_use_triton", lambda _, compact=seed % 2 == 1: compact)
         trainer.use_vllm = "importance_sampling_ratio" in inputs
         (fused, ours, our_metrics), (plain, theirs, their_metrics) = (
             loss_and_gradients(trainer, inputs, fused) for fused in (True, False)

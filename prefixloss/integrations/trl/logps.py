@@ -1,8 +1,9 @@
 """Our log-probs, and our loss, in the place of TRL's log-probs, under its own trainers.
 
-All of its trainers score tokens with one function, `ChunkedLogProbFunction.apply(hidden, weight, bias, targets, ...)`.
-`LogProbs` has the same method and gives the same five results. `FusedLoss` stands in the same place, where hidden
-states, head and scales are at hand, and makes the whole loss.
+All of its trainers score tokens with one function, `ChunkedLogProbFunction.apply(hidden, weight, bias, targets, ...)`;
+before 1.15 some only, and `prefixloss.integrations.trl.head` brings GRPO and RLOO to it. `LogProbs` has the same method
+and gives the same five results; `StandIn` is called as the installed TRL calls its own. `FusedLoss` stands in the same
+place, where hidden states, head and scales are at hand, and makes the whole loss.
 """
 
 from __future__ import annotations
@@ -23,29 +24,20 @@ from torch.nn.functional import pad
 from prefixloss.backends import memory, products, reference
 from prefixloss.config import LossConfig
 from prefixloss.integrations.models.heads import as_autocast
+from prefixloss.integrations.trl.head import patched, per_token_logps
+from prefixloss.integrations.trl.versions import check_same, check_version, has_fused_head, theirs
 from prefixloss.loss import LossOutput, linear_logps, linear_prefix_loss
 from prefixloss.maths.precision import accumulation_dtype
 from prefixloss.maths.softmax import Transform
 
-WANTED = "1.16"
 # what TRL asks for beside the log-probs, in the order in which it comes back
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 Scores = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def check_version() -> None:
-    """ImportError unless the installed TRL is the one whose functions these are."""
-    try:
-        import trl  # noqa: PLC0415 (slow to import, and optional)
-    except ImportError as missing:
-        raise ImportError(f"prefixloss.integrations.trl: TRL is not installed, expected trl=={WANTED}.*") from missing
-    if tuple(trl.__version__.split(".")[:2]) != tuple(WANTED.split(".")):
-        raise ImportError(f"prefixloss.integrations.trl: got TRL {trl.__version__}, expected trl=={WANTED}.*")
-
-
 class LogProbs:
-    """Stands in for TRL's `ChunkedLogProbFunction`; `apply` takes and gives what that one does.
+    """Stands in for TRL's `ChunkedLogProbFunction`; `apply` takes and gives what that of TRL 1.16 does.
 
     Log-probs and entropies are float32 (float64 for float64 inputs) from float32 sums: logits are never rounded to
     half precision, as TRL's are. The backward skips tokens whose incoming gradients are 0.
@@ -72,7 +64,7 @@ class LogProbs:
         log-probs are None unless named in `outputs`; only log-probs and entropies have a gradient.
         """
         if _sharded_by_deepspeed():
-            return _original().apply(
+            return theirs().in_full(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
         hidden, weight, bias = as_autocast(hidden, weight, bias)
@@ -126,12 +118,15 @@ def _statistics(
     return log_sum_sq, mean, top1
 
 
-@functools.cache
-def _original() -> Any:
-    from trl.kernels import chunked_logprob  # noqa: PLC0415
+class StandIn(LogProbs):
+    """`LogProbs` in the signature of the installed TRL: its arguments in its order, and as many results."""
 
-    found = chunked_logprob.ChunkedLogProbFunction
-    return found
+    def apply(self, *given: Any) -> Any:
+        their = theirs()
+        if _sharded_by_deepspeed():
+            return their.function.apply(*given)
+        results = super().apply(**their.named(given))
+        return results if their.all_results else results[:2]
 
 
 def _sharded_by_deepspeed() -> bool:
@@ -150,7 +145,7 @@ def _sharded_by_deepspeed() -> bool:
 class Patch:
     """An active `patch_trl`; calling it, or leaving it as a context, undoes it."""
 
-    def __init__(self, function: LogProbs) -> None:
+    def __init__(self, function: StandIn) -> None:
         self.function = function
 
     def __call__(self) -> None:
@@ -169,7 +164,10 @@ _active: list[Patch] = []
 
 
 def patch_trl(backend: str = "auto") -> Patch:
-    """Lets every trainer of TRL 1.16 (GRPO, RLOO, DPO, KTO, SFT, ...) take its log-probs from `linear_logps`.
+    """Lets the trainers of TRL (GRPO, RLOO, DPO, KTO, SFT, ...) take their log-probs from `linear_logps`.
+
+    From TRL 1.15 on these are all trainers. Before, it is GRPO and RLOO (without images), and what else calls TRL's
+    chunked log-probs: in 1.14 DPO and KTO with `use_liger_kernel=True`, in all of them AsyncGRPO.
 
     The hidden states are TRL's: with absolute positions (GPT-2) and prompts padded on the left they are those of other
     positions than in generation. `PrefixGRPOTrainer` sees to that, this patch does not.
@@ -177,26 +175,56 @@ def patch_trl(backend: str = "auto") -> Patch:
     backend: as in `linear_logps`. Returns what undoes it: call it, or use it as a context manager. Of several patches
     the last one still active counts; they can be undone in any order, and more than once.
 
-    ImportError: TRL is missing, or not of the version whose function this is.
+    ImportError: TRL is missing or older than 1.9; or its function has arguments or results that are not known, or gives
+    other numbers than ours on a few tokens.
     """
     check_version()
-    import trl.trainer.utils  # noqa: F401, PLC0415 (every module that holds the function by name)
-
-    _original()  # before the first rebinding
-    patch = Patch(LogProbs(backend))
+    function = StandIn(backend)
+    _tested()
+    patch = Patch(function)
     _active.append(patch)
     _rebind()
     return patch
 
 
+@functools.cache
+def _tested() -> None:
+    """Once a process, before the first rebinding."""
+    check_same(theirs(), StandIn())
+    if not has_fused_head():
+        for trainer in _trainers():
+            _methods[trainer] = vars(trainer)[SCORER]
+
+
+# TRL's own methods, where trainers take logits
+_methods: dict[type, Any] = {}
+SCORER = "_get_per_token_logps_and_entropies"
+
+
+def _trainers() -> tuple[type, ...]:
+    from trl import GRPOTrainer, RLOOTrainer  # noqa: PLC0415
+
+    return GRPOTrainer, RLOOTrainer
+
+
 def _rebind() -> None:
     """Every name in TRL's modules for its function, or for one of ours, becomes a name for the one that counts."""
-    original = _original()
+    original = theirs().function
     new = _active[-1].function if _active else original
     for module in _modules():
         for name, value in list(vars(module).items()):
-            if value is original or isinstance(value, LogProbs):
+            if value is original or isinstance(value, StandIn):
                 setattr(module, name, new)
+    for trainer, method in _methods.items():
+        setattr(trainer, SCORER, patched(method, _scorer(_active[-1].function.backend)) if _active else method)
+
+
+def _scorer(backend: str) -> Any:
+    def score(*args: Any, **kwargs: Any) -> Any:
+        with scored_by(LogProbs(backend)):
+            return per_token_logps(*args, **kwargs)
+
+    return score
 
 
 def _modules() -> list[types.ModuleType]:
@@ -205,7 +233,7 @@ def _modules() -> list[types.ModuleType]:
 
 @contextmanager
 def scored_by(function: Any) -> Iterator[None]:
-    """Inside the block the models' fused heads score tokens with `function.apply`."""
+    """Inside the block the models' fused heads score tokens with `function.apply`, called as in TRL 1.16."""
     from trl.trainer import utils  # noqa: PLC0415
 
     before = utils._ChunkedLogProbFunction
@@ -279,10 +307,10 @@ class FusedLoss:
 
 
 def _compacts(device: torch.device) -> bool:
-    """Whether TRL hands over the scored rows alone."""
+    """Whether the head hands over the scored rows alone, as all do but that of TRL 1.16 where it has no Triton."""
     from trl.trainer import utils  # noqa: PLC0415
 
-    return bool(utils._use_triton(device))
+    return bool(utils._use_triton(device)) if hasattr(utils, "_use_triton") else True
 
 
 def add_fused_loss(model: Any) -> None:

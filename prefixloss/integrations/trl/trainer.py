@@ -16,7 +16,9 @@ from prefixloss.detect.base import Detector
 from prefixloss.detect.choose import by_name
 from prefixloss.integrations.models.heads import unwrapped
 from prefixloss.integrations.models.positions import position_ids, takes_positions
-from prefixloss.integrations.trl.logps import FusedLoss, LogProbs, add_fused_loss, check_version, scored_by
+from prefixloss.integrations.trl.head import per_token_logps
+from prefixloss.integrations.trl.logps import FusedLoss, LogProbs, add_fused_loss, scored_by
+from prefixloss.integrations.trl.versions import check_version, has_fused_head, refuse_losses
 from prefixloss.maths.objective import clipped
 from prefixloss.steps import SEGMENTERS, Segmenter, step_tokens
 
@@ -110,6 +112,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self.answer, self.stats, self.backend = answer, stats, backend
         self.fused_loss = fused_loss
         if fused_loss:
+            refuse_losses(self.loss_type)
             self._fused_config = replace(_loss_config(self), stats=stats)
             add_fused_loss(self.model.get_base_model() if is_peft_model(self.model) else self.model)
 
@@ -160,7 +163,8 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     ) -> list[int]:
         """For each response the index of its first wrong step's first token, -1 for none and where not `searched`."""
         assert self.detector is not None
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        # TRL before 1.15 knows one
+        ends = {*getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id]), self._tokenizer.pad_token_id}
         which = [i for i, ids in enumerate(completion_ids) if searched[i] and ids and ids[-1] in ends]
         cuts = [step_tokens(self._tokenizer, completion_ids[i], self.segmenter) for i in which]
         answers = [inputs[i].get(self.answer) for i in which]
@@ -229,7 +233,12 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             return super()._get_per_token_logps_and_entropies(placed, *args, **kwargs)
         # or the ratios would compare two roundings of the same policy
         with scored_by(LogProbs(self.backend)):
-            return super()._get_per_token_logps_and_entropies(placed, *args, **kwargs)
+            return self._from_the_head(placed, *args, **kwargs)
+
+    def _from_the_head(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's log-probs, entropies and router loss, where its models have a fused head; else those of ours."""
+        score = GRPOTrainer._get_per_token_logps_and_entropies if has_fused_head() else per_token_logps
+        return score(self, model, *args, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss, or with `fused_loss` the same number from one pass over the head."""
@@ -260,7 +269,8 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
         # TRL prepares the model's inputs, images included, and takes log-probs and entropies out for the metrics
         ids = [torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask")]
-        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+        scored.module = model  # type: ignore[attr-defined]
+        logps, entropies, aux_loss = self._from_the_head(
             scored, *ids, mask.shape[1], compute_entropy=True, compute_aux_loss=self.aux_loss_enabled,
             **{name: inputs.get(name) for name in _IMAGES},
         )  # fmt: skip
@@ -331,6 +341,7 @@ def _with_positions(model: Any) -> Callable[..., Any]:
         ids = position_ids(attention_mask, attention_mask.shape[1])
         return model(attention_mask=attention_mask, position_ids=ids, **inputs)
 
+    placed.module = model  # type: ignore[attr-defined]
     return placed
 
 
