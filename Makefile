@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types wheel docs bench bench-track slow clean
+.PHONY: demo test lint types wheel docs bench bench-track slow matrix clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,10 @@ test: lint types wheel
 
 slow: .venv/ready
 	$(BIN)/pytest -m slow
+
+# other versions of TRL and transformers, each pair in an environment of its own: about half an hour, and the network
+matrix: .venv/ready
+	$(BIN)/python tests/integrations/matrix.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ html_theme = "furo"
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-exclude_patterns = ["conf.py", "pictures.py"]
+exclude_patterns = ["conf.py", "pictures.py", "versions-table.md"]
 
 
 def as_it_stands(app, what, name, obj, options, lines):

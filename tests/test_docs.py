@@ -52,7 +52,7 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
 
 
 def test_every_block_says_what_it_is() -> None:
-    known = {"python", "sh", "text", "{toctree}", "{eval-rst}"}
+    known = {"python", "sh", "text", "{toctree}", "{eval-rst}", "{include}"}
     assert {language for page in PAGES for language, _ in BLOCK.findall(page.read_text())} <= known
 
 

@@ -444,6 +444,8 @@ RECURRENT = {
 
 @pytest.mark.parametrize("name", RECURRENT)
 def test_a_recurrent_model_that_reads_on_through_padding_is_found(name: str) -> None:
+    if name == "RecurrentGemma" and transformers.__version__ < "5":
+        pytest.skip("before transformers 5 it keeps its state from one call to the next, without a cache too")
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(
         vocab_size=V, hidden_size=16, num_hidden_layers=3, **RECURRENT[name]

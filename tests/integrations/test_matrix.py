@@ -7,9 +7,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import importlib
+import re
 import subprocess
 import types
 from importlib import metadata
+from pathlib import Path
 
 import matrix
 import pytest
@@ -282,6 +284,16 @@ def test_a_patched_method_leaves_images_to_trl():
 
 
 # ---- the matrix --------------------------------------------------------------------------------------------
+
+
+def test_the_table_in_the_docs_is_of_the_matrix():
+    text = (Path(__file__).parents[2] / "docs/versions-table.md").read_text()
+    assert text.startswith(matrix.HEAD)
+    rows = text[len(matrix.HEAD) :].splitlines()
+    assert len(rows) == len(matrix.PAIRS)
+    for pair, row in zip(matrix.PAIRS, rows, strict=True):
+        assert row.startswith(f"| {pair.trl or 'none'} | {pair.transformers or ''}")
+        assert re.search(r"\d+ passed(, \d+ skipped)? \|$", row)
 
 
 @pytest.mark.slow
