@@ -11,12 +11,13 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
+from prefixloss import advantages
 from prefixloss.check import describe
 from prefixloss.detect.choose import by_name
 from prefixloss.rl import UsageError
 from prefixloss.steps import SEGMENTERS
 
-ADVANTAGES = ("vppo", "grpo", "dr-grpo", "cliff", "neutral", "rts", "mixed")
+ADVANTAGES = tuple(advantages.BY_NAME)
 _COUNTS = (
     *("updates", "prompts", "group", "max_tokens", "epochs", "minibatches", "micro_prompts", "save_every"),
     *("eval_every", "eval_problems", "eval_samples", "k"),
@@ -102,7 +103,9 @@ class Config:
             self._expect(name, 0 < getattr(self, name) < math.inf, "a number above 0")
         for name in ("clip", "kl_coef"):
             self._expect(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
-        self._expect("advantage", self.advantage in ADVANTAGES, f"one of {', '.join(ADVANTAGES)}")
+        self._expect(
+            "advantage", self.advantage in (*ADVANTAGES, *advantages.ALIASES), f"one of {', '.join(ADVANTAGES)}"
+        )
         self._expect("steps", self.steps in SEGMENTERS, f"one of {', '.join(SEGMENTERS)}")
         if self.detector is not None:
             try:

@@ -143,24 +143,18 @@ Check = Callable[[Config, Policy, list[task.Problem], Sampled], Checked]
 
 def assign_credit(config: Config, checked: Checked, sampled: Sampled, group_ids: Tensor) -> Tensor | TokenAdvantages:
     """An advantage a response, or two of them split at the first wrong step."""
-    correct, first_error = checked.correct, checked.first_error
-    lengths = sampled.mask.sum(1)
-    if config.advantage == "vppo":
-        cut: Any = config.shorten
-        options = {"prompt_lengths": sampled.prompt_lengths, "alpha": config.alpha, "shorten": cut}
-        return advantages.vppo(correct, lengths, first_error, group_ids, **options)
-    if config.advantage == "cliff":
-        return advantages.cliff(correct, lengths, first_error, group_ids)
-    if config.advantage == "rts":
-        return advantages.rts(correct, checked.right_steps, checked.total_steps, group_ids)
-    if config.advantage == "mixed":
-        return advantages.mixed(correct.float(), checked.right_steps / checked.total_steps.clamp(min=1), group_ids)
-    if config.advantage not in ("grpo", "dr-grpo", "neutral"):
-        raise ValueError(f"advantage: got {config.advantage!r}, expected one that credit is assigned by here")
-    outcome = advantages.grpo(correct.float(), group_ids, std=config.advantage != "dr-grpo")
-    if config.advantage == "neutral":
-        return advantages.neutral_prefix(outcome, correct, first_error)
-    return outcome
+    outcome = advantages.Outcome(
+        checked.correct,
+        sampled.mask.sum(1),
+        group_ids,
+        first_error=checked.first_error,
+        prompt_lengths=sampled.prompt_lengths,
+        right_steps=checked.right_steps,
+        total_steps=checked.total_steps,
+    )
+    cut: Any = config.shorten
+    options = {"alpha": config.alpha, "shorten": cut} if config.advantage == "vppo" else {}
+    return advantages.assign(config.advantage, outcome, **options)
 
 
 # ---- one update --------------------------------------------------------------------------------------------
