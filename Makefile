@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types wheel bench bench-track slow clean
+.PHONY: demo test lint types wheel docs bench bench-track slow clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,15 +35,24 @@ wheel: .venv/ready
 	build/empty/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	cd build && empty/bin/python -c "import prefixloss, prefixloss._kernels as k, prefixloss._bench as b; print('wheel:', prefixloss.__version__, k.__name__, b.__name__)"
 
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# the pages of docs/ as a site in build/docs; a broken link ends it
+docs: .venv/docs
+	$(BIN)/sphinx-build -W --keep-going -q docs build/docs
+
 .venv/bench: .venv/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
-# about half an hour on two cores: tables, figures, pictures and the README's section
+# about half an hour on two cores: figures, tables, pictures, and three of the figures in the README
 bench: .venv/bench
 	$(BIN)/prefixloss bench --json bench/results/cpu.json
 	$(BIN)/prefixloss bench plot bench/results/cpu.json --out bench/results
-	$(BIN)/prefixloss bench table bench/results/cpu.json --into README.md
+	$(BIN)/prefixloss bench table bench/results/cpu.json --into bench/results/README.md
+	$(BIN)/prefixloss bench table bench/results/cpu.json --figures --into README.md
 
 # saves this commit's times and compares them with those saved before; TRACK chooses cases, as pytest's -k does
 TRACK ?= floor-narrow or floor-wide

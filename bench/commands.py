@@ -19,6 +19,7 @@ from .files import write_json
 from .speed import record as records
 from .speed.cases import Case, count_of, custom_cases, default_cases, head_of, methods_for, quick_cases
 from .speed.harness import GIB, Bench, GoneError, Limits, bench_on
+from .speed.headline import headline
 from .speed.methods import NAMES
 from .speed.record import FormatError, Record
 from .speed.table import grids, made_on, markdown, show, show_grid
@@ -135,14 +136,17 @@ def table(
     file: Annotated[Path, typer.Argument(help="What `prefixloss bench --json` wrote.")],
     as_markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown.")] = False,
     short: Annotated[bool, typer.Option("--summary", help="A table a set instead.")] = False,
+    figures: Annotated[bool, typer.Option("--figures", help="Three lines instead: time, memory, error.")] = False,
     into: Annotated[
-        Path | None, typer.Option(help=f"Put the summary between {BEGIN} and {END} in that file, a README.")
+        Path | None, typer.Option(help=f"Put the summary or figures between {BEGIN} and {END} in that file, a README.")
     ] = None,
 ) -> None:
     """Print a file's tables."""
     record = _read(file)
     if into is not None:
-        _put(into, markdown(record, short=True))
+        _put(into, headline(record) if figures else markdown(record, short=True))
+    elif figures:
+        typer.echo(headline(record), nl=False)
     elif as_markdown:
         typer.echo(markdown(record, short), nl=False)
     else:

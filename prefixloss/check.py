@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -360,63 +358,3 @@ def most_tokens(argument: str, value: Any, computed: Tensor) -> None:
         fail(argument, describe(value), "a whole number of tokens >= 0")
     if readable(computed) and int(computed.sum()) > value:
         fail(argument, f"{value} with {int(computed.sum())} tokens to compute", "at least as many")
-
-
-def backend(name: Any, tp_group: Any, cp_group: Any, *inputs: Any) -> str:
-    """The back-end to use for these inputs: for "auto" the kernels wherever they run as compiled code."""
-    if not isinstance(name, str) or name not in ("auto", "triton", "torch", "reference"):
-        fail("backend", describe(name), '"auto", "triton", "torch" or "reference"')
-    process_group("tp_group", tp_group)
-    process_group("cp_group", cp_group)
-    if cp_group is not None and name == "reference":
-        raise RuntimeError('backend: got "reference" with cp_group, expected "auto", "torch" or "triton"')
-    if tp_group is not None:
-        if name not in ("auto", "torch"):
-            raise RuntimeError(f'backend: got "{name}" with tp_group, expected "auto" or "torch"')
-        return "torch"
-    if name in ("torch", "reference"):
-        return name
-    first = inputs[0]
-    if not isinstance(first, Tensor) or first.device.type == "meta" or (name == "auto" and first.device.type == "cpu"):
-        return "torch"  # which says what is wrong with it, if anything
-    obstacle = _triton_obstacle(*inputs)
-    if obstacle is None:
-        return "triton"
-    if name == "triton":
-        raise RuntimeError(f'backend: got "triton", expected "auto" or "torch": {obstacle}')
-    return "torch"
-
-
-def transforms(backend: str, *inputs: Any) -> None:
-    """No transform of torch.func and no forward-mode derivative, which our own derivatives know nothing of."""
-    if backend == "reference":
-        return
-    if torch._C._are_functorch_transforms_active():
-        kind = torch._C._functorch.peek_interpreter_stack().key().name
-        if kind == "Vmap":
-            raise RuntimeError("vmap: got a call inside it, expected one call for the batch: tokens [B, T] or [N]")
-        under = f"inside torch.func ({kind.lower()})"
-    elif any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        under = "for a forward-mode derivative"
-    else:
-        return
-    raise RuntimeError(f'backend: got "{backend}" {under}, expected "reference", or backward() and torch.autograd.grad')
-
-
-def _triton_obstacle(*inputs: Any) -> str | None:
-    """Why the kernels cannot run on these inputs, if so."""
-    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in inputs):
-        return "the kernels compute in float32, the input is float64"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    device = inputs[0].device.type
-    if device in ("cuda", "xpu") or (device == "cpu" and _interpreted()):
-        return None
-    return f"the kernels run on CUDA, ROCm and XPU, the input is on {device} (for tests: TRITON_INTERPRET=1)"
-
-
-def _interpreted() -> bool:
-    """Whether Triton runs kernels on CPU tensors, in Python: TRITON_INTERPRET=1 when they were first imported."""
-    from prefixloss._kernels.scale import scale_kernel  # noqa: PLC0415 (imports triton)
-
-    return type(scale_kernel).__name__ == "InterpretedFunction"

@@ -1,4 +1,4 @@
-"""The public functions: check, choose the back-end, call it, wrap the result."""
+"""The public functions: through the door, to the back-end, and the result wrapped."""
 
 from __future__ import annotations
 
@@ -8,17 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefixloss import check
-from prefixloss.backends import memory, reference
-from prefixloss.backends.torch import loss as torch_backend
-from prefixloss.backends.torch import operators as torch_operators
-from prefixloss.backends.torch.sharded import Shard, Whole
+from prefixloss import check, door
 from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Batch, TokenInputs, TokenValues
-from prefixloss.inputs.layout import Layout
 from prefixloss.inputs.token_advantages import TokenAdvantages
 from prefixloss.maths.metrics import metrics
-from prefixloss.maths.precision import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -113,43 +107,15 @@ def linear_prefix_loss(
         RuntimeError: for a back-end that cannot run here, saying why; and, with any but "reference", for a second
             derivative (create_graph=True) and inside the transforms of torch.func.
     """
-    backend = check.backend(backend, tp_group, cp_group, hidden, lm_head_weight)
-    check.transforms(backend, hidden, lm_head_weight, lm_head_bias)
-    check.config(config, LossConfig)
-    check.tokens(tokens)
-    memory.budget(tokens.device)  # an unusable PREFIXLOSS_MEMORY is found before any work
-    lm_head_weight, lm_head_bias = _whole(lm_head_weight, tp_group), _whole(lm_head_bias, tp_group)
-    ref_lm_head_weight = _whole(ref_lm_head_weight, tp_group)
-    ref_lm_head_bias = _whole(ref_lm_head_bias, tp_group)
-    names = ("hidden", "lm_head_weight", "lm_head_bias")
-    check.head(hidden, lm_head_weight, lm_head_bias, names, tokens.shape)
-    check.device("tokens", tokens, hidden.device)
+    given = (hidden, lm_head_weight, lm_head_bias)
+    chosen = door.backend(backend, tokens, given, config, tp_group, cp_group)
     inputs = TokenInputs(
         tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer, cp_group
     )
-    exact = {"ref_hidden": ref_hidden, "ref_lm_head_weight": ref_lm_head_weight}
-    dtype, ref_head = accumulation_dtype(hidden, lm_head_weight), None
-    columns = _columns(tp_group, len(lm_head_weight), vocab_size, tokens, dtype, 1 + (config.kl == "full"))
-    batch = inputs.checked(config, dtype, columns.vocabulary, exact)
-    if config.kl == "full":
-        ref_head = _reference_head(ref_hidden, ref_lm_head_weight, ref_lm_head_bias, lm_head_weight, tokens.shape)
-        ref_head = (ref_head[0], *columns.head(*ref_head[1:]))
-    most = _most_tokens(max_learning_tokens, mask, batch, config)
-    head = (_rows(hidden), *columns.head(lm_head_weight, lm_head_bias))
+    reference = (ref_hidden, ref_lm_head_weight, ref_lm_head_bias)
+    asked = door.head_loss(given, reference, inputs, config, tp_group, vocab_size, max_learning_tokens)
     with _as_given(hidden):
-        if backend == "reference":
-            rows = batch.layout.scored.nonzero().squeeze(1)
-            logits = reference.learning_logits(head, rows, batch.learning, dtype)
-            ref_logits = None if ref_head is None else reference.linear_logits(ref_head, rows, dtype)
-            result = reference.loss(logits, ref_logits, rows, batch, config)
-        elif backend == "triton":
-            result = _kernels().linear_loss(head, ref_head, batch, config, most)
-        elif _compiled(tp_group):
-            result = torch_operators.loss(head, ref_head, batch, config)
-        else:
-            source = torch_backend.linear_source(ref_head, config, batch.tokens, columns)
-            result = torch_backend.loss(source, batch, config, head)
-        return _output(result, batch, config, tokens.shape)
+        return _output(chosen.head_loss(asked), asked.batch, config, tokens.shape)
 
 
 def prefix_loss(
@@ -184,48 +150,14 @@ def prefix_loss(
             The gradient handed on is that memory (a leaf's `.grad` then is the leaf's own), but with retain_graph=True
             a copy. Logits that overlap themselves, expanded ones for example, are refused.
     """
-    backend = check.backend(backend, tp_group, cp_group, logits)
-    check.transforms(backend, logits)
-    check.config(config, LossConfig)
+    chosen = door.backend(backend, tokens, (logits,), config, tp_group, cp_group)
     check.flag("inplace", inplace)
-    check.tokens(tokens)
-    memory.budget(tokens.device)  # an unusable PREFIXLOSS_MEMORY is found before any work
-    check.logits("logits", logits, tokens)
-    if inplace:
-        check.overwritable(logits)
     inputs = TokenInputs(
         tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer, cp_group
     )
-    dtype = accumulation_dtype(logits)
-    columns = _columns(tp_group, logits.shape[-1], vocab_size, tokens, dtype, 1 + (config.kl == "full"))
-    batch = inputs.checked(config, dtype, columns.vocabulary, {"ref_logits": ref_logits})
-    if config.kl == "full":
-        assert ref_logits is not None
-        check.logits("ref_logits", ref_logits, tokens)
-        if inplace:
-            check.own_storage("ref_logits", ref_logits, logits)
-        check.device("ref_logits", ref_logits, logits.device)
-        check.same_vocabulary("ref_logits", ref_logits.shape[-1], logits.shape[-1])
-    ref_logits = columns.logits(ref_logits.detach()) if config.kl == "full" and ref_logits is not None else None
-    logits = columns.logits(logits)
+    asked = door.logit_loss(logits, ref_logits, inputs, config, inplace, tp_group, vocab_size)
     with _as_given(logits):
-        if backend == "triton":
-            return _output(
-                _kernels().logit_loss(logits, ref_logits, batch, config, inplace), batch, config, tokens.shape
-            )
-        policy, ref_rows = _rows(logits), None if ref_logits is None else _rows(ref_logits)
-        if backend == "reference":
-            rows = batch.layout.scored.nonzero().squeeze(1)
-            chosen, ref_chosen = policy[rows].to(dtype), None if ref_rows is None else ref_rows[rows].to(dtype)
-            result = reference.loss(chosen, ref_chosen, rows, batch, config)
-        elif _compiled(tp_group):
-            result = torch_operators.loss((policy,), None if ref_rows is None else (ref_rows,), batch, config)
-        else:
-            source = torch_backend.logit_source(ref_rows, inplace, config, batch.tokens, columns)
-            # float16 gradients are made once the incoming scale is known, or small ones would underflow before it
-            later = inplace or logits.dtype == torch.float16
-            result = torch_backend.loss(source, batch, config, (policy,), gradient_later=later)
-        return _output(result, batch, config, tokens.shape)
+        return _output(chosen.logit_loss(asked), asked.batch, config, tokens.shape)
 
 
 def linear_logps(
@@ -253,115 +185,26 @@ def linear_logps(
     backward skips none of them; a bound that is too low makes everything NaN). chunk_tokens as in `LossConfig`.
     tp_group, vocab_size and errors as in `linear_prefix_loss`.
     """
-    backend = check.backend(backend, tp_group, None, hidden, lm_head_weight)
-    check.transforms(backend, hidden, lm_head_weight, lm_head_bias)
-    check.tokens(tokens)
-    memory.budget(tokens.device)  # an unusable PREFIXLOSS_MEMORY is found before any work
+    given = (hidden, lm_head_weight, lm_head_bias)
     check.flag("entropy", entropy)
-    # checks the four; a coefficient says that the entropy has a gradient
-    options = LossConfig(
+    # the options' checks; a coefficient says that the entropy has a gradient
+    config = LossConfig(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
         entropy_coef=1.0 if entropy else 0.0,
         chunk_tokens=chunk_tokens,
     )
-    lm_head_weight, lm_head_bias = _whole(lm_head_weight, tp_group), _whole(lm_head_bias, tp_group)
-    names = ("hidden", "lm_head_weight", "lm_head_bias")
-    check.head(hidden, lm_head_weight, lm_head_bias, names, tokens.shape)
-    check.device("tokens", tokens, hidden.device)
-    layout = Layout.of(tokens.shape, tokens.device, mask, None)
-    ids = tokens.reshape(-1).long().contiguous()
-    dtype = accumulation_dtype(hidden, lm_head_weight)
-    columns = _columns(tp_group, len(lm_head_weight), vocab_size, tokens, dtype, 1)
-    layout.check_token_ids(ids, columns.vocabulary)
-    if max_scored_tokens is not None:
-        check.most_tokens("max_scored_tokens", max_scored_tokens, layout.scored)
-    head = (_rows(hidden), *columns.head(lm_head_weight, lm_head_bias))
+    chosen = door.backend(backend, tokens, given, config, tp_group)
+    asked = door.head_statistics(given, tokens, mask, config, tp_group, vocab_size, max_scored_tokens)
     with _as_given(hidden):
-        if backend == "triton":
-            bound = -1 if max_scored_tokens is None else int(max_scored_tokens)
-            tensors = (*head, None, None, None, ids)
-            stats = _kernels().linear_statistics(tensors, layout.scored, options, bound)
-            return LogpOutput(
-                stats.logp.reshape(tokens.shape), stats.entropy.reshape(tokens.shape) if entropy else None
-            )
-        if backend == "torch" and _compiled(tp_group):
-            made = torch_operators.statistics(head, None, ids, layout.scored, options)
-            return LogpOutput(made.logp.reshape(tokens.shape), made.entropy.reshape(tokens.shape) if entropy else None)
-        values: tuple[Tensor, ...]
-        rows = layout.scored.nonzero().squeeze(1)
-        if backend == "reference":
-            logits = reference.linear_logits(head, rows, dtype)
-            values = reference.log_probs_and_entropies(logits, ids[rows], options)
-        else:
-            source = torch_backend.linear_source(None, options, ids, columns)
-            values = torch_backend.row_statistics(source, rows, head, entropy_grad=entropy)[:2]
-        logps, entropies = (v.new_zeros(len(ids)).index_copy(0, rows, v).reshape(tokens.shape) for v in values)
-    return LogpOutput(logps, entropies if entropy else None)
-
-
-def _columns(
-    tp_group: Any, given: int, vocab_size: int | None, tokens: Tensor, dtype: torch.dtype, buffers: int
-) -> Whole:
-    """The part of the vocabulary that is here, of `given` columns. buffers: of logits, for a chunk."""
-    if vocab_size is not None:
-        check.vocab_size(vocab_size, given, tp_group)
-    if tp_group is None:
-        return Whole(given if vocab_size is None else int(vocab_size))
-    per_row = max(1, given) * dtype.itemsize * buffers
-    fit = memory.rows_in_budget(tokens.numel(), per_row, tokens.device)
-    return Shard.of(tp_group, given, fit, tokens.device, vocab_size)
-
-
-def _compiled(tp_group: Any) -> bool:
-    """Whether this call is on its way into a graph of `torch.compile`; one with collectives inside goes in pieces."""
-    return torch.compiler.is_compiling() and tp_group is None
-
-
-def _kernels() -> Any:
-    """`prefixloss.backends.triton.loss`, which needs triton: imported where it is used first."""
-    from prefixloss.backends.triton import loss as triton_backend  # noqa: PLC0415
-
-    return triton_backend
-
-
-def _most_tokens(given: int | None, mask: Tensor | None, batch: Batch, config: LossConfig) -> int | None:
-    """An upper bound on the tokens to compute, if one is known without looking."""
-    every_scored = config.shows_every_scored or config.sequence_ratio
-    if given is not None:
-        check.most_tokens("max_learning_tokens", given, batch.layout.scored if every_scored else batch.computed)
-        return int(given)
-    penalised = config.penalises_kl or config.entropy_coef != 0
-    return batch.tokens.shape[0] if mask is None and (every_scored or penalised) else None
+        made = chosen.head_statistics(asked)
+    return LogpOutput(made.logp.reshape(tokens.shape), made.entropy.reshape(tokens.shape) if entropy else None)
 
 
 def _as_given(x: Tensor) -> torch.autocast:
     """No autocast: its half-precision products would undo float32 accumulation."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _reference_head(
-    hidden: Any, weight: Any, bias: Tensor | None, policy_weight: Tensor, shape: torch.Size
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    check.head(hidden, weight, bias, ("ref_hidden", "ref_lm_head_weight", "ref_lm_head_bias"), shape)
-    check.device("ref_hidden", hidden, policy_weight.device)
-    check.same_vocabulary("ref_lm_head_weight", len(weight), len(policy_weight))
-    return _rows(hidden).detach(), weight.detach(), None if bias is None else bias.detach()
-
-
-def _whole(weight: Any, tp_group: Any) -> Any:
-    """A DTensor gathered; each rank's gradient is a share of the sum over ranks."""
-    if not hasattr(weight, "full_tensor"):
-        return weight
-    check.not_over(tp_group, weight.device_mesh)
-    from torch.distributed.tensor import Partial  # noqa: PLC0415 (slow to import, seldom needed)
-
-    return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
 
 
 def _output(result: tuple[Tensor, TokenValues], batch: Batch, config: LossConfig, shape: torch.Size) -> LossOutput:

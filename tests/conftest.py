@@ -30,11 +30,11 @@ def _emulate(config: pytest.Config) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     from ptx_emulator import Emulator  # noqa: PLC0415 (after the choice)
 
-    from prefixloss import check  # noqa: PLC0415
+    from prefixloss import door  # noqa: PLC0415
 
     config.emulator = Emulator(config.getoption("noise"))
     config.emulator.install()
-    check._interpreted = lambda: True  # the back-end takes CPU tensors
+    door._interpreted = lambda: True  # the back-end takes CPU tensors
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

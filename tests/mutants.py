@@ -41,9 +41,14 @@ TESTS_OF = {
     "prefixloss/maths/metrics.py": CORE,
     "prefixloss/backends/two_stages.py": CORE,
     "prefixloss/backends/autograd.py": ["test_retained_graph"],
-    "prefixloss/backends/torch/loss.py": ["test_retained_graph", "test_torch_backend", *CORE],
-    "prefixloss/backends/torch/heads.py": ["test_batch_invariance", "test_torch_backend", *CORE],
-    "prefixloss/backends/triton/operators.py": ["test_half_precision", "test_operators", "test_triton_backend"],
+    "prefixloss/door.py": ["test_check", "test_contract_errors", *CORE],
+    "prefixloss/backends/torch/eager.py": ["test_retained_graph", "test_torch_backend", *CORE],
+    "prefixloss/backends/torch/passes.py": ["test_retained_graph", "test_torch_backend", *CORE],
+    "prefixloss/backends/torch/rows.py": ["test_batch_invariance", "test_torch_backend", *CORE],
+    "prefixloss/backends/triton/problems.py": ["test_half_precision", "test_operators", "test_triton_backend"],
+    "prefixloss/backends/triton/from_logits.py": ["test_operators", "test_triton_backend"],
+    "prefixloss/backends/triton/from_head.py": ["test_half_precision", "test_operators", "test_triton_backend"],
+    "prefixloss/backends/triton/scaling.py": ["test_retained_graph", "test_operators"],
     "prefixloss/backends/triton/loss.py": ["test_operators", "test_triton_backend"],
     "prefixloss/backends/triton/chunks.py": ["test_half_precision", "test_operators", "test_triton_backend"],
     "prefixloss/backends/products.py": ["test_products", "test_half_precision"],
@@ -53,6 +58,10 @@ TESTS_OF = {
     "csrc_triton/maths.py": KERNELS,
     "csrc_triton/objective.py": KERNELS,
     "csrc_triton/softmax.py": KERNELS,
+    "csrc_triton/problem.py": KERNELS,
+    "csrc_triton/access.py": KERNELS,
+    "csrc_triton/first_pass.py": KERNELS,
+    "csrc_triton/second_pass.py": KERNELS,
     "csrc_triton/rows.py": KERNELS,
 }
 ALL_OF_THE_LOSS = [
@@ -120,8 +129,7 @@ def copy_of_the_project(folder: Path) -> Path:
     for name in filter(None, files.split("\0")):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, target)
-    (folder / "prefixloss/_kernels").symlink_to("../csrc_triton")
+        shutil.copy(ROOT / name, target, follow_symlinks=False)
     (folder / "prefixloss/_bench").symlink_to("../bench")
     return folder
 

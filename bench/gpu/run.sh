@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: its tests, then the benchmark, in at most 9 minutes. Needs torch, triton, pytest and
 # hypothesis; nothing is installed. Results go to bench/results/, or to $OUT where that is set.
-#   bash bench/gpu/run.sh            PYTHON=python3.12 bash bench/gpu/run.sh --only "from logits"
+#   bash bench/gpu/run.sh            PYTHON=python3.12 bash bench/gpu/run.sh --only logits
 # Without a GPU, `bash bench/gpu/run.sh --small` runs all of it on the CPU at tiny shapes, which measures nothing.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -14,7 +14,6 @@ tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
 mkdir "$tree/prefixloss"
 ln -s "$PWD"/prefixloss/* "$tree/prefixloss/"
-ln -s "$PWD/csrc_triton" "$tree/prefixloss/_kernels"
 export PYTHONPATH="$tree:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 status=0

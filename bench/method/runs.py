@@ -24,18 +24,22 @@ from prefixloss.io.files import write_whole
 from prefixloss.rl import task, train
 from prefixloss.rl.checkpoint import Stop
 from prefixloss.rl.config import Config
-from prefixloss.rl.policy import Policy, Sampled, tiny_policy
+from prefixloss.rl.evaluate import evaluate
+from prefixloss.rl.optimise import Stepper
+from prefixloss.rl.policy import Policy, tiny_policy
 from prefixloss.rl.report import Report
+from prefixloss.rl.rollouts import Checked, Sampled
+from prefixloss.rl.start import frozen, open_problems, warm_start
 
 # a sixth of the demo's rollouts: a run takes about a minute on one core
 SMALL = Config(updates=40, prompts=16, eval_every=10, eval_problems=64, eval_samples=8, k=4, lr_warmup=10)
-# `check` of a run: makes the judge of the responses for a seed
-Judge = Callable[[int], train.Check]
+# makes what judges the responses of a run, for a seed
+Judge = Callable[[int], train.Judge]
 
 
-def exact(seed: int) -> train.Check:
+def exact(seed: int) -> train.Judge:
     """The built-in check."""
-    return train.check_responses
+    return train.judge
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,13 @@ class Noisy:
     kind: str
     rate: float
 
-    def __call__(self, seed: int) -> train.Check:
+    def __call__(self, seed: int) -> train.Judge:
         return partial(self._check, random.Random(f"{self.kind} {self.rate} {seed}"))
 
     def _check(
         self, rng: random.Random, config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled
-    ) -> train.Checked:
-        checked = train.check_responses(config, policy, problems, sampled)
+    ) -> Checked:
+        checked = train.judge(config, policy, problems, sampled)
         moved = checked.first_error.clone()
         for i, error in enumerate(checked.first_error.tolist()):
             if error < 0 or rng.random() >= self.rate:
@@ -90,12 +94,12 @@ def true_steps(text: str) -> int:
     return count
 
 
-def loose(seed: int) -> train.Check:
+def loose(seed: int) -> train.Judge:
     """A judge that a policy can please with steps that do not help: the first error of a wrong response is its first
     line that is not a true equation."""
 
-    def check(config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled) -> train.Checked:
-        checked = train.check_responses(config, policy, problems, sampled)
+    def check(config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled) -> Checked:
+        checked = train.judge(config, policy, problems, sampled)
         first = checked.first_error.clone()
         for i, text in enumerate(sampled.texts):
             if not checked.correct[i] and sampled.finished[i]:
@@ -160,8 +164,8 @@ def warm(seed: int, directory: Path) -> Path:
         config = replace(SMALL, seed=seed)
         torch.manual_seed(seed)
         policy = tiny_policy(config.hidden_size, config.layers)
-        problems, _ = train.open_problems(config)
-        train.warm_start(policy, config, problems, Report(Console(quiet=True)), Stop())
+        problems, _ = open_problems(config)
+        warm_start(policy, config, problems, Report(Console(quiet=True)), Stop())
         write_whole(path, partial(torch.save, policy.model.state_dict()))
     return path
 
@@ -171,30 +175,29 @@ def run(condition: Condition, seed: int, start: Path, base: Config = SMALL) -> d
     began = time.perf_counter()
     torch.set_num_threads(1)
     config = replace(base, seed=seed, **condition.options)
-    problems, held_out = train.open_problems(config)
+    problems, held_out = open_problems(config)
     policy = tiny_policy(config.hidden_size, config.layers)
     policy.model.load_state_dict(torch.load(start, weights_only=True))
-    reference = train.frozen(policy)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    reference = frozen(policy)
+    stepper = Stepper.adamw(config, policy.model)
     steps: list[float] = []  # that the responses of an update have, on average
     judge = condition.judge(seed)
 
-    def check(config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled) -> train.Checked:
+    def check(config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled) -> Checked:
         steps.append(statistics.fmean(text.count("Step ") for text in sampled.texts))
         return judge(config, policy, problems, sampled)
 
-    state = train.State()
-    curve: list[dict[str, float]] = [{"update": 0, **train.evaluate(config, policy, held_out)}]
+    curve: list[dict[str, float]] = [{"update": 0, **evaluate(config, policy, held_out)}]
     since: list[dict[str, float]] = []
     for number in range(1, config.updates + 1):
         torch.manual_seed(1_000_003 * seed + number)
         first = config.warm_steps * config.warm_batch + (number - 1) * config.prompts
         batch = problems(first, config.prompts)
-        metrics = train.update(config, policy, reference, optimizer, state, batch, check=check)
+        metrics = train.learn(config, policy, reference, stepper, batch, check)
         since.append({"steps": steps[-1], **{name: metrics[name] for name in ("reward", "length", "kl")}})
         if number % config.eval_every == 0 or number == config.updates:
             means = {name: statistics.fmean(point[name] for point in since) for name in since[0]}
-            curve.append({"update": number, **means, **train.evaluate(config, policy, held_out)})
+            curve.append({"update": number, **means, **evaluate(config, policy, held_out)})
             since = []
     seconds = round(time.perf_counter() - began)
     points = [{name: round(value, 5) for name, value in point.items()} for point in curve]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .cases import Case
-from .methods import Linear, Logits, Step, policy_terms, random_head
+from .inputs import Linear, Logits, policy_terms, random_head
 from .settings import SETTINGS, credit_of
+from .step import Step
 
 TOKENS, DRAWS, ROWS, BLOCK = 64, 4, 4096, 8192
 Truth = dict[str, Tensor]

@@ -25,8 +25,10 @@ import torch
 from .cases import Case
 from .clock import Clock
 from .errors import Wrong, answer_of, inputs, truth_of
-from .methods import METHODS, Linear, Logits, Result, Step, random_head
+from .inputs import Linear, Logits, random_head
+from .methods import METHODS
 from .settings import credit_of, setting_of
+from .step import Result, Step
 
 
 class Worker:

@@ -13,6 +13,10 @@ from torch import Tensor
 _KEPT = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
 
+def wants_gradient(x: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and x is not None and x.requires_grad
+
+
 def graph_is_kept() -> bool:
     """Whether the backward that is running may come again (retain_graph=True).
 

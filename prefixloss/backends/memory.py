@@ -16,7 +16,9 @@ from torch import Tensor
 _PER_TOKEN = 64
 # each chunk reads the head twice, and reads and writes its gradient: with fewer rows a CPU spends over 7 % on that
 _ROWS_ON_CPU = 512
-# rows of a tile, and elements of a row, that every product can take whole: 64 bytes at least of any dtype but half
+# rows that fill a tile of the matrix units
+_TILE = 128
+# rows of a small tile, and elements of a row, that every product takes whole: 64 bytes at least of any dtype but half
 ALIGNED = 16
 
 
@@ -39,19 +41,20 @@ def rows_in_budget(tokens: int, bytes_per_row: int, device: torch.device) -> int
     return max(1, max(whole - _PER_TOKEN * tokens, whole // 4) // bytes_per_row)
 
 
-def chunk_sizes(rows: int, tokens: int, bytes_per_row: int, device: torch.device, chosen: int | None) -> list[int]:
-    """How to split `rows` of a batch of `tokens`: chunks of `chosen` rows, or of as many as the budget allows.
-
-    The last two chunks share what is left, so that none is a small remainder; no row, no chunk.
-    """
+def chunk_rows(rows: int, tokens: int, bytes_per_row: int, device: torch.device, chosen: int | None) -> int:
+    """Rows of logits in every chunk but the last, of `rows` in a batch of `tokens`: `chosen`, or as many as the budget
+    allows, divided evenly, in whole tiles of a matrix unit."""
     if rows == 0:
-        return []
+        return 0
+    if chosen is not None:
+        return chosen
     least = _ROWS_ON_CPU if device.type == "cpu" and "PREFIXLOSS_MEMORY" not in os.environ else 1
-    most = chosen or max(least, rows_in_budget(tokens, bytes_per_row, device))
-    whole = max(0, rows // most - 1)
-    rest = rows - whole * most
-    tail = [rest] if rest <= most else [rest - rest // 2, rest // 2]
-    return [most] * whole + tail
+    most = max(least, rows_in_budget(tokens, bytes_per_row, device))
+    tile = _TILE if most >= _TILE else 1
+    most = most // tile * tile
+    even = -(-rows // max(1, -(-rows // most)))
+    tile = min(tile, _TILE if even > _TILE else ALIGNED)
+    return min(most, -(-even // tile) * tile)
 
 
 def zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -13,9 +13,38 @@ import math
 import torch
 from torch import Tensor
 
+from prefixloss.backends.problem import HeadLoss, HeadStatistics, LogitLoss, by_rows
+from prefixloss.backends.two_stages import Statistics
 from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Batch, Given, TokenValues
 from prefixloss.maths.objective import token_log_ratio, token_losses
+from prefixloss.maths.precision import accumulation_dtype
+
+
+def head_loss(asked: HeadLoss) -> tuple[Tensor, TokenValues]:
+    """See `prefixloss.backends.problem.Backend`."""
+    batch, dtype = asked.batch, accumulation_dtype(asked.head.hidden, asked.head.weight)
+    rows = batch.layout.scored.nonzero().squeeze(1)
+    logits = learning_logits(asked.head, rows, batch.learning, dtype)
+    ref_logits = None if asked.reference is None else linear_logits(asked.reference, rows, dtype)
+    return _loss(logits, ref_logits, rows, batch, asked.config)
+
+
+def logit_loss(asked: LogitLoss) -> tuple[Tensor, TokenValues]:
+    """See `prefixloss.backends.problem.Backend`. Of inplace=True no use is made."""
+    dtype, rows = accumulation_dtype(asked.logits), asked.batch.layout.scored.nonzero().squeeze(1)
+    logits, ref_logits = (None if x is None else by_rows(x)[rows].to(dtype) for x in (asked.logits, asked.reference))
+    assert logits is not None
+    return _loss(logits, ref_logits, rows, asked.batch, asked.config)
+
+
+def head_statistics(asked: HeadStatistics) -> Statistics:
+    """See `prefixloss.backends.problem.Backend`."""
+    dtype, rows = accumulation_dtype(asked.head.hidden, asked.head.weight), asked.wanted.nonzero().squeeze(1)
+    scores = distribution_scores(asked.config, linear_logits(asked.head, rows, dtype))
+    made = log_probs(scores, asked.tokens[rows]), entropies(scores)
+    logp, entropy = (x.new_zeros(len(asked.tokens)).index_copy(0, rows, x) for x in made)
+    return Statistics(logp, entropy, None)
 
 
 def linear_logits(head: tuple[Tensor, Tensor, Tensor | None], rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,7 +125,7 @@ def reduce(config: LossConfig, batch: Batch, rows: Tensor, losses: Tensor) -> Te
     return sum(means, losses[:0].sum()) / batch.denominator
 
 
-def loss(
+def _loss(
     logits: Tensor, ref_logits: Tensor | None, rows: Tensor, batch: Batch, config: LossConfig
 ) -> tuple[Tensor, TokenValues]:
     """The reduced loss and the per-token results, from the logits [n, V] of the scored tokens `rows` [n]."""
@@ -131,9 +160,3 @@ def report_impossible_tokens(scores: Tensor, tokens: Tensor, rows: Tensor, batch
         f"tokens: {batch.layout.place(int(rows[at]))}: token {int(tokens[at])} has logit -inf, so log-prob -inf; "
         "expected a token that the policy can produce"
     )
-
-
-def log_probs_and_entropies(logits: Tensor, tokens: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """For `linear_logps`: logits [n, V] and tokens [n] -> [n], [n]."""
-    scores = distribution_scores(config, logits)
-    return log_probs(scores, tokens), entropies(scores)

@@ -24,6 +24,12 @@ class FirstError(NamedTuple):
     reason: str
     confidence: float
 
+    def at_least(self, threshold: float) -> FirstError:
+        """Itself; with less confidence than the threshold, a find is as good as none: it splits no credit."""
+        if self.step is None or self.confidence >= threshold:
+            return self
+        return FirstError(None, f"below the threshold: step {self.step + 1}, {self.reason}", 0.0)
+
 
 class OutOfTimeError(Exception):
     """A response took longer than the detector's limit."""
@@ -60,6 +66,27 @@ class Detector(ABC):
         """One result a response, in order."""
         known = answers if answers is not None else [None] * len(problems)
         return [self.detect(p, s, a) for p, s, a in zip(problems, steps, known, strict=True)]
+
+
+@dataclass(frozen=True)
+class BatchDetector(Detector):
+    """One whose work is done in batches: `detect_batch` is its own, and one response is a batch of one. It keeps its
+    own limits, and turns whatever goes wrong into reasons."""
+
+    @abstractmethod
+    def detect_batch(
+        self,
+        problems: Sequence[str],
+        steps: Sequence[Sequence[str]],
+        answers: Sequence[str | None] | None = None,
+    ) -> list[FirstError]:
+        """One result a response, in order; never raises for one of them."""
+
+    def find(self, problem: str, steps: Sequence[str], answer: str | None) -> FirstError:
+        return self.detect_batch([problem], [steps], [answer])[0]
+
+    def detect(self, problem: str, steps: Sequence[str], answer: str | None = None) -> FirstError:
+        return self.detect_batch([problem], [steps], [answer])[0]
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from prefixloss import check
-from prefixloss.detect.base import Detector, FirstError
+from prefixloss.detect.base import BatchDetector, Detector, FirstError
 
 
 @dataclass(frozen=True)
-class _Combined(Detector):
+class _Combined(BatchDetector):
     """Members get whole batches and keep their own time limits; `seconds` is not used. A verdict is a result with a
     confidence above 0: without one, nothing can be said, and the reason gives the members'.
     """
@@ -25,12 +25,6 @@ class _Combined(Detector):
         if not isinstance(given, Sequence) or not given or not all(isinstance(d, Detector) for d in given):
             raise ValueError(f"detectors: got {check.describe(given)}, expected at least one Detector")
         object.__setattr__(self, "detectors", tuple(given))  # hashable, and nobody else's list
-
-    def find(self, problem: str, steps: Sequence[str], answer: str | None) -> FirstError:
-        return self.detect_batch([problem], [steps], [answer])[0]
-
-    def detect(self, problem: str, steps: Sequence[str], answer: str | None = None) -> FirstError:
-        return self.detect_batch([problem], [steps], [answer])[0]
 
     def detect_batch(
         self,

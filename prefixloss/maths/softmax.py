@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prefixloss.config import LossConfig
+
 # scores a block: 8 MiB of float32. A block and its temporaries stay in the cache, and every operation on one waits for
 # all threads at its end: on a machine that is busy with other work, more and smaller blocks take several times as long
 _BLOCK = 2**21
@@ -56,6 +58,10 @@ class Transform:
         assert self.softcap is not None
         tanh = scores / (self.softcap * self.after)
         return tanh.square_().neg_().add_(1).clamp_(min=0).mul_(self.after)
+
+
+def transform_of(config: LossConfig) -> Transform:
+    return Transform.of(config.temperature, config.softcap, config.logit_scale)
 
 
 class RowStats(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers.utils import logging
 
 from prefixloss.integrations.models.heads import LogitMap, refuse_quantised
 from prefixloss.rl import UsageError
+from prefixloss.rl.rollouts import Sampled
 from prefixloss.steps import decode, token_boundaries
 
 INSTRUCTION = """Solve the problem in numbered steps. Start each step with "Step 1:", "Step 2:" and so on, and leave a \
@@ -30,35 +30,6 @@ blank line between steps. Write every calculation as an equality such as 3*4=12.
 
 Problem: {question}
 """
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """B sampled responses: prompts padded on the left to width P, responses on the right to T.
-
-    ids, attention: int64 [B, P + T]. mask: bool [B, T], the response with its end token. finished: bool [B], False for
-    responses cut off by the length limit. texts: the responses without special tokens.
-    """
-
-    ids: Tensor
-    attention: Tensor
-    mask: Tensor
-    finished: Tensor
-    texts: list[str]
-
-    @property
-    def tokens(self) -> Tensor:
-        """int64 [B, T]."""
-        return self.ids[:, -self.mask.shape[1] :]
-
-    @property
-    def prompt_lengths(self) -> Tensor:
-        """int64 [B]."""
-        return self.attention.sum(1) - self.mask.sum(1)
-
-    def rows(self, rows: Tensor) -> Sampled:
-        texts = [self.texts[i] for i in rows.tolist()]
-        return Sampled(self.ids[rows], self.attention[rows], self.mask[rows], self.finished[rows], texts)
 
 
 class Policy:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from prefixloss import TokenAdvantages
 from prefixloss.io.files import json_line, write_whole
 from prefixloss.rl import task
-from prefixloss.rl.policy import Policy, Sampled
+from prefixloss.rl.policy import Policy
+from prefixloss.rl.rollouts import Checked, Sampled
 from prefixloss.steps import Segmenter, pieces, split
-
-if TYPE_CHECKING:
-    from prefixloss.rl.train import Checked
 
 
 def write_samples(

@@ -236,10 +236,11 @@ def test_as_many_programs_share_a_row_of_logits_whatever_the_batch(monkeypatch: 
 
 @pytest.mark.parametrize("tokens", [1, 20, 41])
 def test_every_product_of_the_kernels_back_end_has_the_same_number_of_rows(tokens: int) -> None:
-    from prefixloss.backends.triton.chunks import Head, HeadChunks, Rows  # noqa: PLC0415
+    from prefixloss.backends.problem import Head  # noqa: PLC0415
+    from prefixloss.backends.triton.chunks import HeadChunks, Wanted  # noqa: PLC0415
 
     head = Head(torch.ones(50, 9, device=DEVICE), torch.ones(30, 9, device=DEVICE), None)
-    chunks = HeadChunks(head, None, Rows(torch.arange(tokens, device=DEVICE), None), 20)
+    chunks = HeadChunks(head, None, Wanted(torch.arange(tokens, device=DEVICE), None), 20)
     assert (chunks.step, chunks.size) == (20, 32)
     assert [len(chunk.rows) for chunk in chunks] == [20] * (tokens // 20) + [tokens % 20] * (tokens % 20 > 0)
     assert chunks.hidden.stride(0) == chunks.logits.stride(0) // 2 == 16  # rows start at whole cache lines

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from prefixloss._kernels import rows
 from torch import Tensor
 from torch.library import CustomOpDef
 
 from prefixloss import LossConfig, TokenAdvantages, linear_logps, linear_prefix_loss, prefix_loss
-from prefixloss.backends.triton import chunks, operators
-from prefixloss.backends.triton.chunks import Rows, chunk_rows
+from prefixloss._kernels import problem, rows
+from prefixloss.backends.memory import chunk_rows
+from prefixloss.backends.triton import chunks, from_head, from_logits, scaling
+from prefixloss.backends.triton.chunks import Wanted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, T, D, V = 2, 5, 8, 37
@@ -41,7 +42,7 @@ def leaf(*shape: int, seed: int = 0) -> Tensor:
 
 
 def statistics(options: str) -> Tensor:
-    return operators.logit_statistics(random(B, T, V), None, ids(N), FLAGS, options)
+    return from_logits.logit_statistics(random(B, T, V), None, ids(N), FLAGS, options)
 
 
 def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
@@ -55,39 +56,39 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     tokens, flags = ids(N), FLAGS
     coefficients = random(3, N, seed=4) * (flags != 0)
     return {
-        "logit_loss": (operators.logit_loss, (leaf(B, T, V), None, tokens, flags, given, True, OPTIONS, True)),
+        "logit_loss": (from_logits.logit_loss, (leaf(B, T, V), None, tokens, flags, given, True, OPTIONS, True)),
         "logit_loss without gradient": (
-            operators.logit_loss, (random(B, T, V), None, tokens, flags, given, True, OPTIONS, False)
+            from_logits.logit_loss, (random(B, T, V), None, tokens, flags, given, True, OPTIONS, False)
         ),
-        "logit_loss_": (operators.logit_loss_, (random(N, V), None, tokens, flags, given, True, OPTIONS)),
-        "logit_statistics": (operators.logit_statistics, (leaf(B, T, V), None, tokens, flags, OPTIONS)),
+        "logit_loss_": (from_logits.logit_loss_, (random(N, V), None, tokens, flags, given, True, OPTIONS)),
+        "logit_statistics": (from_logits.logit_statistics, (leaf(B, T, V), None, tokens, flags, OPTIONS)),
         "logit_gradient": (
-            operators.logit_gradient,
+            from_logits.logit_gradient,
             (random(B, T, V), None, tokens, flags, statistics(OPTIONS), coefficients, OPTIONS),
         ),
         "logit_gradient_": (
-            operators.logit_gradient_,
+            from_logits.logit_gradient_,
             (random(B, T, V), None, tokens, flags, statistics(OPTIONS), coefficients, OPTIONS),
         ),
         "linear_loss": (
-            operators.linear_loss, (*head, *HEAD_OF_NONE, tokens, flags, given, True, PLAIN, -1, both)
+            from_head.linear_loss, (*head, *HEAD_OF_NONE, tokens, flags, given, True, PLAIN, -1, both)
         ),
         "linear_loss, bounded": (
-            operators.linear_loss,
+            from_head.linear_loss,
             (*frozen, *HEAD_OF_NONE, tokens, flags, given, True, PLAIN, 8, hidden_alone),
         ),
         "linear_statistics": (
-            operators.linear_statistics, (*head, *HEAD_OF_NONE, tokens, flags, OPTIONS, -1, False)
+            from_head.linear_statistics, (*head, *HEAD_OF_NONE, tokens, flags, OPTIONS, -1, False)
         ),
         "linear_statistics, slope": (
-            operators.linear_statistics, (*frozen, *HEAD_OF_NONE, tokens, flags, PLAIN, 8, True)
+            from_head.linear_statistics, (*frozen, *HEAD_OF_NONE, tokens, flags, PLAIN, 8, True)
         ),
         "linear_gradient": (
-            operators.linear_gradient,
+            from_head.linear_gradient,
             (*(x.detach() for x in head), *HEAD_OF_NONE, tokens, flags, statistics(OPTIONS), coefficients, OPTIONS,
              -1, both),
         ),
-        "scale_": (operators.scale_, (random(N, V), factor)),
+        "scale_": (scaling.scale_, (random(N, V), factor)),
     }  # fmt: skip
 
 
@@ -99,7 +100,10 @@ NAMES = (
 
 
 def test_every_operator_is_called() -> None:
-    registered = {name for name in dir(operators) if isinstance(getattr(operators, name), CustomOpDef)}
+    modules = (from_head, from_logits, scaling)
+    registered = {
+        found._name for module in modules for found in vars(module).values() if isinstance(found, CustomOpDef)
+    }
     assert {operator._name for operator, _ in calls().values()} == registered
     assert set(NAMES) == set(calls())
 
@@ -126,7 +130,7 @@ def fused(hidden: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
     ).loss
 
 
-def from_logits(hidden: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
+def of_logits(hidden: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
     return prefix_loss(logits * 1, PADDED, ADVANTAGES, old_logps=OLD, config=BONUS, backend="triton").loss
 
 
@@ -149,7 +153,7 @@ def frozen_head(hidden: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
     return linear_logps(hidden * 1, weight.detach(), PADDED, backend="triton").logps.square().sum()
 
 
-@pytest.mark.parametrize("function", [fused, from_logits, in_place, two_stages, log_probs, frozen_head])
+@pytest.mark.parametrize("function", [fused, of_logits, in_place, two_stages, log_probs, frozen_head])
 def test_a_compiled_call_has_no_graph_break_and_the_same_gradient(function: Callable[..., Tensor]) -> None:
     results = []
     torch._dynamo.reset()
@@ -221,7 +225,7 @@ def launches_marked(waits: Waits) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("launch_rows", "launch_slices", "launch_combine", "launch_gradient"):
             patch.setattr(rows, name, marked(getattr(rows, name)))
-        for module in (operators, chunks):
+        for module in (scaling, chunks):
             patch.setattr(module, "launch_scale", marked(module.launch_scale))
         yield
 
@@ -323,7 +327,7 @@ def test_chunks_are_whole_tiles_of_equal_size_within_the_budget(monkeypatch: pyt
 
 def test_rows_are_found_with_and_without_their_number() -> None:
     wanted = torch.tensor([False, True, False, True, True])
-    exact, bounded, all_of_them = (Rows.where(wanted, most) for most in (None, 4, 9))
+    exact, bounded, all_of_them = (Wanted.where(wanted, most) for most in (None, 4, 9))
     assert exact.token.tolist() == [1, 3, 4]
     assert exact.wanted is None
     assert bounded.token.tolist() == [1, 3, 4, 0]
@@ -331,11 +335,11 @@ def test_rows_are_found_with_and_without_their_number() -> None:
     assert bounded.wanted.tolist() == [True, True, True, False]
     assert all_of_them.token.tolist() == [0, 1, 2, 3, 4]
     assert all_of_them.wanted is wanted
-    learning, others = Rows.split(torch.tensor([False, True, False, False, True]), wanted)
+    learning, others = Wanted.split(torch.tensor([False, True, False, False, True]), wanted)
     assert learning.token.tolist() == [1, 4]
     assert others.token.tolist() == [3]
 
 
 def test_flags_are_the_kernels_own() -> None:
-    assert operators.LEARNING == rows.LEARNING.value == 2
-    assert rows.COMPUTED.value == 1
+    assert from_head.LEARNING == problem.LEARNING.value == 2
+    assert problem.COMPUTED.value == 1

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from prefixloss import LossConfig, linear_logps, linear_prefix_loss, prefix_loss
 from prefixloss.backends import autograd
-from prefixloss.backends.torch import loss as torch_backend
-from prefixloss.backends.triton import operators
+from prefixloss.backends.torch import eager
+from prefixloss.backends.triton import scaling
 
 B, T, D, V = 2, 5, 8, 23
 BACKENDS = ("torch", "triton")
@@ -305,11 +305,11 @@ def test_this_torch_says_whether_the_graph_is_kept() -> None:
 @pytest.mark.parametrize("shape", [(7, 40), (3, 5, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_apart_are_scaled_in_float32(dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: Any) -> None:
-    monkeypatch.setattr(operators, "_UPCAST", 100)  # two rows at a time
+    monkeypatch.setattr(scaling, "_UPCAST", 100)  # two rows at a time
     whole = random(*shape, seed=8).to(dtype)
     x = whole[..., :-3]
     want = (x.float() * 1.3).to(dtype)
-    operators.scale_(x, torch.tensor(1.3))
+    scaling.scale_(x, torch.tensor(1.3))
     assert torch.equal(x, want)
     assert torch.equal(whole[..., -3:], random(*shape, seed=8).to(dtype)[..., -3:])
 
@@ -317,4 +317,4 @@ def test_rows_apart_are_scaled_in_float32(dtype: torch.dtype, shape: tuple[int, 
 def test_the_factor_of_the_torch_back_end_may_be_any_float32() -> None:
     saved = torch.tensor([1.0, 2**-126])
     for factor in torch.tensor([SMALL, 1.3, -3e38]):
-        assert torch.equal(torch_backend._times(saved, factor.item()), saved * factor)
+        assert torch.equal(eager._times(saved, factor.item()), saved * factor)

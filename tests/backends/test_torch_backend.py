@@ -148,12 +148,13 @@ def test_memory_budget_bounds_a_chunk(budget: int, monkeypatch: pytest.MonkeyPat
 def test_a_large_vocabulary_still_has_chunks_worth_a_pass_over_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFIXLOSS_MEMORY", raising=False)
     cpu, row = torch.device("cpu"), 2**20
-    assert memory.chunk_sizes(1300, 1300, row, cpu, None) == [512, 394, 394]
-    assert memory.chunk_sizes(256, 256, row, cpu, None) == [256]
-    assert memory.chunk_sizes(256, 256, row, cpu, 100) == [100, 78, 78]
+    assert memory.chunk_rows(1300, 1300, row, cpu, None) == 512
+    assert memory.chunk_rows(1060, 1060, row, cpu, None) == 384  # three even chunks, in whole tiles
+    assert memory.chunk_rows(256, 256, row, cpu, None) == 256
+    assert memory.chunk_rows(256, 256, row, cpu, 100) == 100
     # a budget that somebody set is kept
     monkeypatch.setenv("PREFIXLOSS_MEMORY", str(2**27))
-    assert max(memory.chunk_sizes(256, 256, row, cpu, None)) < 128
+    assert memory.chunk_rows(256, 256, row, cpu, None) < 128
 
 
 def test_memory_budget_must_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:

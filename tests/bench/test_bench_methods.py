@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bench.speed.cases import Case, Head
 from bench.speed.errors import Wrong, answer_of, compared_rows, inputs, truth_of
-from bench.speed.methods import METHODS, Linear, Logits, capped, expected_logps, policy_terms, random_head, token_logps
+from bench.speed.inputs import Linear, Logits, capped, expected_logps, policy_terms, random_head, token_logps
+from bench.speed.methods import METHODS
 from bench.speed.settings import SETTINGS, credit_of
 from bench.speed.worker import Worker, full_inputs, resident_before
 

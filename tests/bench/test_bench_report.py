@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from bench.commands import app
 from bench.speed import table
+from bench.speed.headline import headline
 from bench.speed.record import FormatError, check, machine_line, new_record, read
 
 ROOT = Path(__file__).parents[2]
@@ -169,9 +170,33 @@ def test_the_summary_goes_between_the_marks_of_a_readme(file: Path, tmp_path: Pa
     assert readme.read_text() == "no marks"
 
 
-def test_the_projects_readme_has_the_marks() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert text.index("<!-- bench: begin -->") < text.index("<!-- bench: end -->")
+def test_three_figures_are_beside_pytorch(record: dict[str, Any], file: Path, tmp_path: Path) -> None:
+    real = {**case("floor"), "group": "models"}
+    next(r for r in real["rows"] if r["method"] == "naive")["errors"] = {"logps": 3e-7, "d_hidden": 8e-6, "loss": 1.0}
+    record["cases"].append(real)
+    assert headline(record).splitlines() == [
+        # 1.1 x 0.25 of the floor of all tokens, PyTorch twice that floor; 0.4096 x 1.1 s and 2 x as many bytes
+        "- **Time** beside PyTorch's: 0.14 where 25% of the tokens learn, 0.55 where 100% do "
+        "(head wide, 1,024 tokens, float32)",
+        "- **Memory** above the inputs at 4,096 tokens: 7 MiB, PyTorch 13",
+        "- **Error**: log-probs and gradients are 3 to 4 times closer to float64 than PyTorch's (wide, float32)",
+    ]
+    file.write_text(json.dumps({**record, "cases": [made for made in record["cases"] if made["group"] == "length"]}))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench: begin -->\nold\n<!-- bench: end -->\nafter\n")
+    assert invoke("table", file, "--figures", "--into", readme).exit_code == 0
+    memory = invoke("table", file, "--figures").output
+    assert memory.startswith("- **Memory**")
+    assert readme.read_text() == f"before\n<!-- bench: begin -->\n{memory}<!-- bench: end -->\nafter\n"
+
+
+@pytest.mark.parametrize(("name", "options"), [("README.md", ("--figures",)), ("bench/results/README.md", ())])
+def test_the_projects_readmes_hold_what_the_record_says(name: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / name).read_text())
+    done = invoke("table", ROOT / "bench/results/cpu.json", *options, "--into", copy)
+    assert done.exit_code == 0, done.output
+    assert copy.read_text() == (ROOT / name).read_text()
 
 
 def test_pictures_are_drawn_from_the_file(file: Path, tmp_path: Path) -> None:
@@ -247,7 +272,7 @@ def test_the_command_measures_writes_and_prints(tmp_path: Path) -> None:
 def test_cases_are_tracked_by_pytest_benchmark_and_not_by_the_ordinary_tests(tmp_path: Path) -> None:
     saved = tmp_path / "track.json"
     pytest_ = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    options = ["bench/test_speed.py", "-k", "quick and logits and floor", f"--benchmark-json={saved}"]
+    options = ["bench/speed/test_speed.py", "-k", "quick and logits and floor", f"--benchmark-json={saved}"]
     # in a worker of pytest-xdist, whose variables the child would inherit, pytest-benchmark saves nothing
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run([*pytest_, *options], cwd=ROOT, capture_output=True, text=True, check=False, env=alone)

@@ -16,7 +16,8 @@ from bench.speed.cases import (
     methods_for,
     quick_cases,
 )
-from bench.speed.methods import METHODS, padding
+from bench.speed.inputs import padding
+from bench.speed.methods import METHODS
 from bench.speed.settings import GROUP, SETTINGS, Batch, credit_of, generate, is_setting, setting_of
 
 SIZES = [64, 1000, 4096]

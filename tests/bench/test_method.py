@@ -17,7 +17,9 @@ from bench.method import tree as method_tree
 from prefixloss import advantages
 from prefixloss.rl import task, train
 from prefixloss.rl.config import Config
+from prefixloss.rl.optimise import Stepper
 from prefixloss.rl.policy import tiny_policy
+from prefixloss.rl.start import frozen
 
 # ---- the tree
 
@@ -233,15 +235,15 @@ def test_an_unknown_comparison_is_named(tmp_path):
 
 
 def test_the_judge_is_what_an_update_asks(policy):
-    """`check` of `train.update` replaces the built-in one."""
+    """`judge` of `train.learn` replaces the built-in one."""
     asked = []
 
-    def check(config, policy, problems, sampled):
+    def judge(config, policy, problems, sampled):
         asked.append(len(problems))
-        return train.check_responses(config, policy, problems, sampled)
+        return train.judge(config, policy, problems, sampled)
 
     config = replace(SHORT, kl_coef=0.0)
     model = tiny_policy(16, 1)
-    optimizer = torch.optim.SGD(model.model.parameters(), lr=0.1)
-    train.update(config, model, train.frozen(model), optimizer, train.State(), [PROBLEM] * 2, check=check)
+    stepper = Stepper(config, model.model, torch.optim.SGD(model.model.parameters(), lr=0.1))
+    train.learn(config, model, frozen(model), stepper, [PROBLEM] * 2, judge)
     assert asked == [4]

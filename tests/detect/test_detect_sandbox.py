@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from prefixloss.detect.code.sandbox import Cell, Check, Limits, Result, Run, Sandbox, SandboxError
+from prefixloss.detect.code.sandbox import Cell, Check, Execution, Limits, Result, Sandbox, SandboxError
 from prefixloss.detect.code.sandbox_program import MESSAGE_CHARS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is for Linux")
@@ -111,11 +111,11 @@ class Worker:
         except Exception as error:
             self.results.put(error)
 
-    def __call__(self, *sources: str, limits: Limits = LIMITS) -> Run:
+    def __call__(self, *sources: str, limits: Limits = LIMITS) -> Execution:
         """The run of a program, bounded in time."""
         self.jobs.put(([Cell("<program>", source) for source in sources], limits))
         result = self.results.get(timeout=limits.wall_seconds + 5)
-        assert isinstance(result, Run), result
+        assert isinstance(result, Execution), result
         return result
 
 
@@ -547,7 +547,7 @@ def test_without_enough_layers_it_refuses():
 
 
 def test_unprotected_has_to_be_asked_for():
-    def work() -> tuple[tuple[str, ...], Run]:
+    def work() -> tuple[tuple[str, ...], Execution]:
         with Sandbox(LIMITS, unprotected=True) as box:
             return box.protections, box.run([Cell("<p>", "x = 1"), Cell("<p>", "assert x == 2")])
 
@@ -560,15 +560,15 @@ def test_unprotected_has_to_be_asked_for():
 
 
 def test_a_kernel_that_does_not_tell_what_it_refuses_is_no_less_strict():
-    def work() -> Run:
+    def work() -> Execution:
         with Sandbox(LIMITS) as box:
             return box.run(
                 [Cell("<p>", "import os\nos.fork()"), Cell("<p>", "input()")], [Check("<t>", "assert 1 == 2")]
             )
 
     told, untold = denied([], work), denied(["seccomp"], work)
-    assert isinstance(told, Run), told
-    assert isinstance(untold, Run), untold
+    assert isinstance(told, Execution), told
+    assert isinstance(untold, Execution), untold
     assert [r.error for r in untold.results] == ["PermissionError", "EOFError"] == [r.error for r in told.results]
     assert untold.refused is None
     assert told.refused is None or "input" in told.refused
@@ -653,7 +653,7 @@ def test_the_deadline_of_all_runs_holds():
 
 
 def test_many_sandboxes_work_side_by_side():
-    results: list[Run] = []
+    results: list[Execution] = []
 
     def work(number: int) -> None:
         with Sandbox(LIMITS) as box:

@@ -21,19 +21,20 @@ import torch
 import triton
 import triton.language as tl
 from cases import CORRECTIONS, KLS, OBJECTIVES, of_objective
-from prefixloss._kernels import launch, rows, scale
-from prefixloss._kernels import objective as device_form
-from prefixloss._kernels.launch import Launch
-from prefixloss._kernels.maths import expm1, log1p, softplus, tanh
-from prefixloss._kernels.objective import divergence, policy, sampler_weight, token_terms
-from prefixloss._kernels.rows import Problem, Tokens
-from prefixloss._kernels.scale import launch_scale
 from torch import Tensor
 
 import prefixloss.maths.objective as torch_form
 from prefixloss import LossConfig
-from prefixloss.backends.triton import operators
-from prefixloss.backends.triton.chunks import Head, HeadChunks, Rows
+from prefixloss._kernels import launch, problem, rows, scale
+from prefixloss._kernels import objective as device_form
+from prefixloss._kernels.launch import Launch
+from prefixloss._kernels.maths import expm1, log1p, softplus, tanh
+from prefixloss._kernels.objective import divergence, policy, sampler_weight, token_terms
+from prefixloss._kernels.problem import Problem, Tokens
+from prefixloss._kernels.scale import launch_scale
+from prefixloss.backends.problem import Head
+from prefixloss.backends.triton import problems
+from prefixloss.backends.triton.chunks import HeadChunks, Wanted
 from prefixloss.inputs.batch import Given
 from prefixloss.maths import corrections
 from prefixloss.maths.derivatives import ratio_of
@@ -47,7 +48,7 @@ HALF_ULP = 2.0**-24
 SMALLEST_NORMAL = 2.0**-126
 # by name, what each call compiled, and the types in each kernel's offsets
 Compiled = dict[str, dict[str, list[str]]]
-NONE, COMPUTED, LEARNING = 0, rows.COMPUTED.value, rows.COMPUTED.value | rows.LEARNING.value
+NONE, COMPUTED, LEARNING = 0, problem.COMPUTED.value, problem.COMPUTED.value | problem.LEARNING.value
 
 
 def on_device(values: Any, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -181,7 +182,7 @@ def terms_kernel(
 ):
     at = tl.arange(0, BLOCK)
     wanted = at < size
-    given = device_form.Given(
+    given = device_form.TokenInputs(
         tl.load(given_ptr + at, mask=wanted, other=0.0),
         tl.load(given_ptr + size + at, mask=wanted, other=0.0),
         tl.load(given_ptr + 2 * size + at, mask=wanted, other=0.0),
@@ -241,7 +242,7 @@ def test_policy_takes_the_torch_form_s_branch_at_every_bound(config: LossConfig)
     bounds = [1.0, 1 - config.clip_low, 1 + config.clip_high, config.clip_high, config.ratio_cap, config.dual_clip]
     ratios = [*neighbours(*(b for b in bounds if b)), *EXTREMES]
     a, ratio, logp = columns(ADVANTAGES, ratios, [-3.0, 0.0])
-    kind, options = operators._objective(config, True)
+    kind, options = problems.objective_of(config, True)
     out = outputs(2, len(a))
     block = triton.next_power_of_2(len(a))
     policy_kernel[(1,)](on_device(a), on_device(logp), on_device(ratio), out, len(a), options, kind, block)
@@ -267,7 +268,7 @@ def test_sampler_weight_is_the_torch_form_s_at_and_beside_its_bounds(
 ) -> None:
     config = LossConfig(sampler_correction=correction, sampler_bounds=bounds)
     q = torch.tensor([*neighbours(*bounds), 1.0, *EXTREMES])
-    kind, options = operators._objective(config, True)
+    kind, options = problems.objective_of(config, True)
     out = outputs(1, len(q))
     weight_kernel[(1,)](on_device(q), out, len(q), options, kind, triton.next_power_of_2(len(q)))
     want = corrections.BY_NAME[correction](q, *bounds)
@@ -279,7 +280,7 @@ def test_divergence_is_the_torch_form_s(kl: Any) -> None:
     config = LossConfig(kl=kl, kl_coef=0.1)
     d = torch.tensor([0.0, *(sign * x for x in (1e-30, 1e-6, 1e-3, 1.0, 20.0, 100.0, INF) for sign in (1, -1)), NAN])
     exact = torch.linspace(0, 3, len(d))
-    kind, _ = operators._objective(config, True)
+    kind, _ = problems.objective_of(config, True)
     out = outputs(2, len(d))
     divergence_kernel[(1,)](on_device(d), on_device(exact), out, len(d), kind, triton.next_power_of_2(len(d)))
     value, slope = out.cpu()
@@ -324,7 +325,7 @@ def test_token_terms_are_the_torch_form_s(objective: str) -> None:
     old, entropy, exact = finite - log_ratio, finite.abs() + 0.1, log_ratio.abs() / 100
     for config, off_policy in terms_configs(objective):
         sampler = (old if off_policy else finite) - log_q
-        kind, options = operators._objective(config, off_policy)
+        kind, options = problems.objective_of(config, off_policy)
         stacked = torch.stack([a, torch.ones_like(a), old, sampler, finite + d])
         out = outputs(6, len(a))
         terms_kernel[(1,)](
@@ -442,7 +443,7 @@ class Run:
         # several programs a row take the coefficients of tokens that were not computed from `terms`
         self.terms = torch.full((6, problem.count), NAN if splits == 1 else 0.0, device=device)
         self.scales = torch.full((problem.rows,), NAN, device=device)
-        operators._run(problem, self.stats, self.terms, self.grads, self.scales, splits)
+        problems.run(problem, self.stats, self.terms, self.grads, self.scales, splits)
         if guarded:
             assert (behind(self.grads) == GUARD).all()
 
@@ -473,7 +474,7 @@ def make(
         on_device(torch.arange(count) if which is None else which, torch.int64),
     )
     asked = {"terms": True, "gradient": True, "clear": True, "indexed": which is not None, **work}
-    problem = operators.problem_of(config, logits, ref, tokens, False, grads or logits.dtype, **asked)
+    problem = problems.problem_of(config, logits, ref, tokens, False, grads or logits.dtype, **asked)
     return dataclasses.replace(problem, launch=cut)
 
 
@@ -611,7 +612,7 @@ def test_in_place_the_gradient_is_the_same_to_the_bit(config: LossConfig, vocabu
 def head_chunks(size: int, vocabulary: int, dtype: torch.dtype) -> HeadChunks:
     """Room for chunks of `size` rows whose gradients have that dtype."""
     head = Head(torch.zeros(size, 2, device=DEVICE), torch.zeros(vocabulary, 2, device=DEVICE), None)
-    chunks = HeadChunks(head, None, Rows(torch.arange(size, device=DEVICE), None), size)
+    chunks = HeadChunks(head, None, Wanted(torch.arange(size, device=DEVICE), None), size)
     chunks.grads_dtype = dtype
     return chunks
 

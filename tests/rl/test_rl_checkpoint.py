@@ -168,7 +168,7 @@ def test_a_scheduler_s_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch)
 
 
 def test_one_that_comes_before_the_first_update_ends_before_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "warm_start", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("prefixloss.rl.run.warm_start", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr(train, "update", None)
     with pytest.raises(checkpoint.Stopped) as stopped:
         train.train(Config(**TINY), tmp_path, Report())

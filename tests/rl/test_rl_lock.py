@@ -13,8 +13,8 @@ from prefixloss import cli
 from prefixloss.rl import UsageError, checkpoint, lock
 from prefixloss.rl.config import Config
 from prefixloss.rl.lock import Lock
+from prefixloss.rl.run import open_run
 from prefixloss.rl.team import Team
-from prefixloss.rl.train import open_run
 
 HOLDER = """
 import sys

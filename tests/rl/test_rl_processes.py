@@ -22,7 +22,10 @@ from prefixloss import cli
 from prefixloss.rl import checkpoint, task, train
 from prefixloss.rl.config import Config
 from prefixloss.rl.lock import Lock
-from prefixloss.rl.policy import Policy, Sampled, tiny_policy
+from prefixloss.rl.optimise import State, Stepper
+from prefixloss.rl.policy import Policy, tiny_policy
+from prefixloss.rl.rollouts import Sampled
+from prefixloss.rl.start import frozen
 from prefixloss.rl.team import Team
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="the processes talk through gloo")
@@ -53,10 +56,9 @@ def updated(team: Team, monkeypatch: pytest.MonkeyPatch, advantage: str) -> tupl
     config = Config(prompts=4, group=3, minibatches=1, epochs=2, kl_coef=0.1, advantage=advantage, micro_prompts=2)
     torch.manual_seed(0)
     policy = tiny_policy(16, 1)
-    reference = train.frozen(policy)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.5)
-    state = train.State(step=100)
-    metrics = train.update(config, policy, reference, optimizer, state, QUESTIONS, None, team)
+    stepper = Stepper(config, policy.model, optimizer, State(step=100), team)
+    metrics = train.learn(config, policy, frozen(policy), stepper, team.share(QUESTIONS))
     return torch.nn.utils.parameters_to_vector(policy.model.parameters()).detach(), metrics
 
 

@@ -19,8 +19,11 @@ from prefixloss import TokenAdvantages
 from prefixloss.io.files import write_whole, write_whole_directory
 from prefixloss.rl import checkpoint, task, train
 from prefixloss.rl.config import Config
+from prefixloss.rl.evaluate import evaluate, pass_at_k
+from prefixloss.rl.optimise import NotFiniteError, Stepper, learning_rate
 from prefixloss.rl.policy import tiny_policy
 from prefixloss.rl.report import Report
+from prefixloss.rl.rollouts import Checked
 from prefixloss.rl.samples import write_samples
 from prefixloss.show import read_shown
 
@@ -76,7 +79,7 @@ def policy():
 @pytest.mark.parametrize(("n", "c", "k"), [(1, 0, 1), (1, 1, 1), (5, 2, 1), (5, 2, 3), (5, 2, 4), (6, 6, 2), (7, 1, 7)])
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n, c, k):
     subsets = list(combinations([True] * c + [False] * (n - c), k))
-    assert train.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 def test_evaluation_neither_uses_nor_moves_the_random_state_of_training(policy):
@@ -84,10 +87,10 @@ def test_evaluation_neither_uses_nor_moves_the_random_state_of_training(policy):
     problems = task.chains(0, 0, 4, held_out=True)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = train.evaluate(config, policy, problems)
+    first = evaluate(config, policy, problems)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    assert train.evaluate(config, policy, problems) == first
+    assert evaluate(config, policy, problems) == first
     assert set(first) == {"pass@1", "pass@2"}
 
 
@@ -106,7 +109,7 @@ RESPONSES = [
 def checked(policy):
     sampled = policy.written([PROBLEM.question] * 4, RESPONSES)
     sampled.finished[3] = False
-    return train.check_responses(Config(), policy, [PROBLEM] * 4, sampled), sampled
+    return train.judge(Config(), policy, [PROBLEM] * 4, sampled), sampled
 
 
 def test_responses_are_checked_and_errors_are_placed_in_tokens(checked):
@@ -121,7 +124,7 @@ def test_responses_are_checked_and_errors_are_placed_in_tokens(checked):
 def test_a_detector_can_find_the_first_errors(policy, detector):
     sampled = policy.written([PROBLEM.question] * 4, RESPONSES)
     sampled.finished[3] = False
-    result = train.check_responses(Config(detector=detector, steps="lines"), policy, [PROBLEM] * 4, sampled)
+    result = train.judge(Config(detector=detector, steps="lines"), policy, [PROBLEM] * 4, sampled)
     assert result.correct.tolist() == [True, False, False, False]
     assert result.first_error.tolist() == [-1, 8, 0, -1]
     assert result.right_steps.tolist()[1:] == [1, 0, 0]
@@ -129,9 +132,20 @@ def test_a_detector_can_find_the_first_errors(policy, detector):
     assert result.reasons[3] == ""
 
 
+@pytest.mark.parametrize(("threshold", "first_error"), [(0.95, 8), (0.96, -1)])
+def test_a_find_below_the_threshold_is_a_wrong_answer_without_a_known_first_error(policy, threshold, first_error):
+    """The false equality is found with a confidence of 0.95."""
+    sampled = policy.written([PROBLEM.question], RESPONSES[1:2])
+    config = Config(detector="maths", steps="lines", threshold=threshold)
+    result = train.judge(config, policy, [PROBLEM], sampled)
+    assert result.first_error.tolist() == [first_error]
+    credit = train.weigh(config, result, sampled, torch.zeros(1, dtype=torch.int64))
+    assert credit.prefix_lengths.tolist() == [max(first_error, 0)]
+
+
 def test_samples_show_first_errors_reasons_and_each_token_s_advantage(policy, checked, tmp_path):
     result, sampled = checked
-    credit = train.assign_credit(Config(), *checked, torch.zeros(4, dtype=torch.int64))
+    credit = train.weigh(Config(), *checked, torch.zeros(4, dtype=torch.int64))
     path = tmp_path / "responses.jsonl"
     write_samples(path, policy, [PROBLEM] * 4, sampled, result, credit, "lines")
     shown = read_shown(path)
@@ -150,11 +164,11 @@ def test_samples_show_first_errors_reasons_and_each_token_s_advantage(policy, ch
 def test_a_correct_answer_that_was_cut_off_is_not_rewarded(policy):
     sampled = policy.written([PROBLEM.question], RESPONSES[:1])
     sampled.finished[0] = False
-    assert train.check_responses(Config(), policy, [PROBLEM], sampled).correct.tolist() == [False]
+    assert train.judge(Config(), policy, [PROBLEM], sampled).correct.tolist() == [False]
 
 
 def test_vppo_credit_of_a_group(checked):
-    credit = train.assign_credit(Config(), *checked, torch.zeros(4, dtype=torch.int64))
+    credit = train.weigh(Config(), *checked, torch.zeros(4, dtype=torch.int64))
     lengths = checked[1].mask.sum(1)
     mean = (1 + 0.5 * 8 / int(lengths[1])) / 4
     assert credit.prefix_lengths.tolist() == [0, 8, 0, 0]
@@ -164,7 +178,7 @@ def test_vppo_credit_of_a_group(checked):
 
 @pytest.mark.parametrize("name", ["grpo", "dr-grpo", "rts", "neutral", "cliff", "mixed"])
 def test_the_other_advantages_raise_the_correct_and_lower_the_wrong(checked, name):
-    credit = train.assign_credit(Config(advantage=name), *checked, torch.zeros(4, dtype=torch.int64))
+    credit = train.weigh(Config(advantage=name), *checked, torch.zeros(4, dtype=torch.int64))
     suffix = credit.suffix if isinstance(credit, TokenAdvantages) else credit
     assert float(suffix[0]) > 0 > float(suffix[1:].max())
     if name == "neutral":
@@ -186,19 +200,17 @@ def test_the_other_advantages_raise_the_correct_and_lower_the_wrong(checked, nam
 def every_second_is_right(config, policy, problems, sampled):
     """An untrained policy is never right, and would have nothing to learn from."""
     count = torch.arange(len(problems))
-    return train.Checked(count % 2 == 0, torch.full_like(count, -1), count * 0, count * 0 + 1)
+    return Checked(count % 2 == 0, torch.full_like(count, -1), count * 0, count * 0 + 1)
 
 
 def one_update(policy, **changes):
     config = Config(**{**SMALL, "minibatches": 1, **changes})
     reference = tiny_policy(16, 1)
     reference.model.load_state_dict(policy.model.state_dict())
-    optimizer = torch.optim.SGD(policy.model.parameters(), lr=config.lr)
+    stepper = Stepper(config, policy.model, torch.optim.SGD(policy.model.parameters(), lr=config.lr))
     torch.manual_seed(1)
-    state = train.State()
-    problems = [PROBLEM] * config.prompts
-    metrics = train.update(config, policy, reference, optimizer, state, problems, check=every_second_is_right)
-    return metrics, state, torch.nn.utils.parameters_to_vector(policy.model.parameters()).detach().clone()
+    metrics = train.learn(config, policy, reference, stepper, [PROBLEM] * config.prompts, every_second_is_right)
+    return metrics, stepper.state, torch.nn.utils.parameters_to_vector(policy.model.parameters()).detach().clone()
 
 
 def test_the_first_step_on_fresh_samples_has_ratio_1_and_no_kl(policy):
@@ -230,7 +242,7 @@ def test_micro_batches_add_up_to_the_same_step(policy):
 
 def test_learning_rate_rises_then_falls_to_a_tenth():
     config = Config(updates=10, epochs=1, minibatches=2, lr=1.0, lr_warmup=4)
-    rates = [train.learning_rate(config, step) for step in range(1, 21)]
+    rates = [learning_rate(config, step) for step in range(1, 21)]
     assert rates[0] == pytest.approx(0.25 * 0.955)
     assert rates[3] == max(rates) == pytest.approx(0.82)
     assert rates[-1] == pytest.approx(0.1)
@@ -263,7 +275,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch, policy):
 
 def test_three_in_a_row_stop_the_run_and_two_do_not(monkeypatch, tmp_path):
     poison(monkeypatch, {0, 1, 3, 4, 6, 7, 8})
-    with pytest.raises(train.NotFiniteError, match=r"3 steps in a row, the last in update 5; .* smaller --lr"):
+    with pytest.raises(NotFiniteError, match=r"3 steps in a row, the last in update 5; .* smaller --lr"):
         train.train(Config(**SMALL), tmp_path, quiet())  # two steps an update: call 8 is in the fifth
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line).get("skipped") for line in lines] == [None, 2, 3, 4, 6]

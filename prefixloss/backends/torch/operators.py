@@ -1,4 +1,4 @@
-"""backend="torch" as `torch.library` operators, for `torch.compile`: whole calls, and no look at values in its graph.
+"""backend="torch" as `torch.library` operators: whole calls, in whose graph nobody looks at values.
 
 An operator takes tensors, numbers and strings only: `options` is `LossConfig.encoded`. Letters: N tokens, V vocabulary.
 Common arguments:
@@ -9,18 +9,23 @@ Common arguments:
 
 from __future__ import annotations
 
-import warnings
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefixloss.backends import two_stages
 from prefixloss.backends.autograd import first_order
-from prefixloss.backends.torch import loss as torch_backend
-from prefixloss.backends.torch.loss import Source
-from prefixloss.backends.torch.sharded import Whole
+from prefixloss.backends.columns import Columns
+from prefixloss.backends.library import decoded, gradients_like
+from prefixloss.backends.problem import Head
+from prefixloss.backends.torch.passes import (
+    Source,
+    fused_pass,
+    gradient_pass,
+    linear_source,
+    logit_source,
+    statistics_pass,
+)
 from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Batch, Given, TokenValues
 from prefixloss.inputs.layout import Layout
@@ -29,50 +34,6 @@ from prefixloss.maths.softmax import Coefficients, RowStats
 
 # hidden states, head and bias; or logits alone
 Tensors = tuple[Tensor, Tensor | None, Tensor | None]
-NOTHING = (None, None, None)
-
-
-def loss(tensors: Any, reference: Any, batch: Batch, config: LossConfig) -> tuple[Tensor, TokenValues]:
-    """As `torch_backend.loss`. tensors, reference: hidden states, head and bias, or logits alone; reference or None."""
-    # float16 gradients of logits are made once the incoming scale is known
-    later = len(tensors) == 1 and tensors[0].dtype == torch.float16
-    if later or two_stages.needed_by(config):
-        return two_stages.loss(
-            lambda needed: statistics(tensors, reference, batch.tokens, needed, config), batch, config
-        )
-    g = batch.given
-    recorded = (g.advantages, g.old_logps, g.sampler_logps, g.ref_logps)
-    total, values, *_ = fused_loss(
-        *_three(tensors), *_three(reference), batch.tokens, batch.learning, batch.computed, *recorded, batch.weights,
-        batch.denominator, config.encoded, _needs(tensors),
-    )  # fmt: skip
-    return total, TokenValues(*values.detach().unbind())
-
-
-def statistics(
-    tensors: Any, reference: Any, tokens: Tensor, needed: Tensor, config: LossConfig
-) -> two_stages.Statistics:
-    """Log-prob, entropy (differentiable if config.entropy_coef is not 0) and exact KL of the tokens in needed [N]."""
-    stats = token_statistics(*_three(tensors), *_three(reference), tokens, needed, config.encoded, _needs(tensors))
-    logp, _, _, entropy, kl, _ = stats.unbind()
-    if config.entropy_coef == 0:
-        entropy = entropy.detach()
-    return two_stages.Statistics(logp, entropy, None if reference is None else kl)
-
-
-def _three(tensors: Any) -> Tensors:
-    return NOTHING if tensors is None else (*tensors, *NOTHING)[:3]
-
-
-def _needs(tensors: Any) -> list[bool]:
-    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in _three(tensors)]
-
-
-@lru_cache(maxsize=256)
-def _decoded(options: str) -> LossConfig:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # given once already, where the caller made the options
-        return LossConfig.decoded(options)
 
 
 def _opened(
@@ -81,26 +42,20 @@ def _opened(
     """Where the rows come from, and the tensors that they are made of."""
     first, weight, _ = tensors
     if weight is None:
-        return torch_backend.logit_source(reference[0], False, config, ids, Whole(first.shape[1])), (first,)
-    head: Any = None if reference[0] is None else reference
-    return torch_backend.linear_source(head, config, ids, Whole(len(weight))), tensors
+        return logit_source(reference[0], False, config, ids, Columns(first.shape[1])), (first,)
+    ref_first, ref_weight, ref_bias = reference
+    head = None if ref_first is None or ref_weight is None else Head(ref_first, ref_weight, ref_bias)
+    return linear_source(head, config, ids, Columns(len(weight))), tensors
 
 
 def _returned(gradients: tuple[Tensor | None, ...], tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
     """Three gradients, float32 for float16 inputs, empty where there is none."""
-    made = (*gradients, *NOTHING)[:3]
+    made = (*gradients, None, None)[:3]
     g, h, i = (
         tensors[0].new_empty(0) if x is None or t is None else x.to(storage_dtype(t.dtype))
         for x, t in zip(made, tensors, strict=True)
     )
     return g, h, i
-
-
-def _like_returned(tensors: Tensors, needs: list[bool]) -> list[Tensor]:
-    return [
-        t.new_empty(t.shape, dtype=storage_dtype(t.dtype)) if t is not None and need else tensors[0].new_empty(0)
-        for t, need in zip(tensors, needs, strict=True)
-    ]
 
 
 def _dtype(first: Tensor, weight: Tensor | None) -> torch.dtype:
@@ -115,12 +70,12 @@ def fused_loss(
     denominator: Tensor, options: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss (0-d), the fields of `TokenValues` [5, N], and the gradients of first, weight and bias."""
-    config, tensors = _decoded(options), (first, weight, bias)
+    config, tensors = decoded(options), (first, weight, bias)
     source, policy = _opened(tensors, (ref_first, ref_weight, ref_bias), ids, config)
     given = Given(advantages, old_logps, sampler_logps, ref_logps)
     nowhere = torch.zeros_like(learning)
     batch = Batch(Layout(computed, None), ids, given, weights, denominator, None, learning, computed, nowhere)
-    total, values, gradients = torch_backend.fused_loss(source, batch, config, tuple(needs), policy)
+    total, values, gradients = fused_pass(source, batch, config, tuple(needs), policy)
     return total, torch.stack(values), *_returned(gradients, tensors)
 
 
@@ -131,7 +86,7 @@ def _(
     denominator: Any, options: str, needs: list[bool],
 ) -> Any:  # fmt: skip
     made = weights.new_empty(()), weights.new_empty(len(TokenValues._fields), weights.shape[0])
-    return *made, *_like_returned((first, weight, bias), needs)
+    return *made, *gradients_like((first, weight, bias), needs)
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -158,9 +113,9 @@ def token_statistics(
     ref_bias: Tensor | None, ids: Tensor, wanted: Tensor, options: str, needs: list[bool],
 ) -> Tensor:  # fmt: skip
     """The fields of `RowStats` [6, N], 0 for tokens that are not wanted and for what is not known."""
-    source, policy = _opened((first, weight, bias), (ref_first, ref_weight, ref_bias), ids, _decoded(options))
+    source, policy = _opened((first, weight, bias), (ref_first, ref_weight, ref_bias), ids, decoded(options))
     rows = wanted.nonzero().squeeze(1)
-    made, _ = torch_backend.made_statistics(source, rows, policy, follow_hidden=False)
+    made, _ = statistics_pass(source, rows, policy, follow_hidden=False)
     stats = first.new_zeros(len(RowStats._fields), len(ids), dtype=_dtype(first, weight))
     for field, values in zip(stats, made, strict=True):
         if values is not None:
@@ -174,35 +129,6 @@ def _(
     options: str, needs: list[bool],
 ) -> Any:  # fmt: skip
     return first.new_empty(len(RowStats._fields), ids.shape[0], dtype=_dtype(first, weight))
-
-
-@torch.library.custom_op("prefixloss::torch_gradient", mutates_args=())
-def token_gradient(
-    first: Tensor, weight: Tensor | None, bias: Tensor | None, ref_first: Tensor | None, ref_weight: Tensor | None,
-    ref_bias: Tensor | None, ids: Tensor, wanted: Tensor, stats: Tensor, incoming: Tensor, options: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of first, weight and bias from `token_statistics` and their gradients, [6, N] both."""
-    config, tensors = _decoded(options), (first, weight, bias)
-    source, policy = _opened(tensors, (ref_first, ref_weight, ref_bias), ids, config)
-    rows = wanted.nonzero().squeeze(1)
-    exact = ref_first is not None
-    logp, lse, total, entropy, kl, ref_lse = stats[:, rows].unbind()
-    d_logp, _, _, d_entropy, d_kl, _ = incoming[:, rows].unbind()
-    coefficients = Coefficients(d_logp, d_entropy if config.entropy_coef != 0 else None, d_kl if exact else None)
-    at_rows = RowStats(logp, lse, total, entropy, kl if exact else None, ref_lse if exact else None)
-    gradients = torch_backend.statistics_gradient(
-        source, rows, tuple(needs), policy, at_rows, coefficients, config.row_tolerance
-    )
-    return _returned(gradients, tensors)
-
-
-@token_gradient.register_fake
-def _(
-    first: Tensor, weight: Tensor | None, bias: Tensor | None, ref_first: Any, ref_weight: Any, ref_bias: Any, ids: Any,
-    wanted: Any, stats: Any, incoming: Any, options: str, needs: list[bool],
-) -> Any:  # fmt: skip
-    return tuple(_like_returned((first, weight, bias), needs))
 
 
 def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -220,3 +146,30 @@ def _statistics_gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ..
 
 
 token_statistics.register_autograd(_statistics_gradients, setup_context=_save_statistics)
+
+
+@torch.library.custom_op("prefixloss::torch_gradient", mutates_args=())
+def token_gradient(
+    first: Tensor, weight: Tensor | None, bias: Tensor | None, ref_first: Tensor | None, ref_weight: Tensor | None,
+    ref_bias: Tensor | None, ids: Tensor, wanted: Tensor, stats: Tensor, incoming: Tensor, options: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of first, weight and bias from `token_statistics` and their gradients, [6, N] both."""
+    config, tensors = decoded(options), (first, weight, bias)
+    source, policy = _opened(tensors, (ref_first, ref_weight, ref_bias), ids, config)
+    rows = wanted.nonzero().squeeze(1)
+    exact = ref_first is not None
+    logp, lse, total, entropy, kl, ref_lse = stats[:, rows].unbind()
+    d_logp, _, _, d_entropy, d_kl, _ = incoming[:, rows].unbind()
+    coefficients = Coefficients(d_logp, d_entropy if config.entropy_coef != 0 else None, d_kl if exact else None)
+    at_rows = RowStats(logp, lse, total, entropy, kl if exact else None, ref_lse if exact else None)
+    gradients = gradient_pass(source, rows, tuple(needs), policy, at_rows, coefficients, config.row_tolerance)
+    return _returned(gradients, tensors)
+
+
+@token_gradient.register_fake
+def _(
+    first: Tensor, weight: Tensor | None, bias: Tensor | None, ref_first: Any, ref_weight: Any, ref_bias: Any, ids: Any,
+    wanted: Any, stats: Any, incoming: Any, options: str, needs: list[bool],
+) -> Any:  # fmt: skip
+    return gradients_like((first, weight, bias), needs)

@@ -15,30 +15,21 @@ from torch import Tensor
 
 from prefixloss._kernels.scale import launch_scale
 from prefixloss.backends import memory, products
+from prefixloss.backends.problem import Head
 from prefixloss.maths.precision import storage_dtype
 
-# rows are rounded up to what fills the matrix units' tiles
-_TILE = 128
 # no row's gradient is scaled by more: see `row_scale` in the kernels
 LARGEST_SCALE = 2.0**120
 
 
-class Head(NamedTuple):
-    """hidden [N, D], weight [V, D], bias [V] or None."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
-class Rows(NamedTuple):
+class Wanted(NamedTuple):
     """Which tokens to compute: int64 [n]; wanted: bool [n] where not all of them are."""
 
     token: Tensor
     wanted: Tensor | None
 
     @classmethod
-    def where(cls, wanted: Tensor, most: int | None) -> Rows:
+    def where(cls, wanted: Tensor, most: int | None) -> Wanted:
         """The True entries of wanted [N]: exactly, after one synchronisation with the device, or, with `most`, the
         first `most` of them and then others, without any."""
         if most is None:
@@ -49,26 +40,12 @@ class Rows(NamedTuple):
         return cls(index, wanted[index])
 
     @classmethod
-    def split(cls, first: Tensor, wanted: Tensor) -> tuple[Rows, Rows]:
+    def split(cls, first: Tensor, wanted: Tensor) -> tuple[Wanted, Wanted]:
         """The tokens in both of two masks [N], and those in the second alone; one synchronisation."""
         kind = torch.where(wanted, torch.where(first, 0, 1), 2)
         counts = torch.stack([(kind == 0).sum(), (kind <= 1).sum()]).tolist()
         index = torch.argsort(kind, stable=True)
         return cls(index[: counts[0]], None), cls(index[counts[0] : counts[1]], None)
-
-
-def chunk_rows(rows: int, tokens: int, bytes_per_row: int, device: torch.device, chosen: int | None) -> int:
-    """Tokens in every chunk: `chosen`, or as many as the memory budget allows, divided evenly, in whole tiles."""
-    if rows == 0:
-        return 0
-    if chosen is not None:
-        return chosen
-    most = memory.rows_in_budget(tokens, bytes_per_row, device)
-    tile = _TILE if most >= _TILE else 1
-    most = most // tile * tile
-    even = -(-rows // max(1, -(-rows // most)))
-    tile = min(tile, _TILE if even > _TILE else memory.ALIGNED)
-    return min(most, -(-even // tile) * tile)
 
 
 class Chunk(NamedTuple):
@@ -89,7 +66,7 @@ class HeadChunks:
         self,
         head: Head,
         reference: Head | None,
-        rows: Rows,
+        rows: Wanted,
         chosen: int | None,
         needs: Sequence[bool] = (False, False, False),
     ) -> None:
@@ -97,7 +74,7 @@ class HeadChunks:
         hidden, weight, _ = head
         self.vocabulary, self.device = len(weight), hidden.device
         buffers = 1 if reference is None else 2
-        self.step = chunk_rows(len(rows.token), len(hidden), 4 * self.vocabulary * buffers, self.device, chosen)
+        self.step = memory.chunk_rows(len(rows.token), len(hidden), 4 * self.vocabulary * buffers, self.device, chosen)
         # the rows of the buffers and of every product
         self.size = self.step if chosen is None else memory.product_rows(self.step)
         self.logits = self._room(torch.float32)

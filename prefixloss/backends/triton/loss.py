@@ -11,85 +11,68 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefixloss._kernels import rows
+from prefixloss._kernels.problem import COMPUTED, LEARNING
 from prefixloss.backends import two_stages
-from prefixloss.backends.triton import operators
+from prefixloss.backends.autograd import wants_gradient
+from prefixloss.backends.problem import HeadLoss, HeadStatistics, LogitLoss
+from prefixloss.backends.triton import from_head, from_logits
+from prefixloss.backends.two_stages import Statistics
 from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Batch, TokenValues
 
-Head = tuple[Tensor, Tensor, Tensor | None]
 
-
-def linear_loss(
-    head: Head, reference: Head | None, batch: Batch, config: LossConfig, most: int | None
-) -> tuple[Tensor, TokenValues]:
-    """From hidden [N, D], weight [V, D] and bias [V]: the loss and the per-token results.
-
-    most: an upper bound on the tokens that are computed.
-    """
-    bound = -1 if most is None else most
-    tensors = (*head, *(reference or (None, None, None)), batch.tokens)
+def head_loss(asked: HeadLoss) -> tuple[Tensor, TokenValues]:
+    """See `prefixloss.backends.problem.Backend`."""
+    batch, config = asked.batch, asked.config
     if two_stages.needed_by(config):
-
-        def statistics(needed: Tensor) -> two_stages.Statistics:
-            return linear_statistics(tensors, needed, config, bound)
-
-        return two_stages.loss(statistics, batch, config)
+        return two_stages.loss(lambda wanted: head_statistics(asked.statistics(wanted)), batch, config)
     given, off_policy = _given(batch)
-    needs = [_wants_gradient(t) for t in head]
-    total, stats, terms, *_ = operators.linear_loss(
-        *tensors, _flags(batch), given, off_policy, config.encoded, bound, needs
+    needs = [wants_gradient(t) for t in asked.head]
+    total, stats, terms, *_ = from_head.linear_loss(
+        *_tensors(asked), batch.tokens, _flags(batch), given, off_policy, config.encoded, _bound(asked), needs
     )
     return total, _values(stats, terms)
 
 
-def linear_statistics(
-    tensors: tuple[Tensor | None, ...], needed: Tensor, config: LossConfig, bound: int
-) -> two_stages.Statistics:
-    """Log-prob, entropy (differentiable if config.entropy_coef is not 0) and exact KL of the tokens in needed [N].
-
-    tensors: hidden, weight, bias, the reference's three, and tokens [N].
-    """
-    hidden_alone = [_wants_gradient(t) for t in tensors[:3]] == [True, False, False]
+def head_statistics(asked: HeadStatistics) -> Statistics:
+    """See `prefixloss.backends.problem.Backend`."""
+    config = asked.config
+    hidden_alone = [wants_gradient(t) for t in asked.head] == [True, False, False]
     # with a frozen head and only logp to follow, one product now saves two later
-    slope = hidden_alone and config.entropy_coef == 0 and tensors[3] is None and config.row_tolerance == 0
-    flags = needed.to(torch.uint8)
-    stats, _ = operators.linear_statistics(*tensors, flags, config.encoded, bound, slope)
+    slope = hidden_alone and config.entropy_coef == 0 and asked.reference is None and config.row_tolerance == 0
+    flags = asked.wanted.to(torch.uint8)
+    stats, _ = from_head.linear_statistics(*_tensors(asked), asked.tokens, flags, config.encoded, _bound(asked), slope)
     return _statistics(stats, config)
 
 
-def logit_loss(
-    logits: Tensor, ref_logits: Tensor | None, batch: Batch, config: LossConfig, inplace: bool
-) -> tuple[Tensor, TokenValues]:
-    """From logits [B, T, V] or [N, V]. inplace: the gradient may overwrite them, from now on."""
-    wants_gradient = _wants_gradient(logits)
+def logit_loss(asked: LogitLoss) -> tuple[Tensor, TokenValues]:
+    """See `prefixloss.backends.problem.Backend`. With `inplace` the logits are overwritten from now on."""
+    batch, config, logits = asked.batch, asked.config, _by_rows(asked.logits)
+    follows = wants_gradient(logits)
     # under compilation, which may not overwrite what it was given, the permission is not used
-    inplace = inplace and wants_gradient and not torch.compiler.is_compiling()
-    logits = _by_rows(logits)
-    tensors = (logits, None if ref_logits is None else _by_rows(ref_logits), batch.tokens)
-    # float16 gradients are made once the incoming scale is known, or small ones would underflow before it
-    later = logits.dtype == torch.float16 and wants_gradient
-    if later or two_stages.needed_by(config):
-        make = operators.LogitStatisticsInPlace.apply if inplace else operators.logit_statistics
+    inplace = asked.inplace and follows and not torch.compiler.is_compiling()
+    tensors = (logits, None if asked.reference is None else _by_rows(asked.reference), batch.tokens)
+    if (asked.gradient_later and follows) or two_stages.needed_by(config):
+        make = from_logits.LogitStatisticsInPlace.apply if inplace else from_logits.logit_statistics
 
-        def statistics(needed: Tensor) -> two_stages.Statistics:
-            return _statistics(make(*tensors, needed.to(torch.uint8), config.encoded), config)
+        def statistics(wanted: Tensor) -> Statistics:
+            return _statistics(make(*tensors, wanted.to(torch.uint8), config.encoded), config)
 
         return two_stages.loss(statistics, batch, config)
-    given, off_policy = _given(batch)
+    made_of = (*tensors, _flags(batch), *_given(batch), config.encoded)
     if inplace:
-        total, stats, terms = operators.LogitLossInPlace.apply(
-            *tensors, _flags(batch), given, off_policy, config.encoded
-        )
+        total, stats, terms = from_logits.LogitLossInPlace.apply(*made_of)
     else:
-        total, stats, terms, _ = operators.logit_loss(
-            *tensors, _flags(batch), given, off_policy, config.encoded, wants_gradient
-        )
+        total, stats, terms, _ = from_logits.logit_loss(*made_of, follows)
     return total, _values(stats, terms)
 
 
-def _wants_gradient(x: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and x is not None and x.requires_grad
+def _tensors(asked: HeadLoss | HeadStatistics) -> tuple[Tensor | None, ...]:
+    return *asked.head, *(asked.reference or (None, None, None))
+
+
+def _bound(asked: HeadLoss | HeadStatistics) -> int:
+    return -1 if asked.most is None else asked.most
 
 
 def _by_rows(x: Tensor) -> Tensor:
@@ -98,12 +81,12 @@ def _by_rows(x: Tensor) -> Tensor:
 
 
 def _flags(batch: Batch) -> Tensor:
-    computed = batch.computed.to(torch.uint8) * rows.COMPUTED.value
-    return computed | batch.learning.to(torch.uint8) * rows.LEARNING.value
+    computed = batch.computed.to(torch.uint8) * COMPUTED.value
+    return computed | batch.learning.to(torch.uint8) * LEARNING.value
 
 
 def _given(batch: Batch) -> tuple[Tensor, bool]:
-    """`Given` of the kernels, float32 [5, N], and whether old log-probs are part of it."""
+    """`TokenInputs` of the kernels, float32 [5, N], and whether old log-probs are part of it."""
     g = batch.given
     weights = batch.weights / batch.denominator
     columns = (g.advantages, weights, g.old_logps, g.sampler_logps, g.ref_logps)
@@ -111,8 +94,8 @@ def _given(batch: Batch) -> tuple[Tensor, bool]:
     return stacked, g.old_logps is not None
 
 
-def _statistics(stats: Tensor, config: LossConfig) -> two_stages.Statistics:
-    return two_stages.Statistics(stats[0], stats[1], stats[2] if config.kl == "full" else None)
+def _statistics(stats: Tensor, config: LossConfig) -> Statistics:
+    return Statistics(stats[0], stats[1], stats[2] if config.exact_kl else None)
 
 
 def _values(stats: Tensor, terms: Tensor) -> TokenValues:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefixloss.detect.base import Detector, FirstError
-from prefixloss.detect.code.limits import Text, limit_met
-from prefixloss.detect.code.sandbox import Cell, Check, Limits, Result, Run, Sandbox
+from prefixloss.detect.code.limits import ProgramText, limit_met
+from prefixloss.detect.code.sandbox import Cell, Check, Execution, Limits, Result, Sandbox
 from prefixloss.detect.code.text import Line, code_lines, stated_tests
 
 _OUTLINE = Path(__file__).with_name("outline.py")
@@ -53,7 +53,7 @@ class Code(Detector):
         tests = [*self.tests, *stated_tests(problem), *stated_tests(answer or "")]
         with Sandbox(self.limits, 0.9 * self.seconds, unprotected=self.unprotected) as box:
             try:
-                return _Judge(box, lines, tests, len(self.tests)).judge()
+                return _Trial(box, lines, tests, len(self.tests)).verdict()
             except _CannotTellError as error:
                 return FirstError(None, str(error), 0.0)
 
@@ -99,10 +99,10 @@ class _Outcome(NamedTuple):
 
     program: dict[int, Result]
     tests: list[Result]
-    run: Run
+    run: Execution
 
 
-class _Judge:
+class _Trial:
     """One response. Its pieces are the steps with code, counted from 0; `steps` are their places in the response."""
 
     def __init__(self, box: Sandbox, lines: list[Line], tests: list[str], own_tests: int) -> None:
@@ -127,12 +127,12 @@ class _Judge:
         self.tests = [test for test in stated if not (test.defines and test.binds & defined)]
         self.defined = frozenset(defined)
         modules = _union(statement.modules for statement in (*self.program, *self.tests))
-        self.text = Text(_PROGRAM, frozenset().union(*(s.raising for s in self.program)), modules)
+        self.text = ProgramText(_PROGRAM, frozenset().union(*(s.raising for s in self.program)), modules)
         used = _union(statement.uses for statement in self.program)
         self.inside = self.with_their_names({k for k, test in enumerate(self.tests) if self.is_shared(test, used)})
         self.hearsay = False
 
-    def judge(self) -> FirstError:
+    def verdict(self) -> FirstError:
         """The earliest of all that is found wrong."""
         faults = [_Fault(self.steps[self.error[0]], f"does not parse: {self.error[1]}", 0.95)] if self.error else []
         pieces = sorted({statement.piece for statement in self.program})
@@ -209,7 +209,7 @@ class _Judge:
 
     # ---- whose fault ---------------------------------------------------------------------------------------
 
-    def fault_of_program(self, piece: int, failure: Result, run: Run, before: _Outcome | None) -> _Fault:
+    def fault_of_program(self, piece: int, failure: Result, run: Execution, before: _Outcome | None) -> _Fault:
         """Of a piece that raises in `run`. before: how the tests end without it."""
         own = self.steps[piece]
         if (reason := limit_met(failure, run, self.text)) is not None:

@@ -18,7 +18,7 @@ import os
 import sys
 from typing import NamedTuple
 
-from prefixloss.detect.code.sandbox import Result, Run
+from prefixloss.detect.code.sandbox import Execution, Result
 
 _OUT_OF = {errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EMFILE, errno.EFBIG}
 _REFUSED = {errno.EPERM, errno.EACCES, errno.EROFS}
@@ -28,7 +28,7 @@ _REFUSES = "asks for what the sandbox refuses"
 _INPUT = "asks for input"
 
 
-class Text(NamedTuple):
+class ProgramText(NamedTuple):
     """What the outline knows of a program. file: its name in tracebacks. raising: the lines of its `raise` statements.
     modules: what it and its tests import, without what follows the first point."""
 
@@ -37,7 +37,7 @@ class Text(NamedTuple):
     modules: frozenset[str]
 
 
-def limit_met(failure: Result, run: Run, text: Text) -> str | None:
+def limit_met(failure: Result, run: Execution, text: ProgramText) -> str | None:
     """The sandbox's limit that a failure may come from; None where it is the program's own."""
     if failure.error == "unpassable":
         return f"a test cannot be judged: {failure.message}"
@@ -56,7 +56,7 @@ def limit_met(failure: Result, run: Run, text: Text) -> str | None:
     return next((reason for reason in reasons if reason), None)
 
 
-def _is_real(file: str, text: Text) -> bool:
+def _is_real(file: str, text: ProgramText) -> bool:
     """Whether the frame that raised is the program's text, which is known, or Python's."""
     return file in (text.file, "<test>") or file.startswith(("/", "<frozen "))
 

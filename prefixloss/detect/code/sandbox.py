@@ -91,7 +91,7 @@ class Result(NamedTuple):
     hearsay: bool = False
 
 
-class Run(NamedTuple):
+class Execution(NamedTuple):
     """results: one a cell. output: what was written to stdout and stderr, within the bound. honest: False where the
     program answered what nobody can have been asked. tests: one a check. printed: what the checks themselves print.
     refused: what the kernel says that the program was refused ("input": it read its empty standard input); None where
@@ -166,7 +166,7 @@ class Sandbox:
         """For all further runs."""
         return max(0.0, self.deadline - time.monotonic())
 
-    def run(self, cells: Sequence[Cell], tests: Sequence[Check] = ()) -> Run:
+    def run(self, cells: Sequence[Cell], tests: Sequence[Check] = ()) -> Execution:
         """One program: its cells in order in one namespace, each whatever those before it did, while there is time;
         then the tests, in a namespace of their own that leads to the program's."""
         if not self.seconds_left():
@@ -182,7 +182,7 @@ class Sandbox:
         refused = None if told == b"-" else frozenset(told.decode().split())
         ending = why.decode() or f"the process ended with status {int(status)}"
         results, honest, printed = _read_verdicts(frames, len(cells) + len(tests), ending)
-        return Run(tuple(results[: len(cells)]), output, honest, tuple(results[len(cells) :]), printed, refused)
+        return Execution(tuple(results[: len(cells)]), output, honest, tuple(results[len(cells) :]), printed, refused)
 
     def _send(self, pipe: IO[bytes] | int | None, data: bytes) -> None:
         assert pipe is not None

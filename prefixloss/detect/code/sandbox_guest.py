@@ -132,7 +132,7 @@ _ALLOW, _KILL_PROCESS, _ERRNO, _TELL = 0x7FFF0000, 0x80000000, 0x00050000, 0x7FC
 _EPERM, _ENOSYS = 1, 38
 
 
-class _Program(ctypes.Structure):
+class _Filter(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
 
@@ -188,17 +188,17 @@ def _enter_seccomp(private_root: bool, watcher: _socket.socket | None) -> None:
     allowed = _ALLOWED + (_ALLOWED_ON_OWN_FILES if private_root else "")
     if watcher is not None:
         code = _filter(os.getpid(), allowed, _TELL)
-        program = _Program(len(code) // 8, code)
+        program = _Filter(len(code) // 8, code)
         told = _libc.syscall(ctypes.c_long(_SECCOMP), 1, 8, ctypes.byref(program))  # SET_MODE_FILTER, NEW_LISTENER
         if told >= 0:
             watcher.sendmsg([b"y"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, told.to_bytes(4, "little"))])
             os.close(told)
             code = _without((_SECCOMP, _SENDMSG))
-            program = _Program(len(code) // 8, code)
+            program = _Filter(len(code) // 8, code)
             _checked(_libc.syscall(ctypes.c_long(_SECCOMP), 1, 0, ctypes.byref(program)), "seccomp")
             return
     code = _filter(os.getpid(), allowed, _ERRNO | _EPERM)
-    _prctl(22, 2, ctypes.byref(_Program(len(code) // 8, code)))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    _prctl(22, 2, ctypes.byref(_Filter(len(code) // 8, code)))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
 def _without(numbers: tuple[int, ...]) -> bytes:

@@ -1,5 +1,5 @@
 """A vocabulary split over processes: each has some columns of every row of logits, and one collective a chunk combines
-what they know. `Whole` is the same for one process, so that the back-end has one way through.
+what they know. `Columns` is the same for one process, so that the back-end has one way through.
 
 A process's columns give sums over the tokens other than the target, relative to their own largest score, so that a
 log-prob near 0 keeps its digits however the vocabulary is cut. They are combined in the group's rank order on every
@@ -26,7 +26,7 @@ _LARGEST = 1e37
 
 
 @dataclass(frozen=True)
-class Whole:
+class Columns:
     """All of the vocabulary is here: `vocabulary` columns, and perhaps padding behind them."""
 
     vocabulary: int
@@ -83,7 +83,7 @@ class _Sums(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shard(Whole):
+class Shard(Columns):
     """This process has some columns of the vocabulary, from `first` on: `counts` of each process, without padding.
 
     rows: as many as fit on each process.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prefixloss.backends import memory, products
+from prefixloss.backends.problem import Head
 from prefixloss.maths.precision import accumulation_dtype, storage_dtype
 from prefixloss.maths.softmax import Transform
 
@@ -70,7 +71,7 @@ class LinearRows:
 
     def __init__(
         self,
-        tensors: tuple[Tensor, Tensor, Tensor | None],
+        tensors: Head | tuple[Tensor, Tensor, Tensor | None],
         transform: Transform,
         needs: tuple[bool, ...] = (False, False, False),
         buffers: int = 1,
@@ -97,7 +98,8 @@ class LinearRows:
 
     def chunks(self, rows: Tensor, chosen: int | None) -> Iterator[Tensor]:
         per_row = self.vocabulary * self.dtype.itemsize * self.buffers
-        return iter(rows.split(memory.chunk_sizes(len(rows), len(self.hidden), per_row, self.hidden.device, chosen)))
+        size = memory.chunk_rows(len(rows), len(self.hidden), per_row, self.hidden.device, chosen)
+        return iter(rows.split(size) if len(rows) else ())
 
     def _hidden(self, rows: Tensor) -> Tensor:
         hidden = self.hidden.index_select(0, rows).to(self.dtype).mul_(self.transform.before)

@@ -1,0 +1,94 @@
+"""What every back-end is asked, each question one object, and the three questions that each of them answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from prefixloss.backends.columns import Columns
+from prefixloss.backends.two_stages import Statistics
+from prefixloss.config import LossConfig
+from prefixloss.inputs.batch import Batch, TokenValues
+
+
+class Head(NamedTuple):
+    """hidden [N, D], weight [V, D], bias [V] or None; V columns without padding, of this process."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class HeadStatistics:
+    """Log-probs, entropies and, with a reference, exact KLs of the tokens in wanted, bool [N].
+
+    tokens: int64 [N]. columns: which part of the vocabulary the heads are. most: an upper bound on the wanted tokens,
+    with which nothing may wait for the device.
+    """
+
+    head: Head
+    reference: Head | None
+    tokens: Tensor
+    wanted: Tensor
+    config: LossConfig
+    columns: Columns
+    most: int | None
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """The loss of a batch from hidden states. reference: for the exact KL. most: as above, of the computed tokens."""
+
+    head: Head
+    reference: Head | None
+    batch: Batch
+    config: LossConfig
+    columns: Columns
+    most: int | None
+
+    def statistics(self, wanted: Tensor) -> HeadStatistics:
+        """What the loss is made of, if it is made in two stages."""
+        return HeadStatistics(
+            self.head, self.reference, self.batch.tokens, wanted, self.config, self.columns, self.most
+        )
+
+
+@dataclass(frozen=True)
+class LogitLoss:
+    """The loss of a batch from logits [B, T, V] or [N, V], of any strides. reference: likewise, for the exact KL.
+
+    inplace: whether the gradient may overwrite the logits.
+    """
+
+    logits: Tensor
+    reference: Tensor | None
+    batch: Batch
+    config: LossConfig
+    columns: Columns
+    inplace: bool
+
+    @property
+    def gradient_later(self) -> bool:
+        """float16 gradients are made once the incoming scale is known, or small ones would underflow before it."""
+        return self.logits.dtype == torch.float16
+
+
+class Backend(Protocol):
+    """Losses come reduced (per token [N] for "none") with the per-token results; all of them are differentiable."""
+
+    def head_loss(self, asked: HeadLoss, /) -> tuple[Tensor, TokenValues]: ...
+
+    def logit_loss(self, asked: LogitLoss, /) -> tuple[Tensor, TokenValues]: ...
+
+    def head_statistics(self, asked: HeadStatistics, /) -> Statistics:
+        """The entropy carries a gradient where config.entropy_coef is not 0."""
+        ...
+
+
+def by_rows(x: Tensor) -> Tensor:
+    """[.., V] -> [N, V]."""
+    return x.reshape(-1, x.shape[-1])

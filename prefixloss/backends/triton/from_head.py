@@ -1,0 +1,215 @@
+"""The kernels from hidden states as `torch.library` operators, so that `torch.compile` sees whole calls; each with its
+autograd.
+
+An operator takes tensors, numbers and strings only: `options` is `LossConfig.encoded`. Letters: N tokens, D hidden
+size, V vocabulary. Common arguments:
+    hidden [N, D], weight [V, D], bias [V]; ref_... likewise.
+    ids: int64 [N]. flags: uint8 [N], see `prefixloss._kernels.problem`. given: float32 [5, N], see `TokenInputs`
+    in `prefixloss._kernels.objective`; its weights have the reduction's denominator in them.
+    most: an upper bound on the tokens to compute, -1 for none; with it nothing waits for the device.
+    needs: which of hidden, weight and bias want a gradient.
+Common results, float32: stats [7, N] and terms [6, N], see `STATS` and `TERMS` there, 0 where not computed; and
+gradients, empty where not wanted, of the loss as if its own gradient were 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixloss._kernels import rows
+from prefixloss._kernels.objective import TokenInputs
+from prefixloss._kernels.problem import LEARNING as LEARNING_BIT
+from prefixloss._kernels.problem import TERMS, Problem, Tokens
+from prefixloss.backends.autograd import first_order
+from prefixloss.backends.library import decoded, gradients_like
+from prefixloss.backends.problem import Head
+from prefixloss.backends.triton.chunks import HeadChunks, Wanted
+from prefixloss.backends.triton.problems import (
+    live_coefficients,
+    no_stats,
+    problem_of,
+    rooms,
+    run,
+    splits_of,
+    total_of,
+)
+from prefixloss.backends.triton.scaling import save_gradients, scaled_gradients
+from prefixloss.config import LossConfig
+
+LEARNING = LEARNING_BIT.value
+
+
+def _or(x: Tensor | None, otherwise: Tensor) -> Tensor:
+    return otherwise if x is None else x
+
+
+def _head(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Head | None:
+    return None if hidden is None or weight is None else Head(hidden, weight, bias)
+
+
+def _chunk_problems(
+    chunks: HeadChunks, config: LossConfig, tokens: Tokens, off_policy: bool, **work: Any
+) -> Iterator[tuple[Problem, Tensor, int]]:
+    """Each chunk's problem, room [size, V] for its gradients, and how many programs share a row."""
+    if chunks.size == 0:
+        return
+    narrow = chunks.grads_dtype != torch.float32
+    work |= {"indexed": True, "clear": True, "rescaled": chunks.scales is not None}
+    whole = problem_of(config, chunks.logits, chunks.reference_logits, tokens, off_policy, chunks.grads_dtype, **work)
+    # the size of whole chunks decides, so that every row is summed the same way
+    splits = splits_of(whole, chunks.size)
+    grads = chunks.gradient_room(apart=narrow and splits > 1)
+    in_place = whole.work._replace(narrowed=narrow and splits == 1)
+    for chunk in chunks:
+        ref = chunk.logits if chunk.reference is None else chunk.reference
+        here = tokens._replace(rows_ptr=chunk.rows)
+        yield replace(whole, logits=chunk.logits, ref=ref, tokens=here, work=in_place), grads, splits
+
+
+# --- the loss, with the gradients made in the same pass
+
+
+@torch.library.custom_op("prefixloss::linear_loss", mutates_args=())
+def linear_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
+    ref_bias: Tensor | None, ids: Tensor, flags: Tensor, given: Tensor, off_policy: bool, options: str, most: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss (0-d), stats, terms and the gradients of hidden, weight and bias."""
+    config = decoded(options)
+    head, reference = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
+    stats, terms = rooms(given)
+    tokens = Tokens(ids, flags, given, ids)
+
+    def passed(which: Wanted, needs: list[bool]) -> HeadChunks:
+        chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs)
+        work = {"terms": True, "gradient": any(needs)}
+        for problem, grads, splits in _chunk_problems(chunks, config, tokens, off_policy, **work):
+            run(problem, stats, terms, grads[: problem.rows], _or(chunks.scales, stats), splits)
+            if any(needs):
+                chunks.add_gradient(problem.tokens.rows_ptr, grads)
+        return chunks
+
+    if most >= 0:
+        which = Wanted.where(flags != 0, most)
+    elif not config.shows_every_scored or not any(needs):
+        which = Wanted.where(flags != 0, None)
+    else:
+        which, without_gradient = Wanted.split((flags & LEARNING) != 0, flags != 0)
+        passed(without_gradient, [False, False, False])
+    d_hidden, d_weight, d_bias = (_or(g, hidden.new_empty(0)) for g in passed(which, needs).gradients())
+    return total_of(terms, given, flags, most), stats, terms, d_hidden, d_weight, d_bias
+
+
+@linear_loss.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Any, ref_weight: Any, ref_bias: Any, ids: Any,
+    flags: Any, given: Tensor, off_policy: bool, options: str, most: int, needs: list[bool],
+) -> Any:  # fmt: skip
+    return given.new_empty(()), *rooms(given), *gradients_like((hidden, weight, bias), needs)
+
+
+linear_loss.register_autograd(scaled_gradients, setup_context=save_gradients)
+
+
+# --- the gradient from coefficients that come later
+
+
+@torch.library.custom_op("prefixloss::linear_gradient", mutates_args=())
+def linear_gradient(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
+    ref_bias: Tensor | None, ids: Tensor, flags: Tensor, stats: Tensor, coefficients: Tensor, options: str,
+    most: int, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden, weight and bias from coefficients [3, N] of log-prob, entropy and KL.
+
+    Tokens whose coefficients are 0 enter no product."""
+    config = decoded(options)
+    tokens = Tokens(ids, flags, stats, ids)
+    which = Wanted.where((coefficients != 0).any(0), None if most < 0 else most)
+    head, reference = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
+    chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs)
+    for problem, grads, splits in _chunk_problems(chunks, config, tokens, False, gradient=True):
+        scales = _or(chunks.scales, stats)
+        rows.launch_gradient(problem, stats, coefficients, grads[: problem.rows], scales, splits)
+        chunks.add_gradient(problem.tokens.rows_ptr, grads)
+    d_hidden, d_weight, d_bias = (_or(g, hidden.new_empty(0)) for g in chunks.gradients())
+    return d_hidden, d_weight, d_bias
+
+
+@linear_gradient.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Any, ref_weight: Any, ref_bias: Any, ids: Any,
+    flags: Any, stats: Any, coefficients: Any, options: str, most: int, needs: list[bool],
+) -> Any:  # fmt: skip
+    return gradients_like((hidden, weight, bias), needs)
+
+
+# --- statistics, whose gradient that is
+
+
+@torch.library.custom_op("prefixloss::linear_statistics", mutates_args=())
+def linear_statistics(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
+    ref_bias: Tensor | None, ids: Tensor, flags: Tensor, options: str, most: int, slope: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """stats, and with `slope` d logp / d hidden, float32 [N, D], which is all that a frozen head's backward needs."""
+    config = decoded(options)
+    if slope:
+        # A = -1 and nothing else in the loss: d loss / d logp = 1
+        flags = flags | (flags != 0) * LEARNING
+        config = replace(config, objective="reinforce", sampler_correction=None, kl=None, kl_coef=0.0, entropy_coef=0.0)
+    head, reference = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
+    stats = no_stats(ids)
+    slopes = hidden.new_zeros(hidden.shape if slope else (0,), dtype=torch.float32)
+    given = stats.new_zeros(len(TokenInputs._fields), len(ids))
+    given[0], given[1] = -1.0, 1.0  # advantage and weight
+    terms = stats.new_empty(len(TERMS), len(ids)) if slope else stats
+    tokens = Tokens(ids, flags, given, ids)
+    which = Wanted.where(flags != 0, None if most < 0 else most)
+    chunks = HeadChunks(head, reference, which, config.chunk_tokens)
+    for problem, grads, splits in _chunk_problems(chunks, config, tokens, False, terms=slope, gradient=slope):
+        run(problem, stats, terms, grads[: problem.rows], _or(chunks.scales, stats), splits)
+        if slope:
+            grads[problem.rows :] = 0
+            slopes.index_copy_(0, problem.tokens.rows_ptr, chunks.hidden_gradient(grads, problem.rows))
+    if most >= 0:
+        stats = torch.where((flags != 0).sum() > most, torch.nan, stats)
+    return stats, slopes
+
+
+@linear_statistics.register_fake
+def _(
+    hidden: Tensor, weight: Any, bias: Any, ref_hidden: Any, ref_weight: Any, ref_bias: Any, ids: Tensor, flags: Any,
+    options: str, most: int, slope: bool,
+) -> Any:  # fmt: skip
+    return no_stats(ids), hidden.new_empty(hidden.shape if slope else (0,), dtype=torch.float32)
+
+
+def _save_for_linear_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.options, ctx.most, ctx.slope = inputs
+    stats, slopes = output
+    ctx.mark_non_differentiable(slopes)
+    ctx.save_for_backward(*tensors, stats, slopes)
+
+
+@first_order
+def _linear_gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    *tensors, stats, slopes = ctx.saved_tensors
+    coefficients = live_coefficients(decoded(ctx.options), tensors[-1], stats, grad)
+    none: tuple[None, ...] = (None,) * 8
+    if ctx.slope:
+        d_hidden = torch.where(coefficients[0, :, None] == 0, 0.0, slopes * coefficients[0, :, None])
+        return d_hidden.to(tensors[0].dtype), None, None, *none
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = linear_gradient(*tensors, stats, coefficients, ctx.options, ctx.most, needs)
+    given = (g.to(t.dtype) if need else None for g, t, need in zip(gradients, tensors, needs, strict=False))
+    return *given, *none
+
+
+linear_statistics.register_autograd(_linear_gradients, setup_context=_save_for_linear_gradient)

@@ -1,0 +1,150 @@
+"""A call's options and tensors as the kernels take them, and the launches that solve it.
+
+Letters: N tokens, V vocabulary. stats [7, N] and terms [6, N], float32: see `STATS` and `TERMS` in
+`prefixloss._kernels.problem`. given: float32 [5, N], see `TokenInputs` in `prefixloss._kernels.objective`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixloss._kernels import launch, rows, tune
+from prefixloss._kernels.objective import ObjectiveKind, Options
+from prefixloss._kernels.problem import STATS, TERMS, Problem, Tokens, Work
+from prefixloss._kernels.softmax import LogitScaling
+from prefixloss.config import LossConfig
+from prefixloss.maths.softmax import Coefficients, RowStats, live_rows, transform_of
+
+
+def device_transform(config: LossConfig) -> LogitScaling:
+    slope = config.logit_scale / config.temperature
+    if config.softcap is None:
+        return LogitScaling(1.0, 1.0, float(slope), float(slope))
+    return LogitScaling(*map(float, (config.logit_scale, config.softcap, 1 / config.temperature, slope)))
+
+
+def objective_of(config: LossConfig, off_policy: bool) -> tuple[ObjectiveKind, Options]:
+    kind = ObjectiveKind(
+        policy=config.objective,
+        off_policy=off_policy,
+        ratio_cap=config.ratio_cap is not None,
+        dual_clip=config.dual_clip is not None,
+        sampler=config.sampler_correction or "",
+        kl=config.kl or "",
+        kl_penalty=config.penalises_kl,
+        kl_importance=config.kl_importance,
+        entropy_bonus=config.entropy_coef != 0,
+    )
+    # "cispo" caps the ratio itself at clip_high
+    high = config.clip_high if config.objective == "cispo" else 1 + config.clip_high
+    options = Options(
+        clip_low=1 - config.clip_low,
+        clip_high=high,
+        ratio_cap=config.ratio_cap or 0.0,
+        dual_clip=config.dual_clip or 0.0,
+        tau_positive=config.sapo_tau[0],
+        tau_other=config.sapo_tau[1],
+        sampler_low=config.sampler_bounds[0],
+        sampler_high=config.sampler_bounds[1],
+        kl_coef=config.kl_coef,
+        entropy_coef=config.entropy_coef,
+    )
+    return kind, Options(*map(float, options))
+
+
+def problem_of(
+    config: LossConfig,
+    logits: Tensor,
+    ref: Tensor | None,
+    tokens: Tokens,
+    off_policy: bool,
+    grads: torch.dtype,
+    **work: Any,
+) -> Problem:
+    kind, options = objective_of(config, off_policy)
+    ref = ref if config.exact_kl else None
+    dtypes = (logits.dtype, grads) if ref is None else (logits.dtype, ref.dtype, grads)
+    vector = launch.vector_of(*dtypes)
+    strides = [stride for x in (logits, ref) if x is not None for stride in x.stride()[:-1]]
+    aligned = all(stride % vector == 0 for stride in strides)
+    penalty = config.entropy_coef != 0 or (config.exact_kl and config.penalises_kl)
+    given: dict[str, Any] = {
+        "aligned": aligned,
+        "softcap": config.softcap is not None,
+        "reference": ref is not None,
+        "penalty": penalty,
+    }
+    problem = Problem(
+        logits,
+        logits if ref is None else ref,
+        tokens,
+        device_transform(config),
+        options,
+        Work(**{**given, **work}),
+        kind,
+        launch.launch_for(logits.shape[-1], *dtypes, heavy=ref is not None, aligned=aligned),
+    )
+    return replace(problem, launch=tune.best_launch(problem, grads)) if tune.wanted() else problem
+
+
+def run(problem: Problem, stats: Tensor, terms: Tensor, grads: Tensor, scales: Tensor, splits: int) -> None:
+    """Statistics and, as the problem's work says, terms and gradient: in one launch, or several programs a row."""
+    if problem.rows == 0:
+        return
+    if splits == 1:
+        rows.launch_rows(problem, stats, terms, grads, scales)
+        return
+    sums = stats.new_empty(6, problem.rows, splits)
+    rows.launch_slices(problem, sums)
+    rows.launch_combine(problem, sums, stats, terms)
+    if problem.work.gradient:
+        rows.launch_gradient(problem, stats, terms[3:], grads, scales, splits)
+
+
+def splits_of_logits(problem: Problem, config: LossConfig) -> int:
+    """By the rows that there are; with chunk_tokens by those of a chunk, so that no row's bits depend on the batch."""
+    return splits_of(problem, config.chunk_tokens or problem.rows)
+
+
+def splits_of(problem: Problem, programs: int) -> int:
+    return launch.splits_for(programs, problem.vocabulary, problem.launch.block, problem.logits.device)
+
+
+def rooms(given: Tensor) -> tuple[Tensor, Tensor]:
+    """stats and terms of no token yet."""
+    count = given.shape[1]
+    return given.new_zeros(len(STATS), count), given.new_zeros(len(TERMS), count)
+
+
+def total_of(terms: Tensor, given: Tensor, flags: Tensor, most: int) -> Tensor:
+    """The reduced loss; NaN if more tokens were wanted than `most`, which nothing could report without waiting."""
+    total = torch.where(flags != 0, terms[0] * given[1], 0.0).sum()
+    return total if most < 0 else torch.where((flags != 0).sum() > most, torch.nan, total)
+
+
+def no_stats(ids: Tensor) -> Tensor:
+    return torch.zeros(len(STATS), ids.shape[0], device=ids.device)
+
+
+def live_coefficients(config: LossConfig, flags: Tensor, stats: Tensor, grad: Tensor) -> Tensor:
+    """The incoming gradients of log-prob, entropy and KL, [3, N]; 0 for rows that `row_tolerance` drops and for those
+    that were not computed."""
+    coefficients = torch.where(flags != 0, grad[:3], 0.0)
+    if config.row_tolerance == 0:
+        return coefficients
+    transform = device_transform(config)
+    by_name = RowStats(
+        logp=stats[0],
+        lse=stats[3] * transform.kappa + torch.log(stats[4].where(stats[4] > 0, 1.0)),
+        total=torch.ones_like(stats[4]),
+        entropy=stats[1],
+        kl=stats[2],
+        ref_lse=None,
+    )
+    cap = transform_of(config)
+    live = live_rows(Coefficients(*coefficients), by_name, cap, config.row_tolerance)
+    return torch.where(live, coefficients, 0.0)

@@ -1,0 +1,222 @@
+"""The door of a call: its arguments are checked here, once, and leave as the one object that a back-end is asked.
+
+Errors come in the order of the questions below, before any work and before any collective but those that count the
+vocabulary and gather a DTensor.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from prefixloss import check
+from prefixloss.backends import memory, reference
+from prefixloss.backends.columns import Columns, Shard
+from prefixloss.backends.problem import Backend, Head, HeadLoss, HeadStatistics, LogitLoss, by_rows
+from prefixloss.backends.torch import compiled, eager
+from prefixloss.config import LossConfig
+from prefixloss.inputs.batch import Batch, TokenInputs
+from prefixloss.inputs.layout import Layout
+from prefixloss.maths.precision import accumulation_dtype
+
+# hidden states [.., D], a head [V, D], perhaps a DTensor, and a bias [V] or None, as the caller gave them
+GivenHead = tuple[Any, Any, Any]
+
+
+def backend(
+    name: Any, tokens: Any, inputs: tuple[Any, ...], config: Any, tp_group: Any = None, cp_group: Any = None
+) -> Backend:
+    """The back-end for inputs (the first of them decides), and what every call checks first."""
+    chosen = _chosen(name, tp_group, cp_group, *inputs)
+    if chosen != "reference":
+        _no_transforms(chosen, *inputs)
+    check.config(config, LossConfig)
+    check.tokens(tokens)
+    memory.budget(tokens.device)  # an unusable PREFIXLOSS_MEMORY is found before any work
+    # a graph with collectives inside goes in pieces, so a call that has some is not one operator
+    in_graph = chosen == "torch" and tp_group is None and torch.compiler.is_compiling()
+    return _loaded(chosen, in_graph)
+
+
+def head_loss(
+    given: GivenHead, ref_given: GivenHead, inputs: TokenInputs, config: LossConfig, tp_group: Any,
+    vocab_size: int | None, most: int | None,
+) -> HeadLoss:  # fmt: skip
+    head, exact = _head(given, inputs.tokens, tp_group), config.exact_kl
+    dtype = accumulation_dtype(head.hidden, head.weight)
+    columns = _columns(tp_group, len(head.weight), vocab_size, inputs.tokens, dtype, 1 + exact)
+    needed = {"ref_hidden": ref_given[0], "ref_lm_head_weight": ref_given[1]}
+    batch = inputs.checked(config, dtype, columns.vocabulary, needed)
+    made = _reference_head(ref_given, head, inputs.tokens.shape, tp_group) if exact else None
+    most = _most_tokens(most, inputs.mask, batch, config)
+    made = None if made is None else _unpadded(made, columns)
+    return HeadLoss(_unpadded(head, columns), made, batch, config, columns, most)
+
+
+def logit_loss(
+    logits: Tensor, ref_logits: Tensor | None, inputs: TokenInputs, config: LossConfig, inplace: bool, tp_group: Any,
+    vocab_size: int | None,
+) -> LogitLoss:  # fmt: skip
+    check.logits("logits", logits, inputs.tokens)
+    if inplace:
+        check.overwritable(logits)
+    exact = config.exact_kl
+    dtype = accumulation_dtype(logits)
+    columns = _columns(tp_group, logits.shape[-1], vocab_size, inputs.tokens, dtype, 1 + exact)
+    batch = inputs.checked(config, dtype, columns.vocabulary, {"ref_logits": ref_logits})
+    made = None
+    if exact:
+        assert ref_logits is not None
+        check.logits("ref_logits", ref_logits, inputs.tokens)
+        if inplace:
+            check.own_storage("ref_logits", ref_logits, logits)
+        check.device("ref_logits", ref_logits, logits.device)
+        check.same_vocabulary("ref_logits", ref_logits.shape[-1], logits.shape[-1])
+        made = columns.logits(ref_logits.detach())
+    return LogitLoss(columns.logits(logits), made, batch, config, columns, inplace)
+
+
+def head_statistics(
+    given: GivenHead, tokens: Tensor, mask: Tensor | None, config: LossConfig, tp_group: Any, vocab_size: int | None,
+    most: int | None,
+) -> HeadStatistics:  # fmt: skip
+    head = _head(given, tokens, tp_group)
+    layout = Layout.of(tokens.shape, tokens.device, mask, None)
+    ids = tokens.reshape(-1).long().contiguous()
+    dtype = accumulation_dtype(head.hidden, head.weight)
+    columns = _columns(tp_group, len(head.weight), vocab_size, tokens, dtype, 1)
+    layout.check_token_ids(ids, columns.vocabulary)
+    if most is not None:
+        check.most_tokens("max_scored_tokens", most, layout.scored)
+        most = int(most)
+    return HeadStatistics(_unpadded(head, columns), None, ids, layout.scored, config, columns, most)
+
+
+# --- heads and vocabularies
+
+
+def _gathered(weight: Any, tp_group: Any) -> Any:
+    """A DTensor's whole; each rank's gradient is a share of the sum over ranks."""
+    if not hasattr(weight, "full_tensor"):
+        return weight
+    check.not_over(tp_group, weight.device_mesh)
+    from torch.distributed.tensor import Partial  # noqa: PLC0415 (slow to import, seldom needed)
+
+    return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+
+
+def _head(given: GivenHead, tokens: Tensor, tp_group: Any) -> Head:
+    hidden, weight, bias = given[0], _gathered(given[1], tp_group), _gathered(given[2], tp_group)
+    check.head(hidden, weight, bias, ("hidden", "lm_head_weight", "lm_head_bias"), tokens.shape)
+    check.device("tokens", tokens, hidden.device)
+    return Head(by_rows(hidden), weight, bias)
+
+
+def _reference_head(given: GivenHead, policy: Head, shape: torch.Size, tp_group: Any) -> Head:
+    hidden, weight, bias = given[0], _gathered(given[1], tp_group), _gathered(given[2], tp_group)
+    check.head(hidden, weight, bias, ("ref_hidden", "ref_lm_head_weight", "ref_lm_head_bias"), shape)
+    check.device("ref_hidden", hidden, policy.weight.device)
+    check.same_vocabulary("ref_lm_head_weight", len(weight), len(policy.weight))
+    return Head(by_rows(hidden).detach(), weight.detach(), None if bias is None else bias.detach())
+
+
+def _columns(
+    tp_group: Any, given: int, vocab_size: int | None, tokens: Tensor, dtype: torch.dtype, buffers: int
+) -> Columns:
+    """The part of the vocabulary that is here, of `given` columns. buffers: of logits, for a chunk."""
+    if vocab_size is not None:
+        check.vocab_size(vocab_size, given, tp_group)
+    if tp_group is None:
+        return Columns(given if vocab_size is None else int(vocab_size))
+    per_row = max(1, given) * dtype.itemsize * buffers
+    fit = memory.rows_in_budget(tokens.numel(), per_row, tokens.device)
+    return Shard.of(tp_group, given, fit, tokens.device, vocab_size)
+
+
+def _unpadded(head: Head, columns: Columns) -> Head:
+    return Head(head.hidden, *columns.head(head.weight, head.bias))
+
+
+def _most_tokens(given: int | None, mask: Tensor | None, batch: Batch, config: LossConfig) -> int | None:
+    """An upper bound on the tokens to compute, if one is known without looking."""
+    every_scored = config.shows_every_scored or config.sequence_ratio
+    if given is not None:
+        check.most_tokens("max_learning_tokens", given, batch.layout.scored if every_scored else batch.computed)
+        return int(given)
+    return batch.tokens.shape[0] if mask is None and (every_scored or config.penalised) else None
+
+
+# --- the choice of a back-end
+
+
+def _chosen(name: Any, tp_group: Any, cp_group: Any, *inputs: Any) -> str:
+    """The back-end to use for these inputs: for "auto" the kernels wherever they run as compiled code."""
+    if not isinstance(name, str) or name not in ("auto", "triton", "torch", "reference"):
+        check.fail("backend", check.describe(name), '"auto", "triton", "torch" or "reference"')
+    check.process_group("tp_group", tp_group)
+    check.process_group("cp_group", cp_group)
+    if cp_group is not None and name == "reference":
+        raise RuntimeError('backend: got "reference" with cp_group, expected "auto", "torch" or "triton"')
+    if tp_group is not None:
+        if name not in ("auto", "torch"):
+            raise RuntimeError(f'backend: got "{name}" with tp_group, expected "auto" or "torch"')
+        return "torch"
+    if name in ("torch", "reference"):
+        return name
+    first = inputs[0]
+    if not isinstance(first, Tensor) or first.device.type == "meta" or (name == "auto" and first.device.type == "cpu"):
+        return "torch"  # which says what is wrong with it, if anything
+    obstacle = _triton_obstacle(*inputs)
+    if obstacle is None:
+        return "triton"
+    if name == "triton":
+        raise RuntimeError(f'backend: got "triton", expected "auto" or "torch": {obstacle}')
+    return "torch"
+
+
+def _loaded(chosen: str, in_graph: bool) -> Backend:
+    """Imported where it is used first: the kernels need triton."""
+    if chosen == "triton":
+        from prefixloss.backends.triton import loss  # noqa: PLC0415
+
+        return loss
+    if chosen == "reference":
+        return reference
+    return compiled if in_graph else eager
+
+
+def _no_transforms(backend: str, *inputs: Any) -> None:
+    """No transform of torch.func and no forward-mode derivative, which our own derivatives know nothing of."""
+    if torch._C._are_functorch_transforms_active():
+        kind = torch._C._functorch.peek_interpreter_stack().key().name
+        if kind == "Vmap":
+            raise RuntimeError("vmap: got a call inside it, expected one call for the batch: tokens [B, T] or [N]")
+        under = f"inside torch.func ({kind.lower()})"
+    elif any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        under = "for a forward-mode derivative"
+    else:
+        return
+    raise RuntimeError(f'backend: got "{backend}" {under}, expected "reference", or backward() and torch.autograd.grad')
+
+
+def _triton_obstacle(*inputs: Any) -> str | None:
+    """Why the kernels cannot run on these inputs, if so."""
+    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in inputs):
+        return "the kernels compute in float32, the input is float64"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    device = inputs[0].device.type
+    if device in ("cuda", "xpu") or (device == "cpu" and _interpreted()):
+        return None
+    return f"the kernels run on CUDA, ROCm and XPU, the input is on {device} (for tests: TRITON_INTERPRET=1)"
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs kernels on CPU tensors, in Python: TRITON_INTERPRET=1 when they were first imported."""
+    from prefixloss._kernels.scale import scale_kernel  # noqa: PLC0415 (imports triton)
+
+    return type(scale_kernel).__name__ == "InterpretedFunction"

@@ -1,0 +1,167 @@
+"""A run in its directory: opened or resumed by one process or several, evaluated, saved, stopped and finished."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from prefixloss import TokenAdvantages
+from prefixloss.io.files import write_whole_directory
+from prefixloss.rl import UsageError, checkpoint, task
+from prefixloss.rl.config import Config
+from prefixloss.rl.evaluate import evaluate
+from prefixloss.rl.lock import Lock
+from prefixloss.rl.optimise import State, Stepper
+from prefixloss.rl.policy import Policy
+from prefixloss.rl.report import Report
+from prefixloss.rl.rollouts import Checked, Sampled
+from prefixloss.rl.samples import write_samples
+from prefixloss.rl.start import Problems, frozen, open_policy, open_problems, warm_start
+from prefixloss.rl.team import Team
+
+
+@contextmanager
+def opened(config: Config, directory: Path, report: Report, overwrite: bool) -> Iterator[Run]:
+    """The run, from its checkpoint if it has one; locked, and listening to signals, as long as it is open."""
+    stop = checkpoint.Stop()
+    with Lock() as lock, stop.listening():
+        team = Team.join(config.device, config.timeout)
+        if config.prompts // team.size < config.minibatches:
+            raise UsageError(f"--prompts: got {config.prompts}, expected at least one a minibatch and process")
+        report = report if team.leads else Report(Console(quiet=True))
+        torch.set_num_threads(config.threads or torch.get_num_threads())
+        torch.manual_seed(config.seed)
+        problems, held_out = open_problems(config)
+        policy = open_policy(config, team.device)
+        saved = open_run(config, directory, overwrite, team, lock)
+        if saved is None and config.model is None:
+            warm_start(policy, config, problems, report, stop)
+        team.start_alike(policy.model.state_dict().values())
+        run = Run(config, directory, report, team, stop, problems, held_out, policy)
+        run.begin(saved)
+        yield run
+        run.finish()
+
+
+class Run:
+    """The policy, its frozen copy, its optimiser, and what is left on disk on the way."""
+
+    def __init__(
+        self, config: Config, directory: Path, report: Report, team: Team, stop: checkpoint.Stop, problems: Problems,
+        held_out: list[task.Problem], policy: Policy,
+    ) -> None:  # fmt: skip
+        self.config, self.directory, self.report, self.team, self.stop = config, directory, report, team, stop
+        self.problems, self.held_out, self.policy = problems, held_out, policy
+        self.reference = frozen(policy)
+        self.stepper = Stepper.adamw(config, policy.model, team)
+        self.modules = {"model": policy.model, "reference": self.reference.model, "optimizer": self.stepper.optimizer}
+        self.history: list[dict[str, Any]] = []
+
+    @property
+    def update(self) -> int:
+        return self.stepper.state.update
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the update to come is one that is evaluated."""
+        return self.update + 1 == self.config.updates or (self.update + 1) % self.config.eval_every == 0
+
+    def begin(self, saved: dict[str, Any] | None) -> None:
+        """Resumes, or evaluates the policy that the run starts from."""
+        if saved is not None:
+            self.stepper.state, self.history = restore(saved, self.modules, self.directory / "checkpoint.pt")
+        else:
+            self.history = [{"update": 0, **evaluate(self.config, self.policy, self.held_out, self.team)}]
+            self.save()
+        if self.team.leads:
+            checkpoint.rewrite_metrics(self.directory / "metrics.jsonl", self.history)
+        self.report.evaluated(next(m for m in reversed(self.history) if "pass@1" in m))
+        if self.team.any(self.stop.asked) and self.update < self.config.updates:
+            raise checkpoint.Stopped(self.stop.number)
+
+    def phase(self) -> AbstractContextManager[None]:
+        """The progress of the updates."""
+        return self.report.phase("training", self.config.updates, done=self.update)
+
+    def next_problems(self) -> list[task.Problem]:
+        """This process's, for the update to come; they follow on from the warm start's."""
+        config = self.config
+        used = config.warm_steps * config.warm_batch * (config.model is None)
+        self.team.seed(config.seed, self.update)
+        return self.team.share(self.problems(used + self.update * config.prompts, config.prompts))
+
+    def keep(
+        self, problems: list[task.Problem], sampled: Sampled, checked: Checked, credit: Tensor | TokenAdvantages
+    ) -> None:
+        """Leaves the responses of updates that are evaluated."""
+        if self.evaluates and self.team.leads:
+            by: Any = self.config.steps if self.config.detector or not problems[0].lines else "lines"
+            write_samples(self.directory / "responses.jsonl", self.policy, problems, sampled, checked, credit, by)
+
+    def updated(self, metrics: dict[str, float]) -> None:
+        """Notes an update, evaluates and saves where it is time to, and stops where that was asked for."""
+        evaluates, state = self.evaluates, self.stepper.state
+        state.update += 1
+        last = state.update == self.config.updates
+        self.history.append({"update": state.update, **metrics})
+        if evaluates:
+            self.history[-1] |= evaluate(self.config, self.policy, self.held_out, self.team)
+            self.report.evaluated(self.history[-1])
+        if self.team.leads:
+            checkpoint.append_metrics(self.directory / "metrics.jsonl", self.history[-1])
+        stopped = self.team.any(self.stop.asked)
+        if last or stopped or state.update % self.config.save_every == 0:
+            self.save()
+        self.report.advance(**self.history[-1])
+        if stopped and not last:
+            raise checkpoint.Stopped(self.stop.number)
+
+    def save(self) -> None:
+        if self.team.leads:
+            states = {name: module.state_dict() for name, module in self.modules.items()}
+            progress = {"state": asdict(self.stepper.state), "history": self.history}
+            checkpoint.save(self.directory / "checkpoint.pt", {**states, **progress})
+
+    def finish(self) -> None:
+        """The trained model, the picture and the table."""
+        if self.team.leads:
+            if not (self.directory / "policy").exists():
+                write_whole_directory(self.directory / "policy", self.policy.save)
+            self.report.finish(self.directory, self.history, self.config.k)
+
+
+def open_run(config: Config, directory: Path, overwrite: bool, team: Team, lock: Lock) -> dict[str, Any] | None:
+    """The run's checkpoint, None if it has none yet. The first process locks the directory for all."""
+    failure: UsageError | None = None
+    if team.leads:
+        try:
+            lock.take(directory)
+            if not overwrite and (directory / "config.json").exists() and Config.read(directory) != config:
+                raise UsageError(f"--out: {directory} holds a run with other settings")
+            checkpoint.open_run(directory, asdict(config), overwrite)
+        except UsageError as error:
+            failure = error
+    if team.any(failure is not None):
+        raise failure or UsageError(f"--out: the first process cannot work in {directory}")
+    return checkpoint.load(directory / "checkpoint.pt", team.device)
+
+
+def restore(saved: dict[str, Any], modules: dict[str, Any], path: Path) -> tuple[State, list[dict[str, Any]]]:
+    """Puts back what `save` kept, by however many processes. path: of the file, for errors."""
+    try:
+        for name, module in modules.items():
+            module.load_state_dict(saved[name])
+        checkpoint.restore_random(saved["random"])
+        return State(**saved["state"]), saved["history"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"--resume: {path} does not fit the settings in config.json, put those back it was made with: {reason}"
+        ) from None

@@ -1,0 +1,75 @@
+"""What a run starts from: its problems, its policy and, for the built-in one, a short time on written solutions."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from prefixloss import linear_logps
+from prefixloss.rl import UsageError, checkpoint, task
+from prefixloss.rl.config import Config
+from prefixloss.rl.policy import Policy, load_policy, tiny_policy
+from prefixloss.rl.report import Report
+
+Problems = Callable[[int, int], list[task.Problem]]
+
+
+def open_problems(config: Config) -> tuple[Problems, list[task.Problem]]:
+    """The endless training sequence, as a function of (start, count), and the held-out problems."""
+    if config.data:
+        try:
+            problems = task.load_problems(Path(config.data))
+        except ValueError as error:
+            raise UsageError(f"--data: {error}") from None
+        if len(problems) < 2:
+            raise UsageError(f"--data: {config.data} has {len(problems)} different questions, expected at least 2")
+        held_out, training = task.split(problems, config.eval_problems)
+        return partial(task.shuffled, training, config.seed), held_out
+    chains = partial(
+        task.chains, min_steps=config.min_steps, max_steps=config.max_steps, free_form=config.model is not None
+    )
+    return partial(chains, config.seed), chains(0, 0, config.eval_problems, held_out=True)
+
+
+def open_policy(config: Config, device: str) -> Policy:
+    policy = load_policy(config.model) if config.model else tiny_policy(config.hidden_size, config.layers)
+    policy.model.to(device)
+    return policy
+
+
+def frozen(policy: Policy) -> Policy:
+    """A copy that stays as it is."""
+    reference = copy.deepcopy(policy)
+    reference.model.requires_grad_(False)
+    return reference
+
+
+def warm_start(policy: Policy, config: Config, problems: Problems, report: Report, stop: checkpoint.Stop) -> None:
+    """A short time on written solutions, so that some answers are right and there is something to reinforce.
+
+    It ends at a given loss: the loss falls so steeply that a fixed number of steps would start each seed elsewhere.
+    """
+    smooth = math.inf
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.warm_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    with report.phase("warm start", config.warm_steps):
+        for step in range(config.warm_steps):
+            if stop.asked:
+                raise checkpoint.Stopped(stop.number)
+            optimizer.param_groups[0]["lr"] = config.warm_lr * min(1.0, (step + 1) / 50)
+            batch = problems(step * config.warm_batch, config.warm_batch)
+            traces = policy.written([p.question for p in batch], [p.solution for p in batch])
+            logps = linear_logps(policy.hidden(traces), tokens=traces.tokens, mask=traces.mask, **policy.head).logps
+            loss = -logps.sum() / traces.mask.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+            optimizer.step()
+            smooth = loss.item() if step == 0 else 0.9 * smooth + 0.1 * loss.item()
+            report.advance(loss=smooth)
+            if smooth <= config.warm_loss:
+                break
