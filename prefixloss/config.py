@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 from prefixloss import check
+from prefixloss.maths import corrections, kl, objectives, reductions
 
-# every name that an option may have, here alone: checks, registries and tests read them
-Objective = Literal["clip", "cispo", "sapo", "reinforce", "topr"]
 RatioLevel = Literal["token", "sequence"]
-SamplerCorrection = Literal["tis", "icepop"]
-KL = Literal["k1", "k2", "k3", "full"]
-Reduction = Literal["token-mean", "group-token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "none"]
 Stats = Literal["learning", "scored"]
 
 
-def unknown(option: str, name: Any) -> NoReturn:
-    """The end of every choice by name: a name that a piece of code does not know never falls through to another's."""
-    raise ValueError(f"{option}: got {name!r}, expected a name that this back-end knows")
-
-
-def _one_of(*names: str | None) -> tuple[Callable[[Any], bool], str]:
-    return lambda v: (v is None or isinstance(v, str)) and v in names, " | ".join(map(repr, names))
+def _one_of(names: Collection[str], *more: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda v: isinstance(v, str) and (v in names or v in more), " | ".join(map(repr, (*names, *more)))
 
 
 def _number(low: float, *, above: bool = False) -> tuple[Callable[[Any], bool], str]:
@@ -37,9 +28,9 @@ def _number(low: float, *, above: bool = False) -> tuple[Callable[[Any], bool], 
     )
 
 
-def _or_none(rule: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], bool], str]:
+def _or_none(rule: tuple[Callable[[Any], bool], str], link: str = " or ") -> tuple[Callable[[Any], bool], str]:
     accepts, wants = rule
-    return lambda v: v is None or accepts(v), f"None or {wants}"
+    return lambda v: v is None or accepts(v), f"None{link}{wants}"
 
 
 def _pair(low: float, *, above: bool, ordered: bool) -> tuple[Callable[[Any], bool], str]:
@@ -88,25 +79,25 @@ _any_number = (check.is_number, "a finite number, in float32's range")
 _flag = (lambda v: isinstance(v, bool), "True or False")
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "objective": _one_of(*get_args(Objective)),
+    "objective": _one_of(objectives.BY_NAME),
     "clip_low": _number(0),
     "clip_high": _number(0),
     "ratio_cap": _or_none(_number(0, above=True)),
     "dual_clip": _or_none(_number(1, above=True)),
     "sapo_tau": _pair(0, above=True, ordered=False),
-    "ratio_level": _one_of(*get_args(RatioLevel)),
-    "sampler_correction": _one_of(None, *get_args(SamplerCorrection)),
+    "ratio_level": _one_of(get_args(RatioLevel)),
+    "sampler_correction": _or_none(_one_of(corrections.BY_NAME), " | "),
     "sampler_bounds": _pair(0, above=False, ordered=True),
-    "kl": _one_of(None, *get_args(KL)),
+    "kl": _or_none(_one_of(kl.BY_NAME, kl.FULL), " | "),
     "kl_coef": _any_number,
     "kl_importance": _flag,
     "entropy_coef": _any_number,
-    "reduction": _one_of(*get_args(Reduction)),
+    "reduction": _one_of(reductions.BY_NAME),
     "max_length": _or_none(_positive_int()),
     "temperature": _number(0, above=True),
     "softcap": _or_none(_number(0, above=True)),
     "logit_scale": _number(0, above=True),
-    "stats": _one_of(*get_args(Stats)),
+    "stats": _one_of(get_args(Stats)),
     "row_tolerance": _number(0),
     "chunk_tokens": _or_none(_positive_int()),
 }
@@ -116,8 +107,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 class LossConfig:
     """What the loss computes. Every value is checked on construction (ValueError naming the field).
 
-    Per-token objective, with rho = exp(logp - old_logp) and advantage A (formulas: `prefixloss.backends.reference`):
-        objective: "clip" (PPO, GRPO, DAPO), "cispo", "sapo", "reinforce" or "topr".
+    Per-token objective, with rho = exp(logp - old_logp) and advantage A:
+        objective: a name of `prefixloss.maths.objectives`, where formulas and papers stand: "clip" (PPO, GRPO, DAPO),
+            "cispo", "sapo", "reinforce" or "topr".
         clip_low, clip_high: "clip" keeps rho inside [1 - clip_low, 1 + clip_high]. For "cispo", `clip_high` is the cap
             on rho itself, at least 1: 5.0 is usual, as in TRL, and the default 0.2 is refused.
         ratio_cap: two-sided clip ("clip" only): rho is capped at this first.
@@ -125,9 +117,11 @@ class LossConfig:
         sapo_tau: the temperatures of "sapo" for A > 0 and for A <= 0.
         ratio_level: "token", or "sequence" for GSPO in its token form.
         sampler_correction: weights the policy term by q = exp(old_logp - sampler_logp): "tis" caps q at
-            sampler_bounds[1], "icepop" drops tokens whose q lies outside sampler_bounds.
+            sampler_bounds[1], "icepop" drops tokens whose q lies outside sampler_bounds
+            (`prefixloss.maths.corrections`).
     Penalties:
-        kl, kl_coef: the estimator of KL(policy || reference) and its weight. "k1" has zero expected gradient on policy,
+        kl, kl_coef: the estimator of KL(policy || reference), "k1", "k2" or "k3" (`prefixloss.maths.kl`), and its
+            weight. "k1" has zero expected gradient on policy,
             so as a loss term it only adds noise; "full" is the exact sum over the vocabulary.
         kl_importance: multiply the KL term by rho (before any cap); the gradient flows through both. With ratio_level
             "sequence" rho is the token form here as everywhere: its value is the response's, and its gradient is each
@@ -151,20 +145,20 @@ class LossConfig:
             kernels on a GPU it holds where the vendor's library sums all rows of a product alike.
     """
 
-    objective: Objective = "clip"
+    objective: str = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
     ratio_cap: float | None = None
     dual_clip: float | None = None
     sapo_tau: tuple[float, float] = (1.0, 1.05)
     ratio_level: RatioLevel = "token"
-    sampler_correction: SamplerCorrection | None = None
+    sampler_correction: str | None = None
     sampler_bounds: tuple[float, float] = (0.0, 2.0)
-    kl: KL | None = None
+    kl: str | None = None
     kl_coef: float = 0.0
     kl_importance: bool = False
     entropy_coef: float = 0.0
-    reduction: Reduction = "token-mean"
+    reduction: str = "token-mean"
     max_length: int | None = None
     temperature: float = 1.0
     softcap: float | None = None
@@ -204,23 +198,35 @@ class LossConfig:
         return f"{field.name}={f'{value[0]},{value[1]}' if isinstance(value, (tuple, list)) else value}"
 
     @property
+    def exact_kl(self) -> bool:
+        """Whether the KL is the sum over the vocabulary, which needs the reference's logits."""
+        return self.kl == kl.FULL
+
+    @property
     def penalises_kl(self) -> bool:
         return self.kl is not None and self.kl_coef != 0
 
     @property
+    def penalised(self) -> bool:
+        """Whether every scored token has a gradient, whatever its advantage."""
+        return self.penalises_kl or self.entropy_coef != 0
+
+    @property
     def sequence_ratio(self) -> bool:
         """Whether a response has one ratio."""
-        if self.ratio_level == "sequence":
-            return True
-        if self.ratio_level == "token":
-            return False
-        unknown("ratio_level", self.ratio_level)
+        return self.ratio_level == "sequence"
+
+    @property
+    def summed(self) -> reductions.Reduction:
+        """The reduction itself."""
+        return reductions.BY_NAME[self.reduction]
+
+    @property
+    def per_response(self) -> bool:
+        """Whether it has to be known which response a token is of."""
+        return self.sequence_ratio or self.summed.per_response
 
     @property
     def shows_every_scored(self) -> bool:
         """Whether the results are of every token in the mask, not of the learning ones alone."""
-        if self.stats == "scored":
-            return True
-        if self.stats == "learning":
-            return False
-        unknown("stats", self.stats)
+        return self.stats == "scored"

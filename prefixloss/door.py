@@ -48,7 +48,7 @@ def head_loss(
     given: GivenHead, ref_given: GivenHead, inputs: TokenInputs, config: LossConfig, tp_group: Any,
     vocab_size: int | None, most: int | None,
 ) -> HeadLoss:  # fmt: skip
-    head, exact = _head(given, inputs.tokens, tp_group), config.kl == "full"
+    head, exact = _head(given, inputs.tokens, tp_group), config.exact_kl
     dtype = accumulation_dtype(head.hidden, head.weight)
     columns = _columns(tp_group, len(head.weight), vocab_size, inputs.tokens, dtype, 1 + exact)
     needed = {"ref_hidden": ref_given[0], "ref_lm_head_weight": ref_given[1]}
@@ -66,7 +66,7 @@ def logit_loss(
     check.logits("logits", logits, inputs.tokens)
     if inplace:
         check.overwritable(logits)
-    exact = config.kl == "full"
+    exact = config.exact_kl
     dtype = accumulation_dtype(logits)
     columns = _columns(tp_group, logits.shape[-1], vocab_size, inputs.tokens, dtype, 1 + exact)
     batch = inputs.checked(config, dtype, columns.vocabulary, {"ref_logits": ref_logits})
@@ -149,8 +149,7 @@ def _most_tokens(given: int | None, mask: Tensor | None, batch: Batch, config: L
     if given is not None:
         check.most_tokens("max_learning_tokens", given, batch.layout.scored if every_scored else batch.computed)
         return int(given)
-    penalised = config.penalises_kl or config.entropy_coef != 0
-    return batch.tokens.shape[0] if mask is None and (every_scored or penalised) else None
+    return batch.tokens.shape[0] if mask is None and (every_scored or config.penalised) else None
 
 
 # --- the choice of a back-end

@@ -121,8 +121,7 @@ class TokenInputs:
         layout.check_finite("advantages", given.advantages)
         weights, denominator = token_weights(config, layout, self.group_ids, self.normalizer, dtype)
 
-        penalised = config.penalises_kl or config.entropy_coef != 0
-        learning = layout.scored if penalised else layout.scored & (advantages != 0)
+        learning = layout.scored if config.penalised else layout.scored & (advantages != 0)
         return Batch(
             layout=layout,
             tokens=self.tokens.reshape(-1).long().contiguous(),
@@ -167,16 +166,17 @@ class TokenInputs:
 def _check_needed_data(config: LossConfig, given: dict[str, Any], exact_reference: tuple[str, ...]) -> None:
     """The arguments that the options call for. `given` maps names to values; `exact_reference` are for kl="full"."""
     needs: list[tuple[str, str]] = []
-    if config.kl not in (None, "full"):
+    if config.exact_kl:
+        needs += [(name, f'kl="{config.kl}"') for name in exact_reference]
+    elif config.kl is not None:
         needs.append(("ref_logps", f'kl="{config.kl}"'))
-    if config.kl == "full":
-        needs += [(name, 'kl="full"') for name in exact_reference]
     if config.sampler_correction is not None:
         needs.append(("sampler_logps", f'sampler_correction="{config.sampler_correction}"'))
-    if config.reduction == "group-token-mean":
-        needs.append(("group_ids", 'reduction="group-token-mean"'))
+    argument = f'reduction="{config.reduction}"'
+    if config.summed.per_group:
+        needs.append(("group_ids", argument))
     for name, why in needs:
         if given[name] is None:
             check.fail(name, "None", f"a value, since {why}")
-    if config.reduction == "constant" and given["normalizer"] is None and config.max_length is None:
-        check.fail("max_length", "None", 'a value, since reduction="constant" without a normalizer')
+    if config.summed.times_max_length and given["normalizer"] is None and config.max_length is None:
+        check.fail("max_length", "None", f"a value, since {argument} without a normalizer")

@@ -11,13 +11,14 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
+from prefixloss import advantages
 from prefixloss.check import describe
 from prefixloss.detect.choose import by_name
 from prefixloss.maths.divergence import BY_NAME
 from prefixloss.rl import UsageError
 from prefixloss.steps import SEGMENTERS
 
-ADVANTAGES = ("vppo", "grpo", "dr-grpo", "cliff", "neutral", "rts", "mixed", "none")
+ADVANTAGES = (*advantages.BY_NAME, "none")
 DISTIL_FROM = ("first-error", "wrong", "all")
 _COUNTS = (
     *("updates", "prompts", "group", "max_tokens", "epochs", "minibatches", "micro_prompts", "save_every"),
@@ -110,7 +111,9 @@ class Config:
             self._expect(name, 0 < getattr(self, name) < math.inf, "a number above 0")
         for name in ("clip", "kl_coef", "distill_coef"):
             self._expect(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
-        self._expect("advantage", self.advantage in ADVANTAGES, f"one of {', '.join(ADVANTAGES)}")
+        self._expect(
+            "advantage", self.advantage in (*ADVANTAGES, *advantages.ALIASES), f"one of {', '.join(ADVANTAGES)}"
+        )
         self._expect("distill_from", self.distill_from in DISTIL_FROM, f"one of {', '.join(DISTIL_FROM)}")
         self._expect("divergence", self.divergence in BY_NAME, f"one of {', '.join(BY_NAME)}")
         self._expect("advantage", self.advantage != "none" or self.teacher, "--teacher with it, or nothing is learned")

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from prefixloss.integrations.models.heads import refuse_quantised
+from prefixloss.integrations.models.heads import LogitMap, refuse_quantised
 from prefixloss.rl import UsageError
 from prefixloss.rl.rollouts import Sampled
 from prefixloss.steps import decode, token_boundaries
@@ -45,10 +45,7 @@ class Policy:
         head = model.get_output_embeddings()
         self.weight: Tensor = head.weight
         self.bias: Tensor | None = getattr(head, "bias", None)
-        config = model.config.get_text_config()
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
-        self.logit_scale = float(scale or 1.0) / float(divisor or 1.0)
+        self.softcap, self.logit_scale = LogitMap.usual(model.config)
         # a model's own sampling defaults (top-p, penalties) would make samples come from another distribution
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = tokenizer.eos_token_id if ends is None else ends

@@ -104,23 +104,20 @@ def judge(config: Config, policy: Policy, problems: list[task.Problem], sampled:
 
 def weigh(config: Config, checked: Checked, sampled: Sampled, group_ids: Tensor) -> Credit:
     """An advantage a response, or two of them split at the first wrong step."""
-    correct, error, lengths = checked.correct, checked.first_error, sampled.mask.sum(1)
-    rewards, right, steps = correct.float(), checked.right_steps, checked.total_steps
+    if config.advantage == "none":
+        return torch.zeros(len(checked.correct), device=checked.correct.device)
+    outcome = advantages.Outcome(
+        checked.correct,
+        sampled.mask.sum(1),
+        group_ids,
+        first_error=checked.first_error,
+        prompt_lengths=sampled.prompt_lengths,
+        right_steps=checked.right_steps,
+        total_steps=checked.total_steps,
+    )
     cut: Any = config.shorten
-    prompts = {"prompt_lengths": sampled.prompt_lengths, "alpha": config.alpha, "shorten": cut}
-    by_name: dict[str, Callable[[], Credit]] = {
-        "vppo": lambda: advantages.vppo(correct, lengths, error, group_ids, **prompts),
-        "cliff": lambda: advantages.cliff(correct, lengths, error, group_ids),
-        "rts": lambda: advantages.rts(correct, right, steps, group_ids),
-        "mixed": lambda: advantages.mixed(rewards, right / steps.clamp(min=1), group_ids),
-        "grpo": lambda: advantages.grpo(rewards, group_ids),
-        "dr-grpo": lambda: advantages.grpo(rewards, group_ids, std=False),
-        "neutral": lambda: advantages.neutral_prefix(advantages.grpo(rewards, group_ids), correct, error),
-        "none": lambda: torch.zeros_like(rewards),
-    }
-    if config.advantage not in by_name:
-        raise ValueError(f"advantage: got {config.advantage!r}, expected one that credit is assigned by here")
-    return by_name[config.advantage]()
+    options = {"alpha": config.alpha, "shorten": cut} if config.advantage == "vppo" else {}
+    return advantages.assign(config.advantage, outcome, **options)
 
 
 def lessons(config: Config, checked: Checked, sampled: Sampled, group_ids: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def _given(batch: Batch) -> tuple[Tensor, bool]:
 
 
 def _statistics(stats: Tensor, config: LossConfig) -> Statistics:
-    return Statistics(stats[0], stats[1], stats[2] if config.kl == "full" else None)
+    return Statistics(stats[0], stats[1], stats[2] if config.exact_kl else None)
 
 
 def _values(stats: Tensor, terms: Tensor) -> TokenValues:

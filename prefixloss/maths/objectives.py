@@ -1,0 +1,111 @@
+"""The objectives: the loss of each token, a few lines under its formula and its paper. The maths stands here alone.
+
+A function takes logp, the policy's log-probs [n], and `given` (`View`), everything else that is known of the tokens; it
+returns their losses [n], and autograd makes the derivatives. Its keyword arguments are fields of `LossConfig`.
+
+Letters: rho = exp(logp - old_logp), A the advantage, sg = stop gradient. To add one, write it here and put it into
+`BY_NAME`; `CONTRIBUTING.md` says what else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixloss.maths.derivatives import sigmoid
+
+
+@dataclass(frozen=True)
+class View:
+    """What an objective sees of its tokens beside their log-probs; float [n] each.
+
+    advantages: A. old_logps, sampler_logps, ref_logps: as recorded, or None. ratio: rho, differentiable in logp; where
+    old_logps is None it is 1 with gradient.
+    """
+
+    advantages: Tensor
+    old_logps: Tensor | None
+    sampler_logps: Tensor | None
+    ref_logps: Tensor | None
+    ratio: Tensor
+
+
+def clip(
+    logp: Tensor, given: View, *, clip_low: float, clip_high: float, ratio_cap: float | None, dual_clip: float | None
+) -> Tensor:
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A): PPO (1707.06347), GRPO (2402.03300), DAPO (2503.14476).
+
+    That is -A min(rho, 1 + high) for A >= 0 and -A max(rho, 1 - low) for A < 0. ratio_cap: rho is capped at this first
+    (two-sided, 2502.14770). dual_clip: for A < 0 the loss is at most -dual_clip A (1912.09729).
+    """
+    ratio = given.ratio if ratio_cap is None else given.ratio.clamp(max=ratio_cap)
+    below = ratio.clamp(max=1 + clip_high)
+    above = ratio.clamp(min=1 - clip_low)
+    above = above if dual_clip is None else above.clamp(max=dual_clip)
+    return -given.advantages * torch.where(given.advantages >= 0, below, above)
+
+
+def clip_holds(a: Tensor, ratio: Tensor, *, clip_low: float, clip_high: float) -> tuple[Tensor | None, Tensor | None]:
+    """Below for A < 0, above for A > 0, where the bound ends the gradient. ratio_cap and dual_clip do not count."""
+    return (a < 0) & (ratio < 1 - clip_low), (a > 0) & (ratio > 1 + clip_high)
+
+
+def cispo(logp: Tensor, given: View, *, clip_high: float) -> Tensor:
+    """-sg(min(rho, high)) A logp: CISPO (2506.13585)."""
+    return -given.ratio.detach().clamp(max=clip_high) * given.advantages * logp
+
+
+def cispo_holds(a: Tensor, ratio: Tensor, *, clip_high: float) -> tuple[Tensor | None, Tensor | None]:
+    """The cap is on every ratio; as in TRL and Liger those with A > 0 count, which it keeps from being raised."""
+    return None, (a > 0) & (ratio > clip_high)
+
+
+def sapo(logp: Tensor, given: View, *, sapo_tau: tuple[float, float]) -> Tensor:
+    """-(4 / tau) sigmoid(tau (rho - 1)) A, tau one of two numbers, for A > 0 and for A <= 0: SAPO (2511.20347)."""
+    a = given.advantages
+    tau = torch.where(a > 0, a.new_full((), sapo_tau[0]), sapo_tau[1])
+    return -(4 / tau) * sigmoid(tau * (given.ratio - 1)) * a
+
+
+def reinforce(logp: Tensor, given: View) -> Tensor:
+    """-A logp: REINFORCE (Williams, 1992)."""
+    return -given.advantages * logp
+
+
+def topr(logp: Tensor, given: View) -> Tensor:
+    """-w A logp, w = 1 for A > 0, else sg(min(rho, 1)): TOPR (2503.14286)."""
+    weight = torch.where(given.advantages > 0, 1.0, given.ratio.detach().clamp(max=1))
+    return -weight * given.advantages * logp
+
+
+def topr_holds(a: Tensor, ratio: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The weight is capped for A < 0 alone."""
+    return None, (a < 0) & (ratio > 1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """loss: as this module says. holds: which tokens the objective's own bounds on rho hold back, below and above."""
+
+    loss: Callable[..., Tensor]
+    holds: Callable[..., tuple[Tensor | None, Tensor | None]] | None = None
+
+
+BY_NAME = {
+    "clip": Objective(clip, clip_holds),
+    "cispo": Objective(cispo, cispo_holds),
+    "sapo": Objective(sapo),
+    "reinforce": Objective(reinforce),
+    "topr": Objective(topr, topr_holds),
+}
+
+
+def with_options(function: Callable[..., Any], config: Any) -> dict[str, Any]:
+    """The function's keyword arguments, from the fields of a LossConfig."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: getattr(config, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
