@@ -76,6 +76,9 @@ def train(
     detector: Annotated[
         str | None, option("detector", f"Finds first wrong steps, instead of the built-in check: {EXPECTED}.")
     ] = None,
+    threshold: Annotated[
+        float | None, option("threshold", "A detector's finds with less confidence count as none.")
+    ] = None,
     steps: Annotated[str | None, option("steps", f"How a detector's steps are cut: {', '.join(SEGMENTERS)}.")] = None,
     model: Annotated[
         str | None, option("model", "Directory or hub name of a causal LM, instead of a tiny one.")

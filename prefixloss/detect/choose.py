@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from prefixloss import check
 from prefixloss.detect.base import Detector
@@ -12,24 +13,27 @@ from prefixloss.detect.base import Detector
 _CLASSES = {
     "brackets": "puzzles.brackets.Brackets",
     "code": "code.detector.Code",
-    "judge": "models.judge.Judge",
     "knights": "puzzles.knights.Knights",
     "maths": "maths.detector.Maths",
     "orderings": "puzzles.orderings.Orderings",
-    "prm": "models.prm.PRM",
     "rules": "puzzles.rules.Rules",
     "sorting": "puzzles.sorting.Sorting",
     "swaps": "puzzles.swaps.Swaps",
 }
+# of kind:MODEL, a model in this process, and of kind:URL or kind:MODEL@URL, one behind a server
+_OF_MODELS = {"logits": "models.logits.Logits", "prm": "models.prm.PRM"}
+_OF_SERVERS = {"judge": "models.judge.Judge", "prm": "models.served_prm.ServedPRM"}
 # each reads its own kind of problem only; what runs code, or a model, is never chosen unasked
 _AUTO = ("brackets", "swaps", "sorting", "orderings", "knights", "maths", "rules")
 _COMBINED = {"first": "FirstOf", "earliest": "Earliest", "vote": "Vote"}
 _DEEPEST = 16  # brackets within brackets
 _GROUP = re.compile(rf"({'|'.join(_COMBINED)})\((.*)\)", re.DOTALL)
 
+_WHERE = re.compile(r"(?:(?P<model>.+?)@)?(?P<url>https?://.+)", re.DOTALL)
+
 EXPECTED = (
     f"{', '.join(('auto', *_CLASSES))}, several with commas between them (each answers what those before it cannot), "
-    "or earliest(...) or vote(...) of several; prm:MODEL and judge:MODEL@URL"
+    "or earliest(...) or vote(...) of several; prm:MODEL, logits:MODEL, prm:URL, prm:MODEL@URL and judge:MODEL@URL"
 )
 
 
@@ -52,20 +56,28 @@ def _by_name(name: str) -> Detector:
     if name == "auto":
         return _combined("first", _AUTO)
     kind, _, setting = name.partition(":")
-    if kind not in _CLASSES or (bool(setting) != (kind in ("prm", "judge"))):
+    if setting:
+        return _of_model(name, kind, setting)
+    if kind not in _CLASSES:
         raise ValueError(f"detector: got {check.describe(name)}, expected {EXPECTED}")
-    module, _, cls = _CLASSES[kind].rpartition(".")
-    make = getattr(import_module(f"prefixloss.detect.{module}"), cls)
-    if kind == "prm":
-        return make(model=setting)
-    if kind == "judge":
-        model, at, url = setting.partition("@")
-        if not (model and at and url):
-            raise ValueError(
-                f"detector: got {name!r}, expected judge:MODEL@URL, as in judge:maths-judge@http://host/v1"
-            )
-        return make(model=model, url=url)
-    return make()
+    return _class(_CLASSES[kind])()
+
+
+def _of_model(name: str, kind: str, setting: str) -> Detector:
+    where = _WHERE.fullmatch(setting)
+    classes = _OF_SERVERS if where else _OF_MODELS
+    if kind == "judge" and not (where and where["model"]):
+        raise ValueError(f"detector: got {name!r}, expected judge:MODEL@URL, as in judge:maths-judge@http://host/v1")
+    if kind not in classes:
+        raise ValueError(f"detector: got {check.describe(name)}, expected {EXPECTED}")
+    if where:
+        return _class(classes[kind])(url=where["url"], model=where["model"] or "")
+    return _class(classes[kind])(model=setting)
+
+
+def _class(path: str) -> Any:
+    module, _, cls = path.rpartition(".")
+    return getattr(import_module(f"prefixloss.detect.{module}"), cls)
 
 
 def _combined(kind: str, names: Sequence[str]) -> Detector:

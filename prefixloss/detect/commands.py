@@ -5,28 +5,25 @@ from __future__ import annotations
 import json
 import signal
 import threading
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 from typer.core import TyperGroup
 
+from prefixloss.detect import tables
 from prefixloss.detect.base import Detector, FirstError
 from prefixloss.detect.choose import EXPECTED, by_name
-from prefixloss.detect.evaluate import KINDS, Scores, evaluate, kind_of
-from prefixloss.detect.records import FORMS, FormatError, Record, read_records
+from prefixloss.detect.evaluate import detected, evaluate, together
+from prefixloss.detect.records import FORMS, LABELLED, FormatError, Record, read_records
 from prefixloss.io.files import Growing, check_writable, json_line, write_whole
 from prefixloss.io.visible import print_table, visible
 from prefixloss.steps import SEGMENTERS
-
-_SHOWN_ERRORS = 5  # of each kind, with --errors
 
 
 class _FileOrCommand(TyperGroup):
@@ -66,15 +63,11 @@ def annotate(
     found: list[FirstError] = []
     stopped = False
     with _progress(len(records)) as tick, _interruptible():
-
-        def advance(count: int) -> None:
-            tick(count)
-            lines.write(map(_annotated, records[len(found) - count :], found[len(found) - count :]))
-
         try:
-            evaluate(
-                chosen, records, answers=True, batch_size=batch_size, clock=time.monotonic, advance=advance, found=found
-            )
+            for batch in detected(chosen, records, answers=True, batch_size=batch_size):
+                lines.write(map(_annotated, records[len(found) : len(found) + len(batch)], batch))
+                found += batch
+                tick(len(batch))
         except KeyboardInterrupt:
             stopped = True
         except BaseException:
@@ -159,30 +152,73 @@ def _annotated(record: Record, found: FirstError) -> dict[str, Any]:
 
 @app.command(name="eval")
 def eval_(
-    file: Annotated[Path, typer.Argument(help="JSON lines with the labels.")],
-    form: Form = "bigbench-mistake",
-    detector: DetectorName = "auto",
+    files: Annotated[list[Path], typer.Argument(help="JSON lines with the labels; several are compared.")],
+    form: Annotated[str, typer.Option("--format", help=f"Of the files: {', '.join(LABELLED)}.")] = "bigbench-mistake",
+    detector: Annotated[
+        list[str] | None, typer.Option(help=f"{EXPECTED}. Given several times, they are compared. [auto]")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Compare the values of this key of the lines, not the files.")] = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Finds with less confidence count as none.")] = 0.0,
     answers: Annotated[bool, typer.Option("--answers", help="Tell the detector the right final answers.")] = False,
     errors: Annotated[bool, typer.Option("--errors", help="Show some responses of each kind of error.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the reliability of the finds there, as PNG.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")] = None,
     batch_size: BatchSize = 64,
 ) -> None:
-    """Measure a detector against human labels of the first wrong step."""
-    if form == "plain":
-        raise _fail("--format: got 'plain', which has no labels")
-    chosen, records = _opened(detector, file, form, "markers")
+    """Measure detectors against human labels of the first wrong step: how often they are right, how sure they are when
+    they are, and what they cost."""
+    if form not in LABELLED:
+        raise _fail(f"--format: got {form!r}, expected one with labels: {', '.join(LABELLED)}")
+    opened = [(_detector(name), name) for name in detector or ["auto"]]
+    sources = _sources(files, form, by)
     _check_writable(json_file)
-    with _progress(len(records)) as advance:
-        scores, found = evaluate(
-            chosen, records, answers=answers, batch_size=batch_size, clock=time.monotonic, advance=advance
-        )
-    console = Console()
-    for table in (_shares(file.name, detector, scores), _confusion(scores)):
-        print_table(console, table)
-    if errors:
-        _show_errors(console, records, found)
+    _check_writable(picture)
+    if picture and find_spec("matplotlib") is None:
+        raise _fail("--picture: needs matplotlib, which comes with prefixloss[rl]")
+    rows = []
+    with _progress(len(opened) * sum(map(len, sources.values()))) as advance:
+        for chosen, name in opened:
+            for source, records in sources.items():
+                scores = evaluate(
+                    chosen, records, answers=answers, batch_size=batch_size, threshold=threshold, advance=advance
+                )
+                rows.append(tables.Row(source, name, scores))
+    _show(rows, sources, errors)
     if json_file:
-        _write(json_file, {"file": file.name, "detector": detector, **scores.as_json()})
+        figures = [{"file": row.source, "detector": row.detector, **row.scores.as_json()} for row in rows]
+        text = json.dumps(figures[0] if len(figures) == 1 else {"rows": figures}, indent=1)
+        with _writing(json_file):
+            write_whole(json_file, lambda file: file.write(f"{text}\n".encode()))
+    if picture:
+        with _writing(picture):
+            tables.draw(picture, rows)
+
+
+def _sources(files: Sequence[Path], form: str, by: str | None) -> dict[str, list[Record]]:
+    """The records of each file, or of each value of a key."""
+    sources: dict[str, list[Record]] = {}
+    for file in files:
+        for record in _records(file, form, "markers"):
+            if by is not None and by not in record.source:
+                raise _fail(f"--by: got {by!r}, but a line of {file} has no such key")
+            sources.setdefault(file.name if by is None else str(record.source[by]), []).append(record)
+    return sources
+
+
+def _show(rows: list[tables.Row], sources: dict[str, list[Record]], errors: bool) -> None:
+    console = Console()
+    if len(rows) == 1:
+        print_table(console, tables.shares(rows[0]))
+        print_table(console, tables.confusion(rows[0].scores))
+    else:
+        print_table(console, tables.side_by_side(rows))
+    for name in dict.fromkeys(row.detector for row in rows):
+        print_table(console, tables.reliability(name, together([r.scores for r in rows if r.detector == name])))
+    if errors:
+        for row in rows:
+            if len(rows) > 1:
+                typer.echo(visible(f"{row.source}, detector {row.detector}"))
+            tables.show_errors(console, sources[row.source], row.scores)
 
 
 def _opened(detector: str, file: Path, form: str, steps: str) -> tuple[Detector, list[Record]]:
@@ -191,12 +227,21 @@ def _opened(detector: str, file: Path, form: str, steps: str) -> tuple[Detector,
         raise _fail(f"--format: got {form!r}, expected one of {', '.join(FORMS)}")
     if steps not in SEGMENTERS:
         raise _fail(f"--steps: got {steps!r}, expected one of {', '.join(SEGMENTERS)}")
+    return _detector(detector), _records(file, form, steps)
+
+
+def _detector(name: str) -> Detector:
     try:
-        return by_name(detector), read_records(file, form, steps)
-    except FormatError as error:
-        raise _fail(str(error)) from None
+        return by_name(name)
     except ValueError as error:
         raise _fail(f"--{error}") from None
+
+
+def _records(file: Path, form: str, steps: str) -> list[Record]:
+    try:
+        return read_records(file, form, steps)  # type: ignore[arg-type]
+    except FormatError as error:
+        raise _fail(str(error)) from None
 
 
 def _fail(message: str) -> typer.Exit:
@@ -213,9 +258,10 @@ def _check_writable(path: Path | None) -> None:
         raise _fail(f"cannot write {path}: {error.strerror}") from None
 
 
-def _write(path: Path, figures: dict[str, Any]) -> None:
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        write_whole(path, lambda file: file.write((json.dumps(figures, indent=1) + "\n").encode()))
+        yield
     except OSError as error:
         raise _fail(f"cannot write {path}: {error.strerror}") from None
 
@@ -226,50 +272,3 @@ def _progress(total: int) -> Iterator[Any]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("detecting", total=total)
         yield lambda count: progress.advance(task, count)
-
-
-def _shares(name: str, detector: str, scores: Scores) -> Table:
-    table = Table(title=Text(visible(f"{name}, detector {detector}")), title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    f1 = "-" if scores.f1 is None else f"{100 * scores.f1:.1f}"
-    for label, value in (
-        ("responses", str(len(scores.pairs))),
-        *((kind, f"{scores.share(kind):.1%}") for kind in KINDS),
-        ("nothing to say", f"{scores.unsure / len(scores.pairs):.1%}"),
-        ("ProcessBench F1", f1),
-        ("steps/s", f"{scores.steps / max(scores.seconds, 1e-9):,.0f}"),
-    ):
-        table.add_row(label, value)
-    return table
-
-
-def _confusion(scores: Scores) -> Table:
-    counts = scores.confusion()
-    names = ["none", *(str(step) for step in range(1, len(counts) - 1)), f"{len(counts) - 1}+"]
-    table = Table(title="first wrong step: labelled (down) and found (across)", title_justify="left")
-    for column in ("", *names):
-        table.add_column(column, justify="right")
-    for row, name in enumerate(names):
-        cells = [f"[bold]{n}[/bold]" if n and row == column else str(n or "") for column, n in enumerate(counts[row])]
-        table.add_row(name, *cells)
-    return table
-
-
-def _show_errors(console: Console, records: list[Record], found: list[FirstError]) -> None:
-    for kind in KINDS[1:]:
-        wrong = [
-            (number, record, result)
-            for number, (record, result) in enumerate(zip(records, found, strict=True), 1)
-            if kind_of(-1 if record.label is None else record.label, result.step) == kind
-        ]
-        for number, record, result in wrong[:_SHOWN_ERRORS]:
-            labelled, said = _name(record.label), _name(result.step)
-            head = f"{kind}, response {number}: labelled {labelled}, found {said}: {result.reason}"
-            console.print(Text(visible(head)))
-            if result.step is not None:
-                console.print(Text(visible(f"    {record.steps[result.step].strip()[:300]}")))
-
-
-def _name(step: int | None) -> str:
-    return "none" if step is None or step < 0 else f"step {step + 1}"

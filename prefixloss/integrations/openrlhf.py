@@ -8,8 +8,8 @@
 OpenRLHF's own command line stays as it is, but for its KL penalty in the reward, which is on unless told otherwise: say
 `--algo.kl.init_coef 0`, or `--algo.kl.use_loss`. That command needs Ray and GPUs and was not run here. The reward has
 to be a signed score (`token_loss.signed_score`): 1 for a correct response, -(first_error + 1) for a wrong one, 0 where
-no error was found, NaN where the verifier gave no verdict; anything added to it, and OpenRLHF's own penalties, are
-refused.
+no error was found, NaN where the verifier gave no verdict. `token_loss.first_error_of` finds a first error, and with
+its `threshold` leaves out what is not sure. Anything added to the score, and OpenRLHF's own penalties, are refused.
 """
 
 from __future__ import annotations

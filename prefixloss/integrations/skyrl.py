@@ -11,7 +11,8 @@ installed):
 That command line needs Ray and GPUs and was not run here. `patch_head` replaces the fused head of the Megatron back-end
 (`fused_lm_head_logprob`); it has to run in every worker, as Ray's `worker_process_setup_hook` for one. A trajectory's
 reward has to be a signed score (`token_loss.signed_score`): 1 for a correct response, -(first_error + 1) for a wrong
-one, 0 where no error was found, NaN (not None, which ends SkyRL's run) where the verifier gave no verdict. SkyRL's
+one, 0 where no error was found, NaN (not None, which ends SkyRL's run) where the verifier gave no verdict.
+`token_loss.first_error_of` finds a first error, and with its `threshold` leaves out what is not sure. SkyRL's
 estimators are not told which tokens tools wrote, so first_error counts those as well, and so do all lengths. And
 `use_kl_in_reward` has to stay off.
 """

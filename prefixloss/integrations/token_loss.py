@@ -184,10 +184,15 @@ def first_error_of(
     answer: str | None,
     detector: str = "auto",
     steps: Segmenter = "markers",
+    threshold: float = 0.0,
 ) -> int:
-    """The index of the first token of the first wrong step of a sampled response, -1 where the detector finds none."""
+    """The index of the first token of the first wrong step of a sampled response, -1 where the detector finds none.
+
+    threshold: the confidence, from 0 to 1, below which a find counts as none.
+    """
+    check.number("threshold", threshold, 0.0, 1.0)
     texts, starts = step_tokens(tokenizer, tokens, steps)
-    step = by_name(detector).detect(problem, texts, answer).step
+    step = by_name(detector).detect(problem, texts, answer).at_least(threshold).step
     return -1 if step is None else starts[step]
 
 

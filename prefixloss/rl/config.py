@@ -52,6 +52,7 @@ class Config:
     # credit
     advantage: str = "vppo"
     detector: str | None = None  # of first wrong steps, see `prefixloss.detect.choose`; None: the built-in check
+    threshold: float = 0.0  # confidence from 0 to 1, below which a detector's find counts as none
     steps: str = "markers"  # how a detector's steps are cut
     alpha: float = 0.5
     # tokens cut from the end of a good prefix: here a step counts only if it is the right one, so there is no reward
@@ -109,6 +110,7 @@ class Config:
                 by_name(self.detector)
             except ValueError as error:
                 raise SettingError("detector", str(error).removeprefix("detector: ")) from None
+        self._expect("threshold", 0 <= self.threshold <= 1, "a number from 0 to 1")
         self._expect("alpha", 0 <= self.alpha <= 1, "a number from 0 to 1")
         cut = self.shorten
         cut_is_valid = cut == "prompt" if isinstance(cut, str) else cut >= 0 if isinstance(cut, int) else 0 <= cut < 1

@@ -82,7 +82,7 @@ def first_wrong_steps(config: Config, pairs: list[tuple[task.Problem, str]]) -> 
         task.Steps(-1, -1, len(cut), len(cut), reason)
         if step is None
         else task.Steps(step, cut[step].start, step, len(cut), reason)
-        for cut, (step, reason, _) in zip(spans, found, strict=True)
+        for cut, (step, reason, _) in zip(spans, (f.at_least(config.threshold) for f in found), strict=True)
     ]
 
 

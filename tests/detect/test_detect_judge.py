@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefixloss.detect.base import FirstError
-from prefixloss.detect.models import judge as judge_module
-from prefixloss.detect.models.judge import Judge, _prompt, _read_verdict, _UnansweredError
+from prefixloss.detect.models import endpoint
+from prefixloss.detect.models.endpoint import UnansweredError
+from prefixloss.detect.models.judge import Judge, _prompt, _read_verdict
 
 KEY = "sk-secret-0123456789"
 STEPS = ["One and one is two.", "Two and one is four.", "The answer is four."]
@@ -121,7 +122,7 @@ class Server(BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(judge_module, "_BACKOFF", 0.02)
+    monkeypatch.setattr(endpoint, "_BACKOFF", 0.02)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.scripts, server.turns, server.requests = {}, Counter(), []
     server.lock, server.closing, server.busy, server.most_busy = threading.Lock(), threading.Event(), set(), 0
@@ -252,7 +253,7 @@ def test_a_redirect_to_itself_is_asked_once(server):
 def test_any_critique_is_read_or_refused(text):
     try:
         step = _read_verdict(text, 3)
-    except _UnansweredError:
+    except UnansweredError:
         return
     assert step is None or 0 <= step < 3
 

@@ -583,6 +583,33 @@ def test_every_token_gets_its_advantage(advantage, expected, tmp_path, monkeypat
     assert any(log.get("first_error/found") == pytest.approx(1 / 3) for log in trainer.state.log_history)
 
 
+class Unsure(SecondStep):
+    """The same, with little confidence."""
+
+    def find(self, problem, steps, answer):
+        return super().find(problem, steps, answer)._replace(confidence=0.4)
+
+
+@pytest.mark.parametrize(("threshold", "prefix"), [(0.4, 4), (0.41, 0)])
+def test_a_find_below_the_threshold_splits_no_credit(threshold, prefix, tmp_path, monkeypatch):
+    """The averages over tokens are 1, alpha * prefix / 7, 0 and 0."""
+    extra = {"detector": Unsure(), "segmenter": "lines", "shorten": 0, "threshold": threshold}
+    trainer = grpo(tmp_path, PrefixGRPOTrainer, right, extra, max_steps=1)
+    say(trainer)
+    batches = spied_batches(trainer, monkeypatch)
+    trainer.train()
+    mean = (1 + 0.5 * prefix / 7) / 4
+    want = [0.5 - mean] * prefix + [-mean] * (7 - prefix)
+    assert advantages_by_text(trainer, batches[0])["123\n4b"] == pytest.approx(want, abs=1e-5)
+    found = pytest.approx((prefix > 0) / 3)
+    assert any(log.get("first_error/found") == found for log in trainer.state.log_history)
+
+
+def test_a_threshold_is_a_number_from_0_to_1(tmp_path):
+    with pytest.raises(ValueError, match=r"threshold: got 1\.5, expected a finite number between 0 and 1"):
+        grpo(tmp_path, PrefixGRPOTrainer, right, {"threshold": 1.5})
+
+
 def test_a_vppo_run_learns_through_the_fused_loss_as_through_trls(tmp_path):
     extra = {"detector": SecondStep(), "segmenter": "lines", "shorten": 0}
     runs = []

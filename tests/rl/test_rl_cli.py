@@ -36,6 +36,7 @@ def here(tmp_path, monkeypatch):
         (["--lr", "nan"], "--lr: got nan"),
         (["--kl-coef", "-0.1"], "--kl-coef: got -0.1"),
         (["--clip", "inf"], "--clip: got inf"),
+        (["--threshold", "1.5"], "--threshold: got 1.5, expected a number from 0 to 1"),
         (["--alpha", "2"], "--alpha: got 2.0, expected a number from 0 to 1"),
         (["--shorten", "half"], "--shorten: got 'half'"),
         (["--shorten", "-1"], "--shorten: got -1"),

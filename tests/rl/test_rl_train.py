@@ -132,6 +132,17 @@ def test_a_detector_can_find_the_first_errors(policy, detector):
     assert result.reasons[3] == ""
 
 
+@pytest.mark.parametrize(("threshold", "first_error"), [(0.95, 8), (0.96, -1)])
+def test_a_find_below_the_threshold_is_a_wrong_answer_without_a_known_first_error(policy, threshold, first_error):
+    """The false equality is found with a confidence of 0.95."""
+    sampled = policy.written([PROBLEM.question], RESPONSES[1:2])
+    config = Config(detector="maths", steps="lines", threshold=threshold)
+    result = train.judge(config, policy, [PROBLEM], sampled)
+    assert result.first_error.tolist() == [first_error]
+    credit = train.weigh(config, result, sampled, torch.zeros(1, dtype=torch.int64))
+    assert credit.prefix_lengths.tolist() == [max(first_error, 0)]
+
+
 def test_samples_show_first_errors_reasons_and_each_token_s_advantage(policy, checked, tmp_path):
     result, sampled = checked
     credit = train.weigh(Config(), *checked, torch.zeros(4, dtype=torch.int64))

@@ -42,6 +42,8 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     Takes all of `GRPOTrainer`'s arguments, and:
         detector: a `prefixloss.detect` Detector, or its name ("auto", "maths", "prm:MODEL", ...).
+        threshold: the detector's confidence, from 0 to 1, below which its find counts as none: such a response is wrong
+            from its first token on. `first_error/found` counts what is left.
         segmenter: how a response is cut into steps, see `prefixloss.steps`.
         advantage: "vppo"; "cliff"; "neutral" (TRL's advantages, 0 on good prefixes); "grpo" (TRL's, no detector).
         alpha, shorten: as in `advantages.vppo`, whose advantages like cliff's are not divided by a standard deviation:
@@ -71,6 +73,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self,
         *args: Any,
         detector: Detector | str | None = "auto",
+        threshold: float = 0.0,
         segmenter: Segmenter = "markers",
         advantage: Advantage = "vppo",
         alpha: float = 0.5,
@@ -92,6 +95,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if detector is None and advantage != "grpo":
             raise ValueError(f'detector: got None, expected a detector or its name for advantage="{advantage}"')
         check.number("alpha", alpha, 0.0, 1.0)
+        check.number("threshold", threshold, 0.0, 1.0)
         check.shorten(shorten, torch.ones(1), torch.ones(1, dtype=torch.int64))  # the lengths come with the responses
         if advantage == "grpo":
             self.detector = None
@@ -100,6 +104,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         if advantage in ("vppo", "cliff") and self.scale_rewards == "batch":
             raise ValueError(f'scale_rewards: got "batch", expected "group" or "none" for advantage="{advantage}"')
+        self.threshold = threshold
         self.segmenter, self.advantage, self.alpha, self.shorten = segmenter, advantage, alpha, shorten
         self.correct = self._checked_correct(correct)
         self.answer, self.stats, self.backend = answer, stats, backend
@@ -165,7 +170,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             [None if a is None else str(a) for a in answers],
         )
         first, reasons = [-1] * len(prompts), [""] * len(prompts)
-        for i, (_, starts), error in zip(which, cuts, found, strict=True):
+        for i, (_, starts), error in zip(which, cuts, (f.at_least(self.threshold) for f in found), strict=True):
             first[i] = -1 if error.step is None else starts[error.step]
             reasons[i] = error.reason
         self._log_completion_extra("first_error", first)
