@@ -11,17 +11,18 @@ row in the order of their size, the smallest first. (A bound by each row's own n
 tokens that are nearly certain and weigh nothing; one on absolute sums would keep the diffuse tail of the others.)
 
 What that means for the gradients. d hidden = G W and d W = G^T H, so their errors are dG W and dG^T H: at most |dG|
-times the largest singular value of W, or of H. What is left out has no direction of its own, so that in practice an
-error is to its gradient about what |dG| is to |G|, or less. With `row_tolerance`, which leaves out whole rows before
-their logits are made again, both bounds hold, each for what it leaves out.
+times the largest singular value of W, or of H. On the head of a trained policy they were 1.9 and 1.0 times as large,
+beside their gradients, as dG beside G (`python -m bench.speed.policy_like`). What leaves a row as a wide tail has one
+sign and adds up: ten times have been seen in a narrow model (D = 64) that is unsure of its tokens. With
+`row_tolerance`, which leaves out whole rows before their logits are made again, both bounds hold, each for its part.
 
 What it costs. A gradient of the head has rows that are exactly 0: of tokens that were too improbable everywhere. An
 optimiser that divides by the gradient's size, as Adam does, would have moved these as far as any other row for the
 tiny number that there was. That is why the head has an option of its own. What a token's result is depends on its
 chunk, and so on the batch.
 
-"auto" is as much as keeps the error below a quarter of what rounding to the result's dtype makes: numbers spread evenly
-over their logarithms are moved by eps * sqrt(E[1 / m^2] / 12) of their size in the root mean square, m being the
+"auto" is a bound of a quarter of what rounding to the result's dtype makes: numbers spread evenly over their logarithms
+are moved by eps * sqrt(E[1 / m^2] / 12) of their size in the root mean square, m being the
 mantissa in [1, 2), E[1 / m^2] = 3 / (8 log 2): 0.212 eps. A quarter of it is 4.1e-4 for bfloat16.
 
 Where so much survives that dense products are faster they are taken, and nothing is left out. Every sum has a fixed
