@@ -56,7 +56,7 @@ def head_loss(
     made = _reference_head(ref_given, head, inputs.tokens.shape, tp_group) if exact else None
     most = _most_tokens(most, inputs.mask, batch, config)
     made = None if made is None else _unpadded(made, columns)
-    return HeadLoss(_unpadded(head, columns), made, batch, config, columns, most)
+    return HeadLoss(_unpadded(head, columns), made, batch, config, columns, most, batch.weights.new_zeros(()))
 
 
 def logit_loss(
@@ -79,7 +79,7 @@ def logit_loss(
         check.device("ref_logits", ref_logits, logits.device)
         check.same_vocabulary("ref_logits", ref_logits.shape[-1], logits.shape[-1])
         made = columns.logits(ref_logits.detach())
-    return LogitLoss(columns.logits(logits), made, batch, config, columns, inplace)
+    return LogitLoss(columns.logits(logits), made, batch, config, columns, inplace, batch.weights.new_zeros(()))
 
 
 def head_statistics(
@@ -95,7 +95,8 @@ def head_statistics(
     if most is not None:
         check.most_tokens("max_scored_tokens", most, layout.scored)
         most = int(most)
-    return HeadStatistics(_unpadded(head, columns), None, ids, layout.scored, config, columns, most)
+    left_out = torch.zeros((), dtype=dtype, device=ids.device)
+    return HeadStatistics(_unpadded(head, columns), None, ids, layout.scored, config, columns, most, left_out)
 
 
 # --- heads and vocabularies
