@@ -1,7 +1,8 @@
 """The objectives: the loss of each token, a few lines under its formula and its paper. The maths stands here alone.
 
 A function takes logp, the policy's log-probs [n], and `given` (`View`), everything else that is known of the tokens; it
-returns their losses [n], and autograd makes the derivatives. Its keyword arguments are fields of `LossConfig`.
+returns their losses [n], and autograd makes the derivatives. Its keyword arguments are fields of `LossConfig`. A
+function of the caller's own, `LossConfig(objective=f)`, is the same without those.
 
 Letters: rho = exp(logp - old_logp), A the advantage, sg = stop gradient. To add one, write it here and put it into
 `BY_NAME`; `CONTRIBUTING.md` says what else.
@@ -10,9 +11,12 @@ Letters: rho = exp(logp - old_logp), A the advantage, sg = stop gradient. To add
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -20,12 +24,24 @@ from torch import Tensor
 from prefixloss.maths.derivatives import sigmoid
 
 
+class Responses(Protocol):
+    """Sums, means and maxima over the scored tokens of each token's response: [n] -> [n], differentiable."""
+
+    def sum(self, x: Tensor, /) -> Tensor: ...
+
+    def mean(self, x: Tensor, /) -> Tensor: ...
+
+    def max(self, x: Tensor, /) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class View:
     """What an objective sees of its tokens beside their log-probs; float [n] each.
 
     advantages: A. old_logps, sampler_logps, ref_logps: as recorded, or None. ratio: rho, differentiable in logp; where
-    old_logps is None it is 1 with gradient.
+    old_logps is None it is 1 with gradient. entropy, kl (the exact one): differentiable, None unless the config asks
+    for them (entropy_coef, kl="full"). response: sum, mean and max over responses; what does not use it is computed a
+    chunk of tokens at a time.
     """
 
     advantages: Tensor
@@ -33,6 +49,9 @@ class View:
     sampler_logps: Tensor | None
     ref_logps: Tensor | None
     ratio: Tensor
+    entropy: Tensor | None
+    kl: Tensor | None
+    response: Responses
 
 
 def clip(
@@ -90,10 +109,12 @@ def topr_holds(a: Tensor, ratio: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 @dataclass(frozen=True)
 class Objective:
-    """loss: as this module says. holds: which tokens the objective's own bounds on rho hold back, below and above."""
+    """loss: as this module says; for A = 0 it is 0, with no gradient. holds: which tokens the objective's own bounds on
+    rho hold back, below and above. by_response: whether it looks at `given.response`."""
 
     loss: Callable[..., Tensor]
     holds: Callable[..., tuple[Tensor | None, Tensor | None]] | None = None
+    by_response: bool = False
 
 
 BY_NAME = {
@@ -109,3 +130,32 @@ def with_options(function: Callable[..., Any], config: Any) -> dict[str, Any]:
     """The function's keyword arguments, from the fields of a LossConfig."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: getattr(config, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+# the functions of callers that configurations name, for operators, which take only text
+_FUNCTIONS: WeakValueDictionary[str, Any] = WeakValueDictionary()
+_KEYS: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_numbers = count()
+
+
+def is_function(value: Any) -> bool:
+    """Whether it can be called, told from others (hash) and named for as long as it lives."""
+    if not callable(value) or isinstance(value, type):
+        return False
+    try:
+        return bool(hash(value) or True) and weakref.ref(value) is not None
+    except TypeError:
+        return False
+
+
+def key_of(function: Any) -> str:
+    """The function's name in this process, without a space, for as long as it lives."""
+    if function not in _KEYS:
+        _KEYS[function] = f"function:{next(_numbers)}"
+        _FUNCTIONS[_KEYS[function]] = function
+    return _KEYS[function]
+
+
+def function_of(key: str) -> Any:
+    """The function of that key; any other text as it is."""
+    return _FUNCTIONS[key] if key.startswith("function:") else key
