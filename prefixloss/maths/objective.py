@@ -20,7 +20,7 @@ from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Given
 from prefixloss.maths import corrections, objectives
 from prefixloss.maths import kl as estimators
-from prefixloss.maths.derivatives import known, ratio_of
+from prefixloss.maths.derivatives import known, ratio_of, recording
 from prefixloss.maths.objectives import Responses, View, with_options
 from prefixloss.maths.trial import called
 
@@ -105,7 +105,7 @@ def token_terms(
         loss, ratio, kl = token_losses(config, given, logp, entropy, exact_kl)
         return Terms(loss, torch.zeros_like(logp), None, None, ratio, kl)
     wanted = (True, config.entropy_coef != 0, exact_kl is not None and config.penalises_kl)
-    with torch.enable_grad():
+    with recording():
         values = (logp, entropy, exact_kl)
         x = [v.detach().requires_grad_() if v is not None and w else v for v, w in zip(values, wanted, strict=True)]
         loss, ratio, kl = token_losses(config, given, *x)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefixloss import check
-from prefixloss.maths.derivatives import ratio_of
+from prefixloss.maths.derivatives import ratio_of, recording
 from prefixloss.maths.objectives import View
 
 # responses and tokens of each
@@ -75,7 +75,7 @@ def tried(function: Callable[..., Any], like: Tensor, recorded: tuple[bool, ...]
     asked, found = False, []
     for a in (advantages, torch.zeros_like(advantages)):
         watched = _Watched()
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), recording():
             leaves = [None if x is None else x.clone().requires_grad_() for x in (logp, *extra)]
             follow = [None if x is None else x.clone() for x in leaves]
             x = follow[0]
