@@ -42,9 +42,7 @@ class Layout:
         if len(shape) == 2:
             offsets: Tensor | None = torch.arange(shape[0] + 1, device=device) * shape[1]
         else:
-            offsets = (
-                None if cu_seqlens is None else _in_bounds(cu_seqlens.to(device=device, dtype=torch.int64), tokens)
-            )
+            offsets = None if cu_seqlens is None else in_bounds(cu_seqlens.to(device=device, dtype=torch.int64), tokens)
         return cls(scored, offsets, group)
 
     @property
@@ -130,7 +128,7 @@ class Layout:
         return places
 
 
-def _in_bounds(offsets: Tensor, tokens: int) -> Tensor:
+def in_bounds(offsets: Tensor, tokens: int) -> Tensor:
     """Offsets that were checked, as they are; else made such that wrong ones lead to no read out of bounds."""
     if check.readable(offsets):
         return offsets
