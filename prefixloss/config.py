@@ -96,6 +96,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ratio_cap": _or_none(_number(0, above=True)),
     "dual_clip": _or_none(_number(1, above=True)),
     "sapo_tau": _pair(0, above=True, ordered=False),
+    "vespo_positive": _pair(0, above=True, ordered=False),
+    "vespo_other": _pair(0, above=True, ordered=False),
+    "divergence_cap": _number(0),
     "ratio_level": _one_of(get_args(RatioLevel)),
     "sampler_correction": _or_none(_one_of(corrections.BY_NAME), " | "),
     "sampler_bounds": _pair(0, above=False, ordered=True),
@@ -120,16 +123,20 @@ class LossConfig:
 
     Per-token objective, with rho = exp(logp - old_logp) and advantage A:
         objective: a name of `prefixloss.maths.objectives`, where formulas and papers stand: "clip" (PPO, GRPO, DAPO),
-            "cispo", "sapo", "reinforce" or "topr"; or a function f(logp, given) -> loss of each token, [n] like logp,
-            in plain torch and differentiable in logp (and given.entropy, given.kl). `given` is
+            "cispo", "sapo", "reinforce", "topr", "gmpo", "vespo", "dppo-tv" or "dppo-kl"; or a function
+            f(logp, given) -> loss of each token, [n] like logp, in plain torch and differentiable in logp (and
+            given.entropy, given.kl). `given` is
             `prefixloss.maths.objectives.View`. The function is tried once on made-up tokens: where it uses
             `given.response`, the log-probs of whole responses come first; where its loss and derivatives are 0 for an
             advantage of 0, such tokens do not learn. It must treat every token alike, whatever else is in the tensor.
-        clip_low, clip_high: "clip" keeps rho inside [1 - clip_low, 1 + clip_high]. For "cispo", `clip_high` is the cap
+        clip_low, clip_high: "clip" keeps rho inside [1 - clip_low, 1 + clip_high], "gmpo" log rho inside [-clip_low,
+            clip_high] (0.4 both in its paper). For "cispo", `clip_high` is the cap
             on rho itself, at least 1: 5.0 is usual, as in TRL, and the default 0.2 is refused.
         ratio_cap: two-sided clip ("clip" only): rho is capped at this first.
         dual_clip: "clip" only: for A < 0 the loss is at most -dual_clip * A.
         sapo_tau: the temperatures of "sapo" for A > 0 and for A <= 0.
+        vespo_positive, vespo_other: k and lambda of "vespo" for A >= 0 and for A < 0.
+        divergence_cap: of "dppo-tv" and "dppo-kl".
         ratio_level: "token", or "sequence" for GSPO in its token form.
         sampler_correction: weights the policy term by q = exp(old_logp - sampler_logp): "tis" caps q at
             sampler_bounds[1], "icepop" drops tokens whose q lies outside sampler_bounds
@@ -166,6 +173,9 @@ class LossConfig:
     ratio_cap: float | None = None
     dual_clip: float | None = None
     sapo_tau: tuple[float, float] = (1.0, 1.05)
+    vespo_positive: tuple[float, float] = (2.0, 3.0)
+    vespo_other: tuple[float, float] = (3.0, 2.0)
+    divergence_cap: float = 0.15
     ratio_level: RatioLevel = "token"
     sampler_correction: str | None = None
     sampler_bounds: tuple[float, float] = (0.0, 2.0)

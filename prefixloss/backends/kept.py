@@ -70,9 +70,10 @@ class _Products(torch.autograd.Function):
                 d_hidden[part] = torch.bmm(g[:, None], weight[chosen].to(dtype)).squeeze(1).to(d_hidden.dtype)
             if d_weight is not None:
                 outer = g[:, :, None] * hidden[part].to(dtype)[:, None]
-                d_weight.index_add_(0, chosen.reshape(-1), outer.reshape(-1, outer.shape[2]))
+                # a sum in a fixed order on every device, which index_add_ is not
+                d_weight.index_put_((chosen.reshape(-1),), outer.reshape(-1, outer.shape[2]), accumulate=True)
             if d_bias is not None:
-                d_bias.index_add_(0, chosen.reshape(-1), g.reshape(-1))
+                d_bias.index_put_((chosen.reshape(-1),), g.reshape(-1), accumulate=True)
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None
 

@@ -11,6 +11,7 @@ Letters: rho = exp(logp - old_logp), A the advantage, sg = stop gradient. To add
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,6 +108,66 @@ def topr_holds(a: Tensor, ratio: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return None, (a < 0) & (ratio > 1)
 
 
+def log_ratio(logp: Tensor, given: View) -> Tensor:
+    """log rho of each token, by its own log-prob whatever the ratio's level; 0 with gradient on policy."""
+    return logp - (logp.detach() if given.old_logps is None else given.old_logps)
+
+
+def gmpo(logp: Tensor, given: View, *, clip_low: float, clip_high: float) -> Tensor:
+    """-s A, s = exp of the response's mean of log rho, held at most at high for A >= 0 and at least at -low for A < 0:
+    GMPO (2507.20673), the geometric mean of the ratios. The bounds are on log rho; the paper's are 0.4 both.
+    """
+    difference, a = log_ratio(logp, given), given.advantages
+    held = torch.where(a >= 0, difference.clamp(max=clip_high), difference.clamp(min=-clip_low))
+    return -torch.exp(given.response.mean(held)) * a
+
+
+def gmpo_holds(a: Tensor, ratio: Tensor, *, clip_low: float, clip_high: float) -> tuple[Tensor | None, Tensor | None]:
+    return (a < 0) & (ratio < math.exp(-clip_low)), (a > 0) & (ratio > math.exp(clip_high))
+
+
+def vespo(
+    logp: Tensor, given: View, *, vespo_positive: tuple[float, float], vespo_other: tuple[float, float]
+) -> Tensor:
+    """-sg(phi(w)) A logp, phi(w) = exp(lambda) w^k exp(-lambda w), w the product of the response's ratios: VESPO
+    (2602.10693). k and lambda are one pair for A >= 0, another for A < 0. As in TRL each log rho is held within 20, and
+    log w between log 1e-8 and 20.
+    """
+    a = given.advantages
+    log_w = given.response.sum(log_ratio(logp, given).detach().clamp(-20, 20)).clamp(math.log(1e-8), 20)
+    k, decay = (torch.where(a >= 0, a.new_full((), x), y) for x, y in zip(vespo_positive, vespo_other, strict=True))
+    return -torch.exp(decay + k * log_w - decay * torch.exp(log_w)) * a * logp
+
+
+def _within(logp: Tensor, given: View, divergence: Tensor, most: float) -> Tensor:
+    """-rho A where the policy is near its old self, or the step leads back to it."""
+    away = (given.advantages > 0) == (log_ratio(logp, given).detach() > 0)
+    return torch.where(away & (divergence > most), 0.0, -given.ratio * given.advantages)
+
+
+def _old_and_new(logp: Tensor, given: View) -> tuple[Tensor, Tensor]:
+    """log-probs of the sampled token, constants."""
+    new = logp.detach()
+    return new if given.old_logps is None else given.old_logps, new
+
+
+def dppo_tv(logp: Tensor, given: View, *, divergence_cap: float) -> Tensor:
+    """-M rho A, M = 0 where |p - p_old| > cap and the step leads further away (A and rho - 1 of one sign), else 1:
+    DPPO with the binary total variation (2602.04879).
+    """
+    old, new = _old_and_new(logp, given)
+    return _within(logp, given, (new.exp() - old.exp()).abs(), divergence_cap)
+
+
+def dppo_kl(logp: Tensor, given: View, *, divergence_cap: float) -> Tensor:
+    """The same with the binary KL, p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p)): DPPO (2602.04879)."""
+    old, new = _old_and_new(logp, given)
+    rest_old, rest_new = -torch.expm1(old), -torch.expm1(new)
+    tiny = torch.finfo(new.dtype).tiny
+    others = torch.where(rest_old > 0, rest_old * (rest_old.clamp(min=tiny) / rest_new.clamp(min=tiny)).log(), 0.0)
+    return _within(logp, given, old.exp() * (old - new) + others, divergence_cap)
+
+
 @dataclass(frozen=True)
 class Objective:
     """loss: as this module says; for A = 0 it is 0, with no gradient. holds: which tokens the objective's own bounds on
@@ -123,6 +184,10 @@ BY_NAME = {
     "sapo": Objective(sapo),
     "reinforce": Objective(reinforce),
     "topr": Objective(topr, topr_holds),
+    "gmpo": Objective(gmpo, gmpo_holds, by_response=True),
+    "vespo": Objective(vespo, by_response=True),
+    "dppo-tv": Objective(dppo_tv),
+    "dppo-kl": Objective(dppo_kl),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CORRECTIONS, KLS, OBJECTIVES, RATIO_LEVELS, REDUCTIONS, STATS, of_objective
+from cases import CORRECTIONS, KLS, RATIO_LEVELS, REDUCTIONS, STATS, of_objective
 from torch import Tensor
 
 from prefixloss import LossConfig, advantages, linear_prefix_loss, parallel, prefix_loss
@@ -22,7 +22,7 @@ from prefixloss.maths import corrections, objectives, reductions
 from prefixloss.maths import kl as estimators
 
 NAMES: dict[str, tuple[str, ...]] = {
-    "objective": OBJECTIVES,
+    "objective": tuple(objectives.BY_NAME),
     "ratio_level": RATIO_LEVELS,
     "sampler_correction": CORRECTIONS,
     "kl": KLS,
