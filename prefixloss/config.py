@@ -6,11 +6,17 @@ import math
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
+import torch
+from torch import Tensor
+
 from prefixloss import check
 from prefixloss.maths import corrections, kl, objectives, reductions
+from prefixloss.maths.objectives import View
+from prefixloss.maths.trial import Traits, tried
 
 RatioLevel = Literal["token", "sequence"]
 Stats = Literal["learning", "scored"]
@@ -18,6 +24,11 @@ Stats = Literal["learning", "scored"]
 
 def _one_of(names: Collection[str], *more: str) -> tuple[Callable[[Any], bool], str]:
     return lambda v: isinstance(v, str) and (v in names or v in more), " | ".join(map(repr, (*names, *more)))
+
+
+def _function_or(rule: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], bool], str]:
+    accepts, wants = rule
+    return lambda v: accepts(v) or objectives.is_function(v), f"{wants}, or a function of (logp, given)"
 
 
 def _number(low: float, *, above: bool = False) -> tuple[Callable[[Any], bool], str]:
@@ -84,12 +95,15 @@ _any_number = (check.is_number, "a finite number, in float32's range")
 _flag = (lambda v: isinstance(v, bool), "True or False")
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "objective": _one_of(objectives.BY_NAME),
+    "objective": _function_or(_one_of(objectives.BY_NAME)),
     "clip_low": _number(0),
     "clip_high": _number(0),
     "ratio_cap": _or_none(_number(0, above=True)),
     "dual_clip": _or_none(_number(1, above=True)),
     "sapo_tau": _pair(0, above=True, ordered=False),
+    "vespo_positive": _pair(0, above=True, ordered=False),
+    "vespo_other": _pair(0, above=True, ordered=False),
+    "divergence_cap": _number(0),
     "ratio_level": _one_of(get_args(RatioLevel)),
     "sampler_correction": _or_none(_one_of(corrections.BY_NAME), " | "),
     "sampler_bounds": _pair(0, above=False, ordered=True),
@@ -116,12 +130,20 @@ class LossConfig:
 
     Per-token objective, with rho = exp(logp - old_logp) and advantage A:
         objective: a name of `prefixloss.maths.objectives`, where formulas and papers stand: "clip" (PPO, GRPO, DAPO),
-            "cispo", "sapo", "reinforce" or "topr".
-        clip_low, clip_high: "clip" keeps rho inside [1 - clip_low, 1 + clip_high]. For "cispo", `clip_high` is the cap
+            "cispo", "sapo", "reinforce", "topr", "gmpo", "vespo", "dppo-tv" or "dppo-kl"; or a function
+            f(logp, given) -> loss of each token, [n] like logp, in plain torch and differentiable in logp (and
+            given.entropy, given.kl). `given` is
+            `prefixloss.maths.objectives.View`. The function is tried once on made-up tokens: where it uses
+            `given.response`, the log-probs of whole responses come first; where its loss and derivatives are 0 for an
+            advantage of 0, such tokens do not learn. It must treat every token alike, whatever else is in the tensor.
+        clip_low, clip_high: "clip" keeps rho inside [1 - clip_low, 1 + clip_high], "gmpo" log rho inside [-clip_low,
+            clip_high] (0.4 both in its paper). For "cispo", `clip_high` is the cap
             on rho itself, at least 1: 5.0 is usual, as in TRL, and the default 0.2 is refused.
         ratio_cap: two-sided clip ("clip" only): rho is capped at this first.
         dual_clip: "clip" only: for A < 0 the loss is at most -dual_clip * A.
         sapo_tau: the temperatures of "sapo" for A > 0 and for A <= 0.
+        vespo_positive, vespo_other: k and lambda of "vespo" for A >= 0 and for A < 0.
+        divergence_cap: of "dppo-tv" and "dppo-kl".
         ratio_level: "token", or "sequence" for GSPO in its token form.
         sampler_correction: weights the policy term by q = exp(old_logp - sampler_logp): "tis" caps q at
             sampler_bounds[1], "icepop" drops tokens whose q lies outside sampler_bounds
@@ -157,12 +179,15 @@ class LossConfig:
             kernels on a GPU it holds where the vendor's library sums all rows of a product alike.
     """
 
-    objective: str = "clip"
+    objective: str | Callable[[Tensor, View], Tensor] = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
     ratio_cap: float | None = None
     dual_clip: float | None = None
     sapo_tau: tuple[float, float] = (1.0, 1.05)
+    vespo_positive: tuple[float, float] = (2.0, 3.0)
+    vespo_other: tuple[float, float] = (3.0, 2.0)
+    divergence_cap: float = 0.15
     ratio_level: RatioLevel = "token"
     sampler_correction: str | None = None
     sampler_bounds: tuple[float, float] = (0.0, 2.0)
@@ -190,7 +215,12 @@ class LossConfig:
     @classmethod
     def decoded(cls, text: str) -> LossConfig:
         """The options from `encoded`."""
-        return cls(**{name: _value(word) for name, word in (pair.split("=") for pair in text.split())})
+        options = {name: _value(word) for name, word in (pair.split("=") for pair in text.split())}
+        return cls(**{**options, "objective": objectives.function_of(options["objective"])})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        object.__setattr__(self, "_encoded", self._all_encoded())  # a function has another key in another process
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -203,13 +233,24 @@ class LossConfig:
             wants = "a number >= 1: there it is the cap on the ratio itself, as in TRL, and 5.0 is usual"
             check.fail("clip_high", f'{self.clip_high!r} for objective="cispo"', wants)
         # once, here: a compiler may take the numbers of an object that it is given for variables
-        object.__setattr__(self, "_encoded", " ".join(map(self._encoded_field, fields(self))))
+        object.__setattr__(self, "_encoded", self._all_encoded())
         if self.kl is None and self.kl_coef != 0:
             warnings.warn(f"kl_coef={self.kl_coef!r} has no effect: kl is None", stacklevel=3)
 
+    def _all_encoded(self) -> str:
+        return " ".join(map(self._encoded_field, fields(self)))
+
     def _encoded_field(self, field: Any) -> str:
         value = getattr(self, field.name)
+        if callable(value):
+            value = objectives.key_of(value)
         return f"{field.name}={f'{value[0]},{value[1]}' if isinstance(value, (tuple, list)) else value}"
+
+    def traits(self, like: Tensor, recorded: tuple[bool, ...]) -> Traits:
+        """What the objective does. like, recorded: see `prefixloss.maths.trial.tried`."""
+        if isinstance(self.objective, str):
+            return Traits(objectives.BY_NAME[self.objective].by_response, silent=True)
+        return Traits(*_traits_of(self.encoded, str(like.device), str(like.dtype), *recorded))
 
     @property
     def exact_kl(self) -> bool:
@@ -244,3 +285,17 @@ class LossConfig:
     def shows_every_scored(self) -> bool:
         """Whether the results are of every token in the mask, not of the learning ones alone."""
         return self.stats == "scored"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # under compilation it is tried while the graph is made
+def _traits_of(options: str, device: str, dtype: str, *recorded: bool) -> tuple[bool, bool]:
+    by_response, silent = _tried(options, device, dtype, recorded)
+    return by_response, silent
+
+
+@lru_cache(maxsize=256)
+def _tried(options: str, device: str, dtype: str, recorded: tuple[bool, ...]) -> Traits:
+    config = LossConfig.decoded(options)
+    like = torch.empty(0, device=device, dtype=getattr(torch, dtype.removeprefix("torch.")))
+    assert callable(config.objective)
+    return tried(config.objective, like, recorded, config.entropy_coef != 0, config.exact_kl)

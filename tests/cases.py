@@ -11,18 +11,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefixloss import LossConfig, TokenAdvantages, linear_prefix_loss, prefix_loss
+from prefixloss._kernels.objective import POLICIES
 from prefixloss.config import RatioLevel, Stats
-from prefixloss.maths import corrections, objectives, reductions
+from prefixloss.maths import corrections, reductions
 from prefixloss.maths import kl as estimators
 
 NAN = float("nan")
-# every name there is: a new one is tested without being asked for
-OBJECTIVES, KLS, REDUCTIONS = (
-    tuple(objectives.BY_NAME),
-    (*estimators.BY_NAME, estimators.FULL),
-    tuple(reductions.BY_NAME),
-)
-CORRECTIONS, RATIO_LEVELS, STATS = tuple(corrections.BY_NAME), get_args(RatioLevel), get_args(Stats)
+# every name there is: a new one is tested without being asked for. The others' objectives are in test_new_objectives
+OBJECTIVES, REDUCTIONS, CORRECTIONS = POLICIES, tuple(reductions.BY_NAME), tuple(corrections.BY_NAME)
+KLS, RATIO_LEVELS, STATS = (*estimators.BY_NAME, estimators.FULL), get_args(RatioLevel), get_args(Stats)
 METRICS = (
     "scored_tokens",
     "learning_tokens",

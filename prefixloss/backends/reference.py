@@ -9,6 +9,7 @@ vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from prefixloss.backends.problem import HeadLoss, HeadStatistics, LogitLoss, by_
 from prefixloss.backends.two_stages import Statistics
 from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Batch, Given, TokenValues
-from prefixloss.maths.objective import token_log_ratio, token_losses
+from prefixloss.maths.objective import NONE, token_log_ratio, token_losses
 from prefixloss.maths.precision import accumulation_dtype
 
 
@@ -110,6 +111,28 @@ def mean_log_ratio(config: LossConfig, batch: Batch, rows: Tensor, logp: Tensor,
     return log_s
 
 
+class _Plain:
+    """What an objective may ask of responses: a response at a time. response: of each scored token, [n]."""
+
+    def __init__(self, response: Tensor) -> None:
+        self.response = response
+
+    def _each(self, of_one: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i in self.response.unique():
+            out = torch.where(self.response == i, of_one(x[self.response == i]), out)
+        return out
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self._each(torch.sum, x)
+
+    def mean(self, x: Tensor) -> Tensor:
+        return self._each(torch.mean, x)
+
+    def max(self, x: Tensor) -> Tensor:
+        return self._each(torch.max, x)
+
+
 def reduce(config: LossConfig, batch: Batch, rows: Tensor, losses: Tensor) -> Tensor:
     """The losses of the scored tokens as one number; [N] for "none". `batch.denominator` may be the caller's."""
     reduction = config.summed
@@ -139,7 +162,8 @@ def _loss(
         full_kl = exact_kl(scores, distribution_scores(config, ref_logits))
     given = batch.given.at(rows)
     log_ratio = mean_log_ratio(config, batch, rows, logp, given)
-    losses, ratio, kl = token_losses(config, given, logp, entropy, full_kl, log_ratio)
+    responses = _Plain(batch.layout.response_of_token("objective")[rows]) if batch.by_response else NONE
+    losses, ratio, kl = token_losses(config, given, logp, entropy, full_kl, log_ratio, responses)
     losses = torch.where(batch.computed[rows], losses, 0.0)
     total = reduce(config, batch, rows, losses)
 

@@ -1,8 +1,8 @@
 """The loss from statistics that exist already: for options whose coefficients are known only once all rows are.
 
 A back-end makes the statistics and, later, turns the gradient that arrives at them into the logits' gradient; what
-lies between is a few operations on [N], here. Needed for a ratio over the whole response, a tolerance relative to the
-largest gradient, and losses per token that the caller weights.
+lies between is a few operations on [N], here. Needed for a ratio over the whole response, an objective that looks at
+whole responses, a tolerance relative to the largest gradient, and losses per token that the caller weights.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prefixloss.backends.responses import LaidOut
 from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Batch, Given, TokenValues
-from prefixloss.maths.objective import token_log_ratio, token_losses
+from prefixloss.maths.objective import NONE, token_log_ratio, token_losses
 
 
 class Statistics(NamedTuple):
@@ -26,8 +27,8 @@ class Statistics(NamedTuple):
     kl: Tensor | None
 
 
-def needed_by(config: LossConfig) -> bool:
-    return config.sequence_ratio or config.row_tolerance > 0 or config.summed.by_token
+def needed_by(config: LossConfig, batch: Batch) -> bool:
+    return batch.by_response or config.sequence_ratio or config.row_tolerance > 0 or config.summed.by_token
 
 
 def loss(statistics: Callable[[Tensor], Statistics], batch: Batch, config: LossConfig) -> tuple[Tensor, TokenValues]:
@@ -53,7 +54,9 @@ def loss(statistics: Callable[[Tensor], Statistics], batch: Batch, config: LossC
         return torch.where(batch.learning, x, x.detach())
 
     followed = learned(logp), learned(entropy), None if exact_kl is None else learned(exact_kl)
-    token_loss, ratio, kl = token_losses(config, given, *followed, log_ratio)
+    responses = LaidOut(batch.layout) if batch.by_response else NONE
+    token_loss, ratio, kl = token_losses(config, given, *followed, log_ratio, responses)
+    token_loss = torch.where(needed, token_loss, 0.0)
     weighted = token_loss * batch.weights / batch.denominator
     shown = (token_loss, logp, entropy, kl, ratio)
     values = TokenValues(*(torch.where(batch.computed, x.detach(), 0.0) for x in shown))

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# what an operator of `torch.library` keeps from its own code
+_RECORDING = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Inside it autograd records, also where the caller is an operator, which it would otherwise see as a whole."""
+    left_out = torch._C._dispatch_tls_local_exclude_set()
+    for key in _RECORDING:
+        left_out = left_out.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, left_out), torch.enable_grad():
+        yield
 
 
 class _Ratio(torch.autograd.Function):

@@ -15,12 +15,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prefixloss import check
 from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Given
 from prefixloss.maths import corrections, objectives
 from prefixloss.maths import kl as estimators
-from prefixloss.maths.derivatives import known, ratio_of
-from prefixloss.maths.objectives import View, with_options
+from prefixloss.maths.derivatives import known, ratio_of, recording
+from prefixloss.maths.objectives import Responses, View, with_options
+from prefixloss.maths.trial import called
+
+
+class _NoResponses:
+    """In place of responses, where a function has been found not to ask for them."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        wants = "one that asks for them whatever its values are, or never"
+        check.fail("objective", "a function that asks for given.response for some values only", wants)
+        raise AssertionError
+
+    mean = max = sum
+
+
+NONE = _NoResponses()
 
 
 class Terms(NamedTuple):
@@ -41,13 +57,22 @@ def token_losses(
     entropy: Tensor,
     exact_kl: Tensor | None,
     log_ratio: Tensor | None = None,
+    responses: Responses = NONE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss before any reduction, ratio and KL of each token, [n], differentiable in logp, entropy and exact_kl.
 
-    logp, entropy, exact_kl (None unless kl="full"): [n]. log_ratio: the response's mean log ratio, for GSPO.
+    logp, entropy, exact_kl (None unless kl="full"): [n]. log_ratio: the response's mean log ratio, for GSPO. responses:
+    where the tokens are those of whole responses.
     """
+    watch = None if isinstance(config.objective, str) else _Watch(responses is not NONE)
+    if watch is not None:
+        logp, entropy = watch.of("logp", logp), watch.of("entropy", entropy)
+        exact_kl = None if exact_kl is None else watch.of("kl", exact_kl)
     ratio = ratio_of(logp, torch.exp(token_log_ratio(given, logp) if log_ratio is None else log_ratio))
-    loss = policy_losses(config, given, logp, ratio)
+    seen = entropy if config.entropy_coef != 0 else None
+    recorded = (given.advantages, given.old_logps, given.sampler_logps, given.ref_logps)
+    loss = policy_losses(config, logp, View(*recorded, ratio, seen, exact_kl, responses))
+    loss = loss if watch is None else watch.result(loss)
     if config.sampler_correction is not None:
         weight = sampler_weights(config, given, logp)
         # a dropped token counts 0 even if its own loss overflowed
@@ -80,7 +105,7 @@ def token_terms(
         loss, ratio, kl = token_losses(config, given, logp, entropy, exact_kl)
         return Terms(loss, torch.zeros_like(logp), None, None, ratio, kl)
     wanted = (True, config.entropy_coef != 0, exact_kl is not None and config.penalises_kl)
-    with torch.enable_grad():
+    with recording():
         values = (logp, entropy, exact_kl)
         x = [v.detach().requires_grad_() if v is not None and w else v for v, w in zip(values, wanted, strict=True)]
         loss, ratio, kl = token_losses(config, given, *x)  # type: ignore[arg-type]
@@ -97,16 +122,58 @@ def token_log_ratio(given: Given, logp: Tensor) -> Tensor:
     return torch.zeros_like(logp) if given.old_logps is None else logp - given.old_logps
 
 
-def policy_losses(config: LossConfig, given: Given, logp: Tensor, ratio: Tensor) -> Tensor:
+def policy_losses(config: LossConfig, logp: Tensor, given: View) -> Tensor:
     """The objective's loss of each token, before weights and penalties."""
-    objective = objectives.BY_NAME[config.objective]
-    view = View(given.advantages, given.old_logps, given.sampler_logps, given.ref_logps, ratio)
-    return objective.loss(logp, view, **with_options(objective.loss, config))
+    if not isinstance(config.objective, str):
+        return called(config.objective, logp, given).to(logp.dtype)
+    loss = objectives.BY_NAME[config.objective].loss
+    return loss(logp, given, **with_options(loss, config))
+
+
+class _Watch:
+    """A caller's function, whose derivatives have to be finite where its losses, and the gradients they get, are.
+
+    The tensors handed to the function are copies that tell of their gradients.
+    """
+
+    def __init__(self, by_response: bool) -> None:
+        self.by_response = by_response
+        self.fine: Tensor | None = None
+
+    def of(self, name: str, x: Tensor) -> Tensor:
+        if not x.requires_grad or torch.compiler.is_compiling():
+            return x
+        mine = x.clone()
+
+        def finite(grad: Tensor) -> None:
+            if self.fine is None or not check.readable(grad):
+                return
+            wrong = self.fine & ~grad.isfinite()
+            if bool(wrong.any()):
+                at = int(wrong.nonzero()[0])
+                got = f"a derivative of {float(grad[at])} by {name} at {name} = {float(x.detach()[at])}"
+                check.fail("objective", got, "a finite one where the loss is")
+
+        mine.register_hook(finite)
+        return mine
+
+    def result(self, loss: Tensor) -> Tensor:
+        """The losses, which tell of the gradients that they get."""
+        if loss.requires_grad and not torch.compiler.is_compiling():
+            finite = loss.detach().isfinite()
+
+            def got(grad: Tensor) -> None:
+                self.fine = finite & grad.isfinite()
+                if self.by_response:  # any other token's may have come over
+                    self.fine = self.fine & self.fine.all()
+
+            loss.register_hook(got)
+        return loss
 
 
 def clipped(config: LossConfig, advantages: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens that the objective's own bounds on the ratio hold back, below and above: bool [n] each."""
-    holds = objectives.BY_NAME[config.objective].holds
+    holds = objectives.BY_NAME[config.objective].holds if isinstance(config.objective, str) else None
     held = (None, None) if holds is None else holds(advantages, ratio, **with_options(holds, config))
     low, high = (torch.zeros_like(ratio, dtype=torch.bool) if x is None else x for x in held)
     return low, high

@@ -1,7 +1,8 @@
 """The objectives: the loss of each token, a few lines under its formula and its paper. The maths stands here alone.
 
 A function takes logp, the policy's log-probs [n], and `given` (`View`), everything else that is known of the tokens; it
-returns their losses [n], and autograd makes the derivatives. Its keyword arguments are fields of `LossConfig`.
+returns their losses [n], and autograd makes the derivatives. Its keyword arguments are fields of `LossConfig`. A
+function of the caller's own, `LossConfig(objective=f)`, is the same without those.
 
 Letters: rho = exp(logp - old_logp), A the advantage, sg = stop gradient. To add one, write it here and put it into
 `BY_NAME`; `CONTRIBUTING.md` says what else.
@@ -10,9 +11,13 @@ Letters: rho = exp(logp - old_logp), A the advantage, sg = stop gradient. To add
 from __future__ import annotations
 
 import inspect
+import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -20,12 +25,24 @@ from torch import Tensor
 from prefixloss.maths.derivatives import sigmoid
 
 
+class Responses(Protocol):
+    """Sums, means and maxima over the scored tokens of each token's response: [n] -> [n], differentiable."""
+
+    def sum(self, x: Tensor, /) -> Tensor: ...
+
+    def mean(self, x: Tensor, /) -> Tensor: ...
+
+    def max(self, x: Tensor, /) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class View:
     """What an objective sees of its tokens beside their log-probs; float [n] each.
 
     advantages: A. old_logps, sampler_logps, ref_logps: as recorded, or None. ratio: rho, differentiable in logp; where
-    old_logps is None it is 1 with gradient.
+    old_logps is None it is 1 with gradient. entropy, kl (the exact one): differentiable, None unless the config asks
+    for them (entropy_coef, kl="full"). response: sum, mean and max over responses; what does not use it is computed a
+    chunk of tokens at a time.
     """
 
     advantages: Tensor
@@ -33,6 +50,9 @@ class View:
     sampler_logps: Tensor | None
     ref_logps: Tensor | None
     ratio: Tensor
+    entropy: Tensor | None
+    kl: Tensor | None
+    response: Responses
 
 
 def clip(
@@ -88,12 +108,74 @@ def topr_holds(a: Tensor, ratio: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return None, (a < 0) & (ratio > 1)
 
 
+def log_ratio(logp: Tensor, given: View) -> Tensor:
+    """log rho of each token, by its own log-prob whatever the ratio's level; 0 with gradient on policy."""
+    return logp - (logp.detach() if given.old_logps is None else given.old_logps)
+
+
+def gmpo(logp: Tensor, given: View, *, clip_low: float, clip_high: float) -> Tensor:
+    """-s A, s = exp of the response's mean of log rho, held at most at high for A >= 0 and at least at -low for A < 0:
+    GMPO (2507.20673), the geometric mean of the ratios. The bounds are on log rho; the paper's are 0.4 both.
+    """
+    difference, a = log_ratio(logp, given), given.advantages
+    held = torch.where(a >= 0, difference.clamp(max=clip_high), difference.clamp(min=-clip_low))
+    return -torch.exp(given.response.mean(held)) * a
+
+
+def gmpo_holds(a: Tensor, ratio: Tensor, *, clip_low: float, clip_high: float) -> tuple[Tensor | None, Tensor | None]:
+    return (a < 0) & (ratio < math.exp(-clip_low)), (a > 0) & (ratio > math.exp(clip_high))
+
+
+def vespo(
+    logp: Tensor, given: View, *, vespo_positive: tuple[float, float], vespo_other: tuple[float, float]
+) -> Tensor:
+    """-sg(phi(w)) A logp, phi(w) = exp(lambda) w^k exp(-lambda w), w the product of the response's ratios: VESPO
+    (2602.10693). k and lambda are one pair for A >= 0, another for A < 0. As in TRL each log rho is held within 20, and
+    log w between log 1e-8 and 20.
+    """
+    a = given.advantages
+    log_w = given.response.sum(log_ratio(logp, given).detach().clamp(-20, 20)).clamp(math.log(1e-8), 20)
+    k, decay = (torch.where(a >= 0, a.new_full((), x), y) for x, y in zip(vespo_positive, vespo_other, strict=True))
+    return -torch.exp(decay + k * log_w - decay * torch.exp(log_w)) * a * logp
+
+
+def _within(logp: Tensor, given: View, divergence: Tensor, most: float) -> Tensor:
+    """-rho A where the policy is near its old self, or the step leads back to it."""
+    away = (given.advantages > 0) == (log_ratio(logp, given).detach() > 0)
+    return torch.where(away & (divergence > most), 0.0, -given.ratio * given.advantages)
+
+
+def _old_and_new(logp: Tensor, given: View) -> tuple[Tensor, Tensor]:
+    """log-probs of the sampled token, constants."""
+    new = logp.detach()
+    return new if given.old_logps is None else given.old_logps, new
+
+
+def dppo_tv(logp: Tensor, given: View, *, divergence_cap: float) -> Tensor:
+    """-M rho A, M = 0 where |p - p_old| > cap and the step leads further away (A and rho - 1 of one sign), else 1:
+    DPPO with the binary total variation (2602.04879).
+    """
+    old, new = _old_and_new(logp, given)
+    return _within(logp, given, (new.exp() - old.exp()).abs(), divergence_cap)
+
+
+def dppo_kl(logp: Tensor, given: View, *, divergence_cap: float) -> Tensor:
+    """The same with the binary KL, p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p)): DPPO (2602.04879)."""
+    old, new = _old_and_new(logp, given)
+    rest_old, rest_new = -torch.expm1(old), -torch.expm1(new)
+    tiny = torch.finfo(new.dtype).tiny
+    others = torch.where(rest_old > 0, rest_old * (rest_old.clamp(min=tiny) / rest_new.clamp(min=tiny)).log(), 0.0)
+    return _within(logp, given, old.exp() * (old - new) + others, divergence_cap)
+
+
 @dataclass(frozen=True)
 class Objective:
-    """loss: as this module says. holds: which tokens the objective's own bounds on rho hold back, below and above."""
+    """loss: as this module says; for A = 0 it is 0, with no gradient. holds: which tokens the objective's own bounds on
+    rho hold back, below and above. by_response: whether it looks at `given.response`."""
 
     loss: Callable[..., Tensor]
     holds: Callable[..., tuple[Tensor | None, Tensor | None]] | None = None
+    by_response: bool = False
 
 
 BY_NAME = {
@@ -102,6 +184,10 @@ BY_NAME = {
     "sapo": Objective(sapo),
     "reinforce": Objective(reinforce),
     "topr": Objective(topr, topr_holds),
+    "gmpo": Objective(gmpo, gmpo_holds, by_response=True),
+    "vespo": Objective(vespo, by_response=True),
+    "dppo-tv": Objective(dppo_tv),
+    "dppo-kl": Objective(dppo_kl),
 }
 
 
@@ -109,3 +195,32 @@ def with_options(function: Callable[..., Any], config: Any) -> dict[str, Any]:
     """The function's keyword arguments, from the fields of a LossConfig."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: getattr(config, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+# the functions of callers that configurations name, for operators, which take only text
+_FUNCTIONS: WeakValueDictionary[str, Any] = WeakValueDictionary()
+_KEYS: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_numbers = count()
+
+
+def is_function(value: Any) -> bool:
+    """Whether it can be called, told from others (hash) and named for as long as it lives."""
+    if not callable(value) or isinstance(value, type):
+        return False
+    try:
+        return bool(hash(value) or True) and weakref.ref(value) is not None
+    except TypeError:
+        return False
+
+
+def key_of(function: Any) -> str:
+    """The function's name in this process, without a space, for as long as it lives."""
+    if function not in _KEYS:
+        _KEYS[function] = f"function:{next(_numbers)}"
+        _FUNCTIONS[_KEYS[function]] = function
+    return _KEYS[function]
+
+
+def function_of(key: str) -> Any:
+    """The function of that key; any other text as it is."""
+    return _FUNCTIONS[key] if key.startswith("function:") else key

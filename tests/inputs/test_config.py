@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CORRECTIONS, KLS, OBJECTIVES, RATIO_LEVELS, REDUCTIONS, STATS, of_objective
+from cases import CORRECTIONS, KLS, RATIO_LEVELS, REDUCTIONS, STATS, of_objective
 from torch import Tensor
-from triton.runtime.errors import TritonError
 
 from prefixloss import LossConfig, advantages, linear_prefix_loss, parallel, prefix_loss
 from prefixloss.integrations import skyrl, token_loss, verl
@@ -23,7 +22,7 @@ from prefixloss.maths import corrections, objectives, reductions
 from prefixloss.maths import kl as estimators
 
 NAMES: dict[str, tuple[str, ...]] = {
-    "objective": OBJECTIVES,
+    "objective": tuple(objectives.BY_NAME),
     "ratio_level": RATIO_LEVELS,
     "sampler_correction": CORRECTIONS,
     "kl": KLS,
@@ -101,10 +100,14 @@ def test_a_new_estimator_is_one_entry(backend: str, new_names: None) -> None:
     torch.testing.assert_close(grad, want_grad)
 
 
-@pytest.mark.parametrize("option", ["objective", "sampler_correction", "kl"])
-def test_kernels_say_which_name_they_do_not_know(option: str, new_names: None) -> None:
-    with pytest.raises(TritonError, match=rf"{option}.*{NEW}"):
-        loss_with("logits", "triton", **{option: NEW})
+@pytest.mark.parametrize("start", ["logits", "hidden"])
+@pytest.mark.parametrize("option", WORTH)
+def test_torch_makes_what_the_kernels_have_no_form_of(start: str, option: str, new_names: None) -> None:
+    new, old, factor = WORTH[option]
+    loss, grad = loss_with(start, "triton", **new)
+    want_loss, want_grad = loss_with(start, "triton", **old)
+    torch.testing.assert_close(loss, factor * want_loss)
+    torch.testing.assert_close(grad, factor * want_grad)
 
 
 def normalizer_of(config: LossConfig) -> Tensor:

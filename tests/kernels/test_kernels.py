@@ -38,6 +38,7 @@ from prefixloss.backends.triton.chunks import HeadChunks, Wanted
 from prefixloss.inputs.batch import Given
 from prefixloss.maths import corrections
 from prefixloss.maths.derivatives import ratio_of
+from prefixloss.maths.objectives import View
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # for a GPU or the emulator of one: its divisions and exponentials are approximate
@@ -250,7 +251,7 @@ def test_policy_takes_the_torch_form_s_branch_at_every_bound(config: LossConfig)
     leaf = logp.requires_grad_()
     # the ratio itself, so that it is exactly at a bound
     moving = ratio_of(leaf, ratio)
-    want = torch_form.policy_losses(config, Given(a, None, None, None), leaf, moving)
+    want = torch_form.policy_losses(config, leaf, View(a, None, None, None, moving, None, None, torch_form.NONE))
     (want_slope,) = torch.autograd.grad(want.sum(), leaf)
     want_loss = want.detach()
     assert torch.equal(d_logp == 0, want_slope == 0)

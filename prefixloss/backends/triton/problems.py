@@ -29,7 +29,7 @@ def device_transform(config: LossConfig) -> LogitScaling:
 
 def objective_of(config: LossConfig, off_policy: bool) -> tuple[ObjectiveKind, Options]:
     kind = ObjectiveKind(
-        policy=config.objective,
+        policy=config.objective if isinstance(config.objective, str) else "",
         off_policy=off_policy,
         ratio_cap=config.ratio_cap is not None,
         dual_clip=config.dual_clip is not None,
