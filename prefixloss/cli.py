@@ -74,7 +74,10 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Run to go on with, with its own settings.")] = None,
     advantage: Annotated[str | None, option("advantage", f"One of {', '.join(ADVANTAGES)}.")] = None,
     detector: Annotated[
-        str | None, option("detector", f"Finds first wrong steps, instead of the built-in check: {EXPECTED}.")
+        str | None, option("detector", f"Finds first wrong steps, instead of the built-in check: rollouts, {EXPECTED}.")
+    ] = None,
+    rollouts: Annotated[
+        int | None, option("rollouts", "Continuations from each prefix, with --detector rollouts.")
     ] = None,
     threshold: Annotated[
         float | None, option("threshold", "A detector's finds with less confidence count as none.")
