@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 import triton
@@ -15,6 +15,8 @@ import triton
 _MOST_SPLITS = 16
 # multiprocessors assumed where none can be counted
 _PROCESSORS = 128
+
+Arguments = ParamSpec("Arguments")
 
 
 class Launch(NamedTuple):
@@ -81,13 +83,14 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def on_device(launcher: Callable[..., None]) -> Callable[..., None]:
+def on_device(launcher: Callable[Arguments, None]) -> Callable[Arguments, None]:
     """For every launcher: the kernel runs where its first argument is, logits (of a problem) or a tensor."""
 
     @wraps(launcher)
-    def launch_there(first: Any, *others: Any) -> None:
+    def launch_there(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        first: Any = args[0]
         with current(getattr(first, "logits", first).device):
-            launcher(first, *others)
+            launcher(*args, **kwargs)
 
     return launch_there
 

@@ -1,6 +1,6 @@
 """A token's loss and its derivatives on the device: `prefixloss.maths.objective`, scalar for scalar.
 
-`tests/test_kernels.py` holds the two equal value by value, at every branch point.
+`tests/kernels/test_kernels.py` holds the two equal value by value, at every branch point.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from .maths import expm1
 LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
 
-class Objective(NamedTuple):
+class ObjectiveKind(NamedTuple):
     """What the kernel is compiled for."""
 
     policy: str  # "clip" | "cispo" | "sapo" | "reinforce" | "topr"
@@ -42,7 +42,7 @@ class Options(NamedTuple):
     entropy_coef: float
 
 
-class Given(NamedTuple):
+class TokenInputs(NamedTuple):
     """What is known of a token before the model runs; 0 where not given."""
 
     advantage: tl.tensor

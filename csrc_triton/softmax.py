@@ -23,7 +23,7 @@ from .maths import LN_2, LOG2_E, LOG_ZERO, log1p, softplus, tanh
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 
-class Transform(NamedTuple):
+class LogitScaling(NamedTuple):
     """softcap(logit_scale * x) / temperature: `before` x is capped at `softcap`; scores are `kappa` z.
 
     slope = d s / d x without the cap's own derivative.

@@ -14,6 +14,7 @@ import torch
 import triton
 
 from . import launch, rows
+from .problem import COMPUTED, LEARNING, Problem, Tokens
 
 _BEST: dict[object, launch.Launch] = {}
 # rows to time: enough to fill a device several times over
@@ -27,7 +28,7 @@ def wanted() -> bool:
 
 
 def best_launch(
-    problem: rows.Problem, grads: torch.dtype, timer: Callable[[Callable[[], None]], float] | None = None
+    problem: Problem, grads: torch.dtype, timer: Callable[[Callable[[], None]], float] | None = None
 ) -> launch.Launch:
     """The fastest launch for problems like this one; timer: a function's milliseconds."""
     dtypes = (problem.logits.dtype, problem.ref.dtype, grads)
@@ -55,13 +56,13 @@ def choices(vocabulary: int, dtypes: Sequence[torch.dtype], lanes_a_warp: int) -
     )
 
 
-def _trial(problem: rows.Problem) -> rows.Problem:
+def _trial(problem: Problem) -> Problem:
     """The same kind of problem on random logits, each row a token that learns."""
     device = problem.logits.device
     shape = (_ROWS, problem.vocabulary)
-    tokens = rows.Tokens(
+    tokens = Tokens(
         torch.randint(problem.vocabulary, (_ROWS,), device=device),
-        torch.full((_ROWS,), rows.COMPUTED.value | rows.LEARNING.value, dtype=torch.uint8, device=device),
+        torch.full((_ROWS,), COMPUTED.value | LEARNING.value, dtype=torch.uint8, device=device),
         torch.rand(5, _ROWS, device=device),
         torch.arange(_ROWS, device=device),
     )
@@ -69,7 +70,7 @@ def _trial(problem: rows.Problem) -> rows.Problem:
     return replace(problem, logits=logits, ref=ref, tokens=tokens, work=problem.work._replace(narrowed=False))
 
 
-def _runner(trial: rows.Problem, grads: torch.Tensor) -> Callable[[rows.Problem], None]:
+def _runner(trial: Problem, grads: torch.Tensor) -> Callable[[Problem], None]:
     stats, terms = trial.tokens.given_ptr.new_ones(7, _ROWS), trial.tokens.given_ptr.new_ones(6, _ROWS)
     if trial.work.gradient and not trial.work.terms:
         return lambda problem: rows.launch_gradient(problem, stats, terms[3:], grads, stats, 1)

@@ -16,10 +16,12 @@ from torch.autograd import forward_ad
 from prefixloss import check
 from prefixloss.backends import memory, reference
 from prefixloss.backends.columns import Columns, Shard
-from prefixloss.backends.problem import Backend, Head, HeadLoss, HeadStatistics, LogitLoss, by_rows
+from prefixloss.backends.problem import Backend, Distil, Head, HeadLoss, HeadStatistics, LogitLoss, by_rows
 from prefixloss.backends.torch import compiled, eager
 from prefixloss.config import LossConfig
+from prefixloss.inputs import distillation
 from prefixloss.inputs.batch import Batch, TokenInputs
+from prefixloss.inputs.distillation import Distillation, GivenTeacher, Teacher, TokensToDistil
 from prefixloss.inputs.layout import Layout
 from prefixloss.maths.precision import accumulation_dtype
 
@@ -221,3 +223,77 @@ def _interpreted() -> bool:
     from prefixloss._kernels.scale import scale_kernel  # noqa: PLC0415 (imports triton)
 
     return type(scale_kernel).__name__ == "InterpretedFunction"
+
+
+# --- distillation
+
+
+def distils_by(name: Any, inputs: tuple[Any, ...], tp_group: Any) -> str:
+    """The back-end for the student's tensors: "torch", for the kernels too, or "reference"; and its first checks."""
+    chosen = _chosen(name, tp_group, None, *inputs)
+    if chosen == "reference":
+        return chosen
+    _no_transforms(chosen, *inputs)
+    return "torch"
+
+
+def head_distillation(
+    given: GivenHead, teacher: GivenTeacher, tokens: TokensToDistil, settings: Distillation, tp_group: Any,
+    vocab_size: int | None,
+) -> Distil:  # fmt: skip
+    listed = teacher.is_listed(("hidden", "lm_head_weight"), settings)
+    shape = _token_shape("hidden", given[0], "D")
+    hidden, weight, bias = given[0], _gathered(given[1], tp_group), _gathered(given[2], tp_group)
+    check.head(hidden, weight, bias, ("hidden", "lm_head_weight", "lm_head_bias"), shape)
+    beside = Teacher()
+    if not listed:
+        whole = teacher._replace(
+            lm_head_weight=_gathered(teacher.lm_head_weight, tp_group),
+            lm_head_bias=_gathered(teacher.lm_head_bias, tp_group),
+        )
+        beside = distillation.of_head(whole, shape, len(weight), _least(vocab_size, len(weight), tp_group))
+        check.device("teacher_hidden", whole.hidden, hidden.device)
+    batch = tokens.checked(shape, settings.student, accumulation_dtype(hidden, weight), hidden.device)
+    columns = _columns(tp_group, len(weight), vocab_size, batch.weights, batch.weights.dtype, 2)
+    if listed:
+        beside = distillation.of_list(teacher, batch.layout, shape, columns.vocabulary)
+    else:
+        made = columns.head(beside.weight, beside.bias)  # type: ignore[arg-type]
+        beside = beside._replace(weight=made[0], bias=made[1])
+    return Distil(_unpadded(Head(by_rows(hidden), weight, bias), columns), beside, batch, settings, columns)
+
+
+def logit_distillation(
+    logits: Any, teacher: GivenTeacher, tokens: TokensToDistil, settings: Distillation, tp_group: Any,
+    vocab_size: int | None,
+) -> Distil:  # fmt: skip
+    listed = teacher.is_listed(("logits",), settings)
+    shape = _token_shape("logits", logits, "V")
+    count, beside = logits.shape[-1], Teacher()
+    if not listed:
+        beside = distillation.of_logits(teacher.logits, shape, count, _least(vocab_size, count, tp_group))
+        check.device("teacher_logits", teacher.logits, logits.device)
+    batch = tokens.checked(shape, settings.student, accumulation_dtype(logits), logits.device)
+    columns = _columns(tp_group, count, vocab_size, batch.weights, batch.weights.dtype, 2)
+    if listed:
+        beside = distillation.of_list(teacher, batch.layout, shape, columns.vocabulary)
+    else:
+        beside = beside._replace(first=columns.logits(beside.first))  # type: ignore[arg-type]
+    return Distil((by_rows(columns.logits(logits)),), beside, batch, settings, columns)
+
+
+def _token_shape(argument: str, x: Any, letter: str) -> torch.Size:
+    """[B, T] or [N], of [B, T, *] or [N, *]."""
+    check.tensor(argument, x, "float")
+    if x.dim() not in (2, 3) or x.shape[-1] == 0:
+        check.fail(argument, f"shape {list(x.shape)}", f"[B, T, {letter}] or [N, {letter}]")
+    memory.budget(x.device)  # an unusable PREFIXLOSS_MEMORY is found before any work
+    return x.shape[:-1]
+
+
+def _least(vocab_size: int | None, columns: int, tp_group: Any) -> int | None:
+    """How many columns a teacher has to have at least, if not as many as the student."""
+    if vocab_size is None or tp_group is not None:
+        return None
+    check.vocab_size(vocab_size, columns, None)
+    return vocab_size

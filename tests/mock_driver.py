@@ -16,15 +16,16 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from prefixloss._kernels import launch, rows, scale, tune
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from prefixloss import LossConfig, config
+from prefixloss._kernels import launch, problem, rows, scale, tune
+from prefixloss._kernels.problem import Problem, Tokens
 from prefixloss.backends.triton import from_head, from_logits, problems
 
-COMPUTED, LEARNING = rows.COMPUTED.value, rows.LEARNING.value
+COMPUTED, LEARNING = problem.COMPUTED.value, problem.LEARNING.value
 
 
 class Driver:
@@ -127,17 +128,17 @@ class Current:
         Driver.current = self.before
 
 
-def problem_on(device: torch.device | None = None, vocabulary: int = 4096) -> rows.Problem:
+def problem_on(device: torch.device | None = None, vocabulary: int = 4096) -> Problem:
     """Four rows of logits that say they are on `device`."""
     count, logits = 4, torch.zeros(4, vocabulary)
     if device is not None:
         logits = logits.as_subclass(type("Elsewhere", (torch.Tensor,), {"device": device}))
     ids, flags = torch.zeros(count, dtype=torch.int64), torch.full((count,), COMPUTED | LEARNING, dtype=torch.uint8)
-    tokens = rows.Tokens(ids, flags, torch.ones(5, count), ids)
+    tokens = Tokens(ids, flags, torch.ones(5, count), ids)
     return problems.problem_of(LossConfig(), logits, None, tokens, False, logits.dtype, terms=True, gradient=True)
 
 
-def launches(problem: rows.Problem) -> dict[str, Callable[[], None]]:
+def launches(problem: Problem) -> dict[str, Callable[[], None]]:
     """Every launcher, by its name."""
     stats, terms, sums, grads = torch.zeros(7, 4), torch.zeros(6, 4), torch.zeros(6, 4, 2), torch.zeros(4, 4096)
     return {

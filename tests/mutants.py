@@ -58,6 +58,10 @@ TESTS_OF = {
     "csrc_triton/maths.py": KERNELS,
     "csrc_triton/objective.py": KERNELS,
     "csrc_triton/softmax.py": KERNELS,
+    "csrc_triton/problem.py": KERNELS,
+    "csrc_triton/access.py": KERNELS,
+    "csrc_triton/first_pass.py": KERNELS,
+    "csrc_triton/second_pass.py": KERNELS,
     "csrc_triton/rows.py": KERNELS,
 }
 ALL_OF_THE_LOSS = [
@@ -125,8 +129,7 @@ def copy_of_the_project(folder: Path) -> Path:
     for name in filter(None, files.split("\0")):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, target)
-    (folder / "prefixloss/_kernels").symlink_to("../csrc_triton")
+        shutil.copy(ROOT / name, target, follow_symlinks=False)
     (folder / "prefixloss/_bench").symlink_to("../bench")
     return folder
 

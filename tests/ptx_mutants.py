@@ -21,16 +21,17 @@ os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from prefixloss._kernels import rows
-from prefixloss._kernels.launch import Launch
-from prefixloss._kernels.scale import launch_scale
 from ptx_emulator import EmulationError, Emulator
 from torch import Tensor
 
 from prefixloss import LossConfig
+from prefixloss._kernels import problem, rows
+from prefixloss._kernels.launch import Launch
+from prefixloss._kernels.problem import Problem, Tokens
+from prefixloss._kernels.scale import launch_scale
 from prefixloss.backends.triton import problems
 
-COMPUTED, LEARNING = rows.COMPUTED.value, rows.LEARNING.value
+COMPUTED, LEARNING = problem.COMPUTED.value, problem.LEARNING.value
 # two warps, and blocks of 256 or 512 logits: whole ones and a rest in which every load has a thread with work. The last
 # row ends where its memory ends
 WARPS, LANES, VOCABULARY = 2, 64, 2 * 512 - 8
@@ -46,14 +47,14 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def problem_of(config: LossConfig, logits: Tensor, ref: Tensor, grads: torch.dtype, **work: bool) -> rows.Problem:
+def problem_of(config: LossConfig, logits: Tensor, ref: Tensor, grads: torch.dtype, **work: bool) -> Problem:
     """Five rows: nobody's, the first of all, whose own memory is fenced; one that learns; one whose gradient is 0; one
     that is only computed; and one that learns.
     """
     given = random(5, 5, seed=3)
     given[0, 2] = 0.0
     learning = COMPUTED | LEARNING
-    tokens = rows.Tokens(
+    tokens = Tokens(
         torch.tensor([10**12, 300, 1, 7, VOCABULARY - 1]),
         torch.tensor([0, learning, learning, COMPUTED, learning], dtype=torch.uint8),
         given,
@@ -65,7 +66,7 @@ def problem_of(config: LossConfig, logits: Tensor, ref: Tensor, grads: torch.dty
         config, logits, ref, tokens, True, grads, terms=True, gradient=True, clear=True, **work
     )
     cut = Launch(LANES, 4 if grads.itemsize == 4 else 8, WARPS)
-    return rows.Problem(**{**problem.__dict__, "launch": cut})
+    return Problem(**{**problem.__dict__, "launch": cut})
 
 
 EVERYTHING = LossConfig(

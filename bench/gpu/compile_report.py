@@ -32,10 +32,11 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 import networkx
 import torch
 import triton
-from prefixloss._kernels import rows, scale
 from triton.backends.compiler import GPUTarget
 
 from prefixloss import LossConfig
+from prefixloss._kernels import rows, scale
+from prefixloss._kernels.problem import Tokens
 from prefixloss.backends.triton import problems
 
 from ..files import write_json
@@ -184,7 +185,7 @@ def launch(case: Case) -> None:
     config = LossConfig(**case.options)
     stats, terms = torch.zeros(7, ROWS), torch.zeros(6, ROWS)
     ids = torch.zeros(ROWS, dtype=torch.int64)
-    tokens = rows.Tokens(ids, ids.to(torch.uint8), torch.zeros(5, ROWS), ids)
+    tokens = Tokens(ids, ids.to(torch.uint8), torch.zeros(5, ROWS), ids)
     own_width = case.logits == case.grads
     work = {
         "terms": case.terms and case.run != "gradient",

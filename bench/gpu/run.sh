@@ -14,7 +14,6 @@ tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
 mkdir "$tree/prefixloss"
 ln -s "$PWD"/prefixloss/* "$tree/prefixloss/"
-ln -s "$PWD/csrc_triton" "$tree/prefixloss/_kernels"
 export PYTHONPATH="$tree:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 status=0

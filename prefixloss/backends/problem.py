@@ -12,6 +12,7 @@ from prefixloss.backends.columns import Columns
 from prefixloss.backends.two_stages import Statistics
 from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Batch, TokenValues
+from prefixloss.inputs.distillation import Distillation, DistillBatch, Teacher
 
 
 class Head(NamedTuple):
@@ -75,6 +76,27 @@ class LogitLoss:
     def gradient_later(self) -> bool:
         """float16 gradients are made once the incoming scale is known, or small ones would underflow before it."""
         return self.logits.dtype == torch.float16
+
+
+@dataclass(frozen=True)
+class Distil:
+    """The divergence of a student from a teacher: the reduced loss ([N] for "none"), differentiable, and the
+    divergences [N] of the learning tokens.
+
+    student: a head, or logits [N, V] alone. It is answered by `reference_distill.distillation` and by
+    `torch.distill.distillation`, on any device.
+    """
+
+    student: Head | tuple[Tensor]
+    teacher: Teacher
+    batch: DistillBatch
+    settings: Distillation
+    columns: Columns
+
+    @property
+    def gradient_later(self) -> bool:
+        """As in `LogitLoss`."""
+        return len(self.student) == 1 and self.student[0].dtype == torch.float16
 
 
 class Backend(Protocol):

@@ -14,10 +14,10 @@ import pytest
 import torch
 from cases import allowed, leaf_names, representable, small_case, solve_with_grads, within
 from oracle import Case
-from prefixloss._kernels import launch
 from torch import Tensor
 
 from prefixloss import LossConfig, linear_logps, linear_prefix_loss
+from prefixloss._kernels import launch
 from prefixloss.backends import products
 from prefixloss.backends.triton import chunks
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from prefixloss._kernels import rows
 from torch import Tensor
 from torch.library import CustomOpDef
 
 from prefixloss import LossConfig, TokenAdvantages, linear_logps, linear_prefix_loss, prefix_loss
+from prefixloss._kernels import problem, rows
 from prefixloss.backends.memory import chunk_rows
 from prefixloss.backends.triton import chunks, from_head, from_logits, scaling
 from prefixloss.backends.triton.chunks import Wanted
@@ -341,5 +341,5 @@ def test_rows_are_found_with_and_without_their_number() -> None:
 
 
 def test_flags_are_the_kernels_own() -> None:
-    assert from_head.LEARNING == rows.LEARNING.value == 2
-    assert rows.COMPUTED.value == 1
+    assert from_head.LEARNING == problem.LEARNING.value == 2
+    assert problem.COMPUTED.value == 1

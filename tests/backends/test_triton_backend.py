@@ -35,10 +35,10 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import INF, Case, Pair
-from prefixloss._kernels import launch
 from torch import Tensor
 
 from prefixloss import LossConfig, LossOutput, TokenAdvantages, check, linear_logps, linear_prefix_loss, prefix_loss
+from prefixloss._kernels import launch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALVES = (torch.bfloat16, torch.float16)

@@ -96,7 +96,15 @@ def test_the_autotuned_launches_pass_as_machine_code(record_property: Any, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("noise", ["0", "1", "2"])
-@pytest.mark.parametrize("file", ["test_kernels", "test_operators", "test_triton_backend", "test_training_tools"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "kernels/test_kernels",
+        "backends/test_operators",
+        "backends/test_triton_backend",
+        "integrations/test_training_tools",
+    ],
+)
 def test_every_test_of_kernels_and_back_end_passes_as_machine_code(
     file: str, noise: str, record_property: Any, tmp_path: Path
 ) -> None:

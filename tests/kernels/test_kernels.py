@@ -21,17 +21,17 @@ import torch
 import triton
 import triton.language as tl
 from cases import CORRECTIONS, KLS, OBJECTIVES, of_objective
-from prefixloss._kernels import launch, rows, scale
-from prefixloss._kernels import objective as device_form
-from prefixloss._kernels.launch import Launch
-from prefixloss._kernels.maths import expm1, log1p, softplus, tanh
-from prefixloss._kernels.objective import divergence, policy, sampler_weight, token_terms
-from prefixloss._kernels.rows import Problem, Tokens
-from prefixloss._kernels.scale import launch_scale
 from torch import Tensor
 
 import prefixloss.maths.objective as torch_form
 from prefixloss import LossConfig
+from prefixloss._kernels import launch, problem, rows, scale
+from prefixloss._kernels import objective as device_form
+from prefixloss._kernels.launch import Launch
+from prefixloss._kernels.maths import expm1, log1p, softplus, tanh
+from prefixloss._kernels.objective import divergence, policy, sampler_weight, token_terms
+from prefixloss._kernels.problem import Problem, Tokens
+from prefixloss._kernels.scale import launch_scale
 from prefixloss.backends.problem import Head
 from prefixloss.backends.triton import problems
 from prefixloss.backends.triton.chunks import HeadChunks, Wanted
@@ -45,7 +45,7 @@ HALF_ULP = 2.0**-24
 SMALLEST_NORMAL = 2.0**-126
 # by name, what each call compiled, and the types in each kernel's offsets
 Compiled = dict[str, dict[str, list[str]]]
-NONE, COMPUTED, LEARNING = 0, rows.COMPUTED.value, rows.COMPUTED.value | rows.LEARNING.value
+NONE, COMPUTED, LEARNING = 0, problem.COMPUTED.value, problem.COMPUTED.value | problem.LEARNING.value
 
 
 def on_device(values: Any, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -179,7 +179,7 @@ def terms_kernel(
 ):
     at = tl.arange(0, BLOCK)
     wanted = at < size
-    given = device_form.Given(
+    given = device_form.TokenInputs(
         tl.load(given_ptr + at, mask=wanted, other=0.0),
         tl.load(given_ptr + size + at, mask=wanted, other=0.0),
         tl.load(given_ptr + 2 * size + at, mask=wanted, other=0.0),

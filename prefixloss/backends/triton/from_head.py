@@ -4,8 +4,8 @@ autograd.
 An operator takes tensors, numbers and strings only: `options` is `LossConfig.encoded`. Letters: N tokens, D hidden
 size, V vocabulary. Common arguments:
     hidden [N, D], weight [V, D], bias [V]; ref_... likewise.
-    ids: int64 [N]. flags: uint8 [N], see `prefixloss._kernels.rows`. given: float32 [5, N], see `Given` in
-    `prefixloss._kernels.objective`; its weights have the reduction's denominator in them.
+    ids: int64 [N]. flags: uint8 [N], see `prefixloss._kernels.problem`. given: float32 [5, N], see `TokenInputs`
+    in `prefixloss._kernels.objective`; its weights have the reduction's denominator in them.
     most: an upper bound on the tokens to compute, -1 for none; with it nothing waits for the device.
     needs: which of hidden, weight and bias want a gradient.
 Common results, float32: stats [7, N] and terms [6, N], see `STATS` and `TERMS` there, 0 where not computed; and
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from prefixloss._kernels import rows
-from prefixloss._kernels.objective import Given
-from prefixloss._kernels.rows import Problem, Tokens
+from prefixloss._kernels.objective import TokenInputs
+from prefixloss._kernels.problem import LEARNING as LEARNING_BIT
+from prefixloss._kernels.problem import TERMS, Problem, Tokens
 from prefixloss.backends.autograd import first_order
 from prefixloss.backends.library import decoded, gradients_like
 from prefixloss.backends.problem import Head
@@ -40,7 +41,7 @@ from prefixloss.backends.triton.problems import (
 from prefixloss.backends.triton.scaling import save_gradients, scaled_gradients
 from prefixloss.config import LossConfig
 
-LEARNING = rows.LEARNING.value
+LEARNING = LEARNING_BIT.value
 
 
 def _or(x: Tensor | None, otherwise: Tensor) -> Tensor:
@@ -166,9 +167,9 @@ def linear_statistics(
     head, reference = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
     stats = no_stats(ids)
     slopes = hidden.new_zeros(hidden.shape if slope else (0,), dtype=torch.float32)
-    given = stats.new_zeros(len(Given._fields), len(ids))
+    given = stats.new_zeros(len(TokenInputs._fields), len(ids))
     given[0], given[1] = -1.0, 1.0  # advantage and weight
-    terms = stats.new_empty(len(rows.TERMS), len(ids)) if slope else stats
+    terms = stats.new_empty(len(TERMS), len(ids)) if slope else stats
     tokens = Tokens(ids, flags, given, ids)
     which = Wanted.where(flags != 0, None if most < 0 else most)
     chunks = HeadChunks(head, reference, which, config.chunk_tokens)

@@ -4,8 +4,8 @@ autograd.
 An operator takes tensors, numbers and strings only: `options` is `LossConfig.encoded`. Letters: N tokens, D hidden
 size, V vocabulary. Common arguments:
     logits, ref: [B, T, V] or [N, V], rows contiguous.
-    ids: int64 [N]. flags: uint8 [N], see `prefixloss._kernels.rows`. given: float32 [5, N], see `Given` in
-    `prefixloss._kernels.objective`; its weights have the reduction's denominator in them.
+    ids: int64 [N]. flags: uint8 [N], see `prefixloss._kernels.problem`. given: float32 [5, N], see `TokenInputs`
+    in `prefixloss._kernels.objective`; its weights have the reduction's denominator in them.
 Common results, float32: stats [7, N] and terms [6, N], see `STATS` and `TERMS` there, 0 where not computed; and
 gradients, empty where not wanted, of the loss as if its own gradient were 1.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from prefixloss._kernels import rows
-from prefixloss._kernels.rows import Tokens
+from prefixloss._kernels.problem import Tokens
 from prefixloss.backends.autograd import first_order, graph_is_kept
 from prefixloss.backends.library import decoded
 from prefixloss.backends.triton.problems import (

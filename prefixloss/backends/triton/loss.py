@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefixloss._kernels import rows
+from prefixloss._kernels.problem import COMPUTED, LEARNING
 from prefixloss.backends import two_stages
 from prefixloss.backends.autograd import wants_gradient
 from prefixloss.backends.problem import HeadLoss, HeadStatistics, LogitLoss
@@ -81,12 +81,12 @@ def _by_rows(x: Tensor) -> Tensor:
 
 
 def _flags(batch: Batch) -> Tensor:
-    computed = batch.computed.to(torch.uint8) * rows.COMPUTED.value
-    return computed | batch.learning.to(torch.uint8) * rows.LEARNING.value
+    computed = batch.computed.to(torch.uint8) * COMPUTED.value
+    return computed | batch.learning.to(torch.uint8) * LEARNING.value
 
 
 def _given(batch: Batch) -> tuple[Tensor, bool]:
-    """`Given` of the kernels, float32 [5, N], and whether old log-probs are part of it."""
+    """`TokenInputs` of the kernels, float32 [5, N], and whether old log-probs are part of it."""
     g = batch.given
     weights = batch.weights / batch.denominator
     columns = (g.advantages, weights, g.old_logps, g.sampler_logps, g.ref_logps)

@@ -1,7 +1,7 @@
 """A call's options and tensors as the kernels take them, and the launches that solve it.
 
 Letters: N tokens, V vocabulary. stats [7, N] and terms [6, N], float32: see `STATS` and `TERMS` in
-`prefixloss._kernels.rows`. given: float32 [5, N], see `Given` in `prefixloss._kernels.objective`.
+`prefixloss._kernels.problem`. given: float32 [5, N], see `TokenInputs` in `prefixloss._kernels.objective`.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from prefixloss._kernels import launch, rows, tune
-from prefixloss._kernels.objective import Objective, Options
-from prefixloss._kernels.rows import Problem, Tokens, Work
-from prefixloss._kernels.softmax import Transform
+from prefixloss._kernels.objective import ObjectiveKind, Options
+from prefixloss._kernels.problem import STATS, TERMS, Problem, Tokens, Work
+from prefixloss._kernels.softmax import LogitScaling
 from prefixloss.config import LossConfig
 from prefixloss.maths.softmax import Coefficients, RowStats, live_rows, transform_of
 
 
-def device_transform(config: LossConfig) -> Transform:
+def device_transform(config: LossConfig) -> LogitScaling:
     slope = config.logit_scale / config.temperature
     if config.softcap is None:
-        return Transform(1.0, 1.0, float(slope), float(slope))
-    return Transform(*map(float, (config.logit_scale, config.softcap, 1 / config.temperature, slope)))
+        return LogitScaling(1.0, 1.0, float(slope), float(slope))
+    return LogitScaling(*map(float, (config.logit_scale, config.softcap, 1 / config.temperature, slope)))
 
 
-def objective_of(config: LossConfig, off_policy: bool) -> tuple[Objective, Options]:
-    kind = Objective(
+def objective_of(config: LossConfig, off_policy: bool) -> tuple[ObjectiveKind, Options]:
+    kind = ObjectiveKind(
         policy=config.objective,
         off_policy=off_policy,
         ratio_cap=config.ratio_cap is not None,
@@ -117,7 +117,7 @@ def splits_of(problem: Problem, programs: int) -> int:
 def rooms(given: Tensor) -> tuple[Tensor, Tensor]:
     """stats and terms of no token yet."""
     count = given.shape[1]
-    return given.new_zeros(len(rows.STATS), count), given.new_zeros(len(rows.TERMS), count)
+    return given.new_zeros(len(STATS), count), given.new_zeros(len(TERMS), count)
 
 
 def total_of(terms: Tensor, given: Tensor, flags: Tensor, most: int) -> Tensor:
@@ -127,7 +127,7 @@ def total_of(terms: Tensor, given: Tensor, flags: Tensor, most: int) -> Tensor:
 
 
 def no_stats(ids: Tensor) -> Tensor:
-    return torch.zeros(len(rows.STATS), ids.shape[0], device=ids.device)
+    return torch.zeros(len(STATS), ids.shape[0], device=ids.device)
 
 
 def live_coefficients(config: LossConfig, flags: Tensor, stats: Tensor, grad: Tensor) -> Tensor:
