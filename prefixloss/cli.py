@@ -33,6 +33,7 @@ try:
 
     from prefixloss._bench import commands as bench
     from prefixloss.detect import commands as detect
+    from prefixloss.detect import prm_commands as prm
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("prefixloss"):
         raise
@@ -49,6 +50,7 @@ app = typer.Typer(
 
 
 app.add_typer(detect.app, name="detect")
+app.add_typer(prm.app, name="prm")
 app.add_typer(bench.app, name="bench")
 
 
