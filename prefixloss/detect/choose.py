@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
@@ -34,12 +35,15 @@ _COMBINED = {"first": "FirstOf", "earliest": "Earliest", "vote": "Vote"}
 _DEEPEST = 16  # brackets within brackets
 _GROUP = re.compile(rf"({'|'.join(_COMBINED)})\((.*)\)", re.DOTALL)
 
+_OPTIONS = re.compile(r"\?(?P<all>\w+=[^?/@&=]*(?:&\w+=[^?/@&=]*)*)\Z")
+_NUMBERS: dict[str, Any] = {"threshold": float, "max_tokens": int}  # settings that are None unless given
 _WHERE = re.compile(r"(?:(?P<model>.+?)@)?(?P<url>https?://.+)", re.DOTALL)
 
 EXPECTED = (
     f"{', '.join(('auto', *_CLASSES))}, several with commas between them (each answers what those before it cannot), "
     "or earliest(...) or vote(...) of several; prm:MODEL, logits:MODEL, rollouts:MODEL, and of "
-    "servers prm:URL, prm:MODEL@URL, rollouts:MODEL@URL and judge:MODEL@URL"
+    "servers prm:URL, prm:MODEL@URL, rollouts:MODEL@URL and judge:MODEL@URL, each perhaps with settings behind "
+    "it, as in rollouts:MODEL?samples=32&max_tokens=256"
 )
 
 
@@ -73,15 +77,33 @@ def _by_name(name: str, rollouts: Detector | None) -> Detector:
 
 
 def _of_model(name: str, kind: str, setting: str) -> Detector:
+    options = _OPTIONS.search(setting)
+    setting = setting[: options.start()] if options else setting
     where = _WHERE.fullmatch(setting)
     classes = _OF_SERVERS if where else _OF_MODELS
     if kind in _NEED_A_NAME and (kind not in classes or (where and not where["model"])):
         raise ValueError(f"detector: got {name!r}, expected {kind}:MODEL@URL, as in {kind}:maths-7b@http://host/v1")
     if kind not in classes:
         raise ValueError(f"detector: got {check.describe(name)}, expected {EXPECTED}")
-    if where:
-        return _class(classes[kind])(url=where["url"], model=where["model"] or "")
-    return _class(classes[kind])(model=setting)
+    found = {"url": where["url"], "model": where["model"] or ""} if where else {"model": setting}
+    cls = _class(classes[kind])
+    return cls(**found, **(_options(cls, options["all"]) if options else {}))
+
+
+def _options(cls: Any, text: str) -> dict[str, Any]:
+    """ "samples=32&fall=0.3" as numbers; ValueError for what is no setting of the detector that is a number."""
+    known: dict[str, Any] = {f.name: type(f.default) for f in fields(cls) if type(f.default) in (int, float)}
+    known |= {f.name: _NUMBERS[f.name] for f in fields(cls) if f.name in _NUMBERS}
+    options: dict[str, Any] = {}
+    for option in text.split("&"):
+        key, _, value = option.partition("=")
+        if key not in known:
+            raise ValueError(f"detector: got the setting {key!r}, expected one of {', '.join(sorted(known))}")
+        try:
+            options[key] = known[key](value)
+        except ValueError:
+            raise ValueError(f"detector: got {option!r}, expected a number") from None
+    return options
 
 
 def _class(path: str) -> Any:

@@ -18,6 +18,7 @@ from prefixloss.detect.base import FirstError
 from prefixloss.detect.choose import by_name
 from prefixloss.detect.cost import spent
 from prefixloss.detect.models import endpoint, rollouts
+from prefixloss.detect.models.prm import PRM
 from prefixloss.detect.models.rollouts import OwnRollouts, Rollouts, ServedRollouts, kept, sampler_of, says
 from prefixloss.detect.models.search import Counts, Prefix, prefix_of, search
 
@@ -255,6 +256,23 @@ def test_names_and_pickles(name: str) -> None:
             by_name(wrong)
     assert pickle.loads(pickle.dumps(Rollouts("m", samples=4))) == Rollouts("m", samples=4)
     assert Rollouts(name + "/missing").detect(PROBLEM, WRONG, "2").reason.startswith("failed: ")
+
+
+def test_settings_may_stand_behind_a_name() -> None:
+    assert by_name("rollouts:m?samples=4&budget=16&fall=0.3") == Rollouts("m", samples=4, budget=16, fall=0.3)
+    served_ = by_name("rollouts:m@http://h/v1?samples=4&max_tokens=9&temperature=0.5")
+    assert served_ == ServedRollouts("http://h/v1", "m", samples=4, max_tokens=9, temperature=0.5)
+    vote = by_name("vote(maths,prm:a/b?threshold=0.5&max_tokens=7)")
+    assert vote.detectors[1] == PRM("a/b", threshold=0.5, max_tokens=7)
+    assert by_name("prm:http://h?key=1/x").url == "http://h?key=1/x"  # part of the address
+    for wrong, reason in (
+        ("samplse=4", "got the setting 'samplse'"),
+        ("samples=x", "got 'samples=x', expected a number"),
+        ("samples=0", "samples: got 0"),
+        ("model=x", "got the setting 'model'"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            by_name(f"rollouts:m?{wrong}")
 
 
 # ---- behind a server
