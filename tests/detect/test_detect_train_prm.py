@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from prefixloss import cli
 from prefixloss.detect.base import Detector, FirstError
 from prefixloss.detect.choose import by_name
+from prefixloss.detect.evaluate import Scores
 from prefixloss.detect.models import train_prm
+from prefixloss.detect.models.batches import first_below
 from prefixloss.detect.models.prm import PRM
 from prefixloss.detect.models.train_prm import Settings, _balance, _example, split
 from prefixloss.detect.records import Record
@@ -114,6 +116,18 @@ def test_steps_behind_the_first_wrong_one_have_no_label(base) -> None:
     assert _example(Record("p", ["x" * 100], None, -1, {}), model, tokens, QUICK) is None
     with pytest.raises(ValueError, match="got 0 wrong and 4 right steps"):
         _balance(examples[:1])
+
+
+def test_the_best_threshold_needs_no_f1_and_is_the_one_in_the_middle() -> None:
+    """Two responses with rewards 0.4 and 0.7 at their wrong first steps: all thresholds from 0.75 on find both, none
+    below 0.45 finds any. With a right response of 0.72 besides, only those up to 0.7 leave it alone."""
+
+    def by_threshold(labels, rewards):
+        return {t: Scores(labels, [first_below([r], t) for r in rewards], 1, 0.0) for t in train_prm.THRESHOLDS}
+
+    assert train_prm.best_threshold(by_threshold([0, 0], [0.4, 0.7])) == 0.75
+    assert by_threshold([0, 0], [0.4, 0.7])[0.75].f1 is None
+    assert train_prm.best_threshold(by_threshold([0, 0, -1], [0.4, 0.7, 0.72])) == 0.5
 
 
 def test_no_problem_is_in_both_parts() -> None:

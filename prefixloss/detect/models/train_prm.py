@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,8 +68,7 @@ class Example(NamedTuple):
 
 class Trained(NamedTuple):
     """What came of it, on the problems that were held out. left_out: responses longer than the model takes.
-    loss: for each epoch. best: the epoch that was kept, from 0. threshold: the one of `by_threshold` with the best
-    F1."""
+    loss: for each epoch. best: the epoch that was kept, from 0. threshold: the best one of `by_threshold`."""
 
     training: int
     left_out: int
@@ -122,11 +121,22 @@ def train_prm(
             best, kept = epoch, {name: value.detach().clone() for name, value in model.state_dict().items()}
     model.load_state_dict(kept)
     by_threshold = _scores(model, held_out, settings.batch_size)
-    threshold = max(by_threshold, key=lambda t: (by_threshold[t].f1 or 0.0, t))
+    threshold = best_threshold(by_threshold)
     model.config.prefixloss_threshold = threshold
     trained = Trained(len(training), len(records) - sum(map(len, made)), losses, best, threshold, by_threshold)
     write_whole_directory(out, lambda folder: _save(folder, model, tokenizer, trained))
     return trained
+
+
+def best_threshold(by_threshold: Mapping[float, Scores]) -> float:
+    """The one with the best F1, or with the most exact verdicts where all responses are of one kind and there is no
+    F1; of equally good ones that nearest to 1/2."""
+
+    def worth(threshold: float) -> tuple[float, float]:
+        scores = by_threshold[threshold]
+        return scores.share("exact") if scores.f1 is None else scores.f1, -abs(threshold - 0.5)
+
+    return max(by_threshold, key=worth)
 
 
 def _base(name: str, settings: Settings) -> tuple[Any, Any]:
