@@ -23,13 +23,7 @@ from transformers.utils import logging
 from prefixloss.integrations.models.heads import LogitMap, refuse_quantised
 from prefixloss.rl import UsageError
 from prefixloss.rl.rollouts import Sampled
-from prefixloss.steps import decode, token_boundaries
-
-INSTRUCTION = """Solve the problem in numbered steps. Start each step with "Step 1:", "Step 2:" and so on, and leave a \
-blank line between steps. Write every calculation as an equality such as 3*4=12. End with the answer in \\boxed{{}}.
-
-Problem: {question}
-"""
+from prefixloss.steps import INSTRUCTION, decode, token_boundaries
 
 
 class Policy:
@@ -40,6 +34,7 @@ class Policy:
 
     def __init__(self, model: Any, tokenizer: Any, instruction: str = "{question}\n") -> None:
         self.model, self.tokenizer, self.instruction = model.eval(), tokenizer, instruction
+        model.config.prefixloss_instruction = instruction  # saved with it, for whoever has it go on
         self.decoder = model.get_decoder()
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         head = model.get_output_embeddings()

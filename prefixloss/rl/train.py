@@ -20,6 +20,7 @@ from prefixloss import (
     linear_prefix_loss,
 )
 from prefixloss.detect.choose import by_name
+from prefixloss.detect.models.rollouts import OwnRollouts, sampler_of
 from prefixloss.rl import run, task
 from prefixloss.rl.config import Config
 from prefixloss.rl.metrics import Learned, metrics_of
@@ -28,6 +29,8 @@ from prefixloss.rl.policy import Policy, token_at
 from prefixloss.rl.report import Report
 from prefixloss.rl.rollouts import Checked, Sampled
 from prefixloss.steps import split
+
+ROUNDS = 16  # of a search by rollouts: enough for any number of steps
 
 Judge = Callable[[Config, Policy, list[task.Problem], Sampled], Checked]
 Credit = Tensor | TokenAdvantages
@@ -61,7 +64,7 @@ def find(
     pairs = list(zip(problems, sampled.texts, strict=True))
     finished = sampled.finished.tolist()
     wrong = [i for i, right in enumerate(correct) if finished[i] and not right]
-    found = dict(zip(wrong, first_wrong_steps(config, [pairs[i] for i in wrong]), strict=True))
+    found = dict(zip(wrong, first_wrong_steps(config, policy, [pairs[i] for i in wrong]), strict=True))
     rows: list[tuple[int, int, int]] = []
     for i, right in enumerate(correct):
         if right:
@@ -76,12 +79,12 @@ def find(
     return Checked(torch.tensor(correct, device=policy.device), first_error, right_steps, total_steps, reasons)
 
 
-def first_wrong_steps(config: Config, pairs: list[tuple[task.Problem, str]]) -> list[task.Steps]:
+def first_wrong_steps(config: Config, policy: Policy, pairs: list[tuple[task.Problem, str]]) -> list[task.Steps]:
     """By the detector, or by the built-in check."""
     if config.detector is None:
         return [task.check_steps(problem, text) for problem, text in pairs]
     spans = [split(text, config.steps) for _, text in pairs]  # type: ignore[arg-type]
-    found = by_name(config.detector).detect_batch(
+    found = by_name(config.detector, rollouts=own_rollouts(config, policy)).detect_batch(
         [problem.question for problem, _ in pairs],
         [[span.of(text) for span in cut] for cut, (_, text) in zip(spans, pairs, strict=True)],
         [problem.answer for problem, _ in pairs],
@@ -92,6 +95,13 @@ def first_wrong_steps(config: Config, pairs: list[tuple[task.Problem, str]]) -> 
         else task.Steps(step, cut[step].start, step, len(cut), reason)
         for cut, (step, reason, _) in zip(spans, (f.at_least(config.threshold) for f in found), strict=True)
     ]
+
+
+def own_rollouts(config: Config, policy: Policy) -> OwnRollouts:
+    """The policy goes on from its own prefixes."""
+    size = config.prompts * config.group
+    sampler = sampler_of(policy.model, policy.tokenizer, policy.instruction, config.max_tokens, 1.0, size, config.seed)
+    return OwnRollouts(sampler, samples=config.rollouts, budget=ROUNDS * config.rollouts)
 
 
 def judge(config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled) -> Checked:
