@@ -28,6 +28,7 @@ _ORDERS: dict[str, Callable[[Rational, Rational], bool]] = {
     "\\ne": operator.ne,
 }
 _APPLIED = words("half third quarter twice double triple root square cube reciprocal negative remainder average mean")
+_WHOLE = words("value sum difference product quotient result total")  # "the sum of 3 + 4" is what 3 + 4 is
 _CLAIMING = words(
     "so then thus therefore hence and or that since because have get is are be gives give us yields leaves produces "
     "find obtain conclude equation means implies becomes"
@@ -83,12 +84,23 @@ def readings(left: Run, right: Run) -> Iterator[tuple[Expression, Expression]]:
     common = len(sizes) > 1 and len(kinds[0] | kinds[1]) == 1 and all(kinds)
     if not (common and left.places is not None and right.places is not None):
         yield left.expression, right.expression
+    taken = _taken_off(left.expression)
+    if taken:
+        yield taken, right.expression
     for percent_left, percent_right in ((False, True), (True, False), (False, False)):
         readings = _percent(left.expression, percent_left), _percent(right.expression, percent_right)
         if readings != (left.expression, right.expression):
             yield readings
     if common:
         yield left.converted, right.converted
+
+
+def _taken_off(expression: Expression) -> Expression | None:
+    """What "50 - 20%" is where the percentage is a share of what stands before it."""
+    *whole, share, percent, sign = expression if len(expression) > 3 else (0, "", "", "")
+    if percent != "%" or sign not in ("+", "-"):
+        return None
+    return (*whole, *whole, share, "%", "*", sign)
 
 
 def _percent(expression: Expression, keep: bool) -> Expression:
@@ -100,8 +112,8 @@ def describes(lead: Sequence[str], left: Run, right: Run) -> bool:
 
     lead: the words before it.
     """
-    if _APPLIED.intersection(lead[-2:]):
-        return True  # "the square root of 16 + 9 is 5"
+    if _APPLIED.intersection(lead[-2:]) or (lead[-1:] == ("of",) and not _WHOLE.intersection(lead[-2:])):
+        return True  # "the square root of 16 + 9 is 5", "the last digit of 2^4 is 6"
     calculates = not is_number(right.expression)
     if _is_share(left) and not _is_share(right) and (right.worded or calculates):
         return True  # "2/5 is equal to 12 hectares"

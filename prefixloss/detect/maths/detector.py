@@ -29,7 +29,7 @@ from prefixloss.detect.maths.expressions import (
 )
 from prefixloss.detect.maths.lexemes import declared
 from prefixloss.detect.maths.names import Names, gaps
-from prefixloss.detect.maths.reader import Chain, Reading, Run, read
+from prefixloss.detect.maths.reader import SUPPOSING, Chain, Reading, Run, read
 from prefixloss.detect.maths.task import Task, parts
 from prefixloss.detect.maths.text import MAX_TEXT, UnreadableError, words
 
@@ -120,6 +120,8 @@ class _Response:
         for chain in reading.chains:
             self._origin(chain)
             self._chain(chain)
+        if not reading.ends:
+            self.last = None
         if self.task.expression:
             self._copies(reading, before)
         self._answer(text, reading)
@@ -135,6 +137,9 @@ class _Response:
             chain = chain._replace(runs=[self.last, *chain.runs], relations=[chain.opening, *chain.relations])
         runs = chain.runs
         self.last = runs[-1]
+        if SUPPOSING.intersection(chain.lead) and len(runs) > 1:  # "suppose 2 + 2 = 5"
+            self._unsure("a claim that is only supposed or mentioned")
+            return
         mentioned = chain.supposed or chain.tail in _MENTIONED_BEFORE or _MENTIONED_BEHIND.intersection(chain.lead[-1:])
         if len(runs) > 1 and (chain.tail == "?" or (mentioned and any(run.names for run in runs))):
             self._unsure("a claim that is only supposed or mentioned")
