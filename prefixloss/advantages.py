@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from prefixloss import check
+from prefixloss.inputs.layout import Layout
 from prefixloss.inputs.token_advantages import TokenAdvantages
 
-__all__ = ["TokenAdvantages", "cliff", "grpo", "mixed", "neutral_prefix", "rts", "vppo"]
+__all__ = ["TokenAdvantages", "cliff", "from_first_error", "grpo", "mixed", "neutral_prefix", "rts", "vppo"]
 
 # of float64, in which means are taken
 _EPS = torch.finfo(torch.float64).eps
@@ -291,6 +292,36 @@ def mixed(
     rounding = weight * _rounding(mean_step_scores) + (1 - weight) * _rounding(rewards)
     values = weight * mean_step_scores.double() + (1 - weight) * rewards.double()
     return _Groups(group_ids, judged).standardised(values, rounding, std)
+
+
+def from_first_error(
+    first_error: Tensor, like: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Weights of a distillation that begins where a response goes wrong: float32, shaped like `like`.
+
+    1 from the first token of the first wrong step on, 0 before it, in responses without one, and outside the mask. The
+    policy loss keeps or rewards the good prefix and says that what follows is wrong; a teacher says what to do instead:
+
+        adv = advantages.vppo(correct, lengths, first_error, group_ids, shorten=2)
+        policy = linear_prefix_loss(hidden, lm_head, tokens, adv, mask=mask)
+        weights = advantages.from_first_error(first_error, tokens, mask)
+        teacher = linear_distill_loss(
+            hidden, lm_head, mask=mask, weights=weights,
+            teacher_hidden=teacher_hidden, teacher_lm_head_weight=teacher_lm_head,
+        )
+        (policy.loss + 0.1 * teacher.loss).backward()
+
+    like: any tensor shaped like the tokens, [B, T], or [N] with `cu_seqlens` [B + 1].
+    """
+    check.dense("like", like, "a tensor shaped like the tokens")
+    check.rows("like", like)
+    layout = Layout.of(like.shape, like.device, mask, cu_seqlens)
+    check.tensor("first_error", first_error, "integer")
+    check.shape("first_error", first_error, (layout.responses("first_error"),), "[B]")
+    check.device("first_error", first_error, like.device)
+    check.responses(lengths=layout.lengths("first_error"), first_error=first_error.long())
+    begins = first_error[layout.response_of_token("first_error")]
+    return (layout.scored & (begins >= 0) & (layout.rank() >= begins)).float().reshape(like.shape)
 
 
 # ---- by name, for command lines, registries and trainers ---------------------------------------------------------

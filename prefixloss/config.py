@@ -86,6 +86,11 @@ def _value(word: str) -> Any:
     return word
 
 
+def _or_auto(rule: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], bool], str]:
+    accepts, wants = rule
+    return lambda v: (isinstance(v, str) and v == "auto") or accepts(v), f"'auto' or {wants}"
+
+
 _any_number = (check.is_number, "a finite number, in float32's range")
 _flag = (lambda v: isinstance(v, bool), "True or False")
 
@@ -113,6 +118,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "logit_scale": _number(0, above=True),
     "stats": _one_of(get_args(Stats)),
     "row_tolerance": _number(0),
+    "gradient_tolerance": _or_auto(_number(0)),
+    "head_gradient_tolerance": _or_auto(_number(0)),
     "chunk_tokens": _or_none(_positive_int()),
 }
 
@@ -158,12 +165,17 @@ class LossConfig:
             every token in the mask.
         row_tolerance: 0 is exact. Above 0, tokens whose logit gradient is surely at most this times the largest one
             (in L1 norm, by bounds on both) leave the backward.
+        gradient_tolerance, head_gradient_tolerance: 0 is exact. Above 0, the smallest entries of a token's logit
+            gradient leave the product for the gradient of the hidden states, or those for the head and its bias: in
+            Euclidean norm at most this times the root mean square of the norms of its chunk's rows. "auto" is a quarter
+            of what rounding to the gradient's dtype costs. Meaning and price: `prefixloss.backends.torch.entries`. Only
+            backend="torch" leaves anything out, from hidden states; metrics["gradient_left_out"] says how much.
         chunk_tokens: tokens per chunk; None: by a memory budget (`prefixloss.backends.memory`). A number is also a
             promise: a token's log-prob, entropy, KL and gradient (of its hidden state or logits) then have the same
             bits alone, at any place in any batch and under any mask, given the same weight in the loss (`normalizer`).
             For that every product has this many rows, rounded up to 16, however few tokens there are: the cost of a
             call is that of whole chunks. The head's gradient is a sum over tokens: the same from run to run, not more.
-            Left out: `row_tolerance`, which looks at all tokens, `tp_group`, and `backend="torch"` on a GPU. For
+            Left out: the tolerances, which look at other tokens, `tp_group`, and `backend="torch"` on a GPU. For
             kernels on a GPU it holds where the vendor's library sums all rows of a product alike.
     """
 
@@ -190,6 +202,8 @@ class LossConfig:
     logit_scale: float = 1.0
     stats: Stats = "learning"
     row_tolerance: float = 0.0
+    gradient_tolerance: float | Literal["auto"] = 0.0
+    head_gradient_tolerance: float | Literal["auto"] = 0.0
     chunk_tokens: int | None = None
 
     @property

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prefixloss import check, door
+from prefixloss.backends.problem import HeadLoss, LogitLoss
 from prefixloss.config import LossConfig
-from prefixloss.inputs.batch import Batch, TokenInputs, TokenValues
+from prefixloss.inputs.batch import TokenInputs, TokenValues
 from prefixloss.inputs.token_advantages import TokenAdvantages
 from prefixloss.maths.metrics import metrics
 
@@ -123,9 +124,9 @@ def linear_prefix_loss(
     with _as_given(hidden):
         if replay is not None:
             kept = door.kept_loss(given, reference, inputs, config, replay, plain=backend == "reference")
-            return _output(chosen.logit_loss(kept), kept.batch, config, tokens.shape)
+            return _output(chosen.logit_loss(kept), kept, tokens.shape)
         asked = door.head_loss(given, reference, inputs, config, tp_group, vocab_size, max_learning_tokens)
-        return _output(chosen.head_loss(asked), asked.batch, config, tokens.shape)
+        return _output(chosen.head_loss(asked), asked, tokens.shape)
 
 
 def prefix_loss(
@@ -173,7 +174,7 @@ def prefix_loss(
     else:
         asked = door.logit_loss(logits, ref_logits, inputs, config, inplace, tp_group, vocab_size)
     with _as_given(logits):
-        return _output(chosen.logit_loss(asked), asked.batch, config, tokens.shape)
+        return _output(chosen.logit_loss(asked), asked, tokens.shape)
 
 
 def linear_logps(
@@ -192,13 +193,16 @@ def linear_logps(
     max_scored_tokens: int | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
+    gradient_tolerance: float | Literal["auto"] = 0.0,
+    head_gradient_tolerance: float | Literal["auto"] = 0.0,
 ) -> LogpOutput:
     """Log-probs (and entropies) of `tokens`, differentiable, for trainers that keep their own loss.
 
     hidden: [B, T, D] or [N, D]; lm_head_weight: [V, D]; tokens, mask: [B, T] or [N]. Results are float32 (float64 for
     float64 input), 0 outside the mask. The backward skips every token whose incoming gradients are exactly 0.
     max_scored_tokens: an upper bound on the tokens in the mask, with which nothing waits for the device (and the
-    backward skips none of them; a bound that is too low makes everything NaN). chunk_tokens as in `LossConfig`.
+    backward skips none of them; a bound that is too low makes everything NaN). chunk_tokens and the tolerances as in
+    `LossConfig`.
     tp_group, vocab_size and errors as in `linear_prefix_loss`.
     """
     given = (hidden, lm_head_weight, lm_head_bias)
@@ -210,6 +214,8 @@ def linear_logps(
         logit_scale=logit_scale,
         entropy_coef=1.0 if entropy else 0.0,
         chunk_tokens=chunk_tokens,
+        gradient_tolerance=gradient_tolerance,
+        head_gradient_tolerance=head_gradient_tolerance,
     )
     chosen = door.backend(backend, tokens, given, config, tp_group)
     asked = door.head_statistics(given, tokens, mask, config, tp_group, vocab_size, max_scored_tokens)
@@ -223,13 +229,13 @@ def _as_given(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _output(result: tuple[Tensor, TokenValues], batch: Batch, config: LossConfig, shape: torch.Size) -> LossOutput:
-    total, values = result
+def _output(result: tuple[Tensor, TokenValues], asked: HeadLoss | LogitLoss, shape: torch.Size) -> LossOutput:
+    (total, values), batch, config = result, asked.batch, asked.config
     return LossOutput(
         loss=total.reshape(shape) if config.reduction == "none" else total,
         logps=values.logp.reshape(shape),
         entropy=values.entropy.reshape(shape),
         kl=values.kl.reshape(shape),
         learning=batch.learning.reshape(shape).clone(),  # it may be the caller's mask
-        metrics=metrics(config, batch, values, total.detach()),
+        metrics={**metrics(config, batch, values, total.detach()), "gradient_left_out": asked.left_out},
     )

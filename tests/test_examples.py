@@ -21,8 +21,14 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def test_every_example_is_here() -> None:
-    known = {"find_errors.py", "fsdp2.py", "loop.py", "tour.ipynb", "transformers_lora.py", "trl_vppo.py"}
+    known = {"distill.py", "find_errors.py", "fsdp2.py", "loop.py", "tour.ipynb", "transformers_lora.py", "trl_vppo.py"}
     assert {path.name for path in EXAMPLES.iterdir() if path.name != "__pycache__"} == known
+
+
+def test_distill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("distill.py", monkeypatch, "--steps", "12")
+    divergence = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines()]
+    assert divergence[-1] < 0.6 * divergence[0]
 
 
 def test_find_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
