@@ -64,6 +64,8 @@ def linear_prefix_loss(
     max_learning_tokens: int | None = None,
     vocab_size: int | None = None,
     cp_group: Any = None,
+    kept_ids: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
 ) -> LossOutput:
     """The policy loss from hidden states and an LM head, without ever holding [N, V].
 
@@ -95,6 +97,10 @@ def linear_prefix_loss(
             loss is its share: the shares, and their gradients, add up to the whole. Metrics are of the part alone.
         backend: "auto" | "triton" | "torch" | "reference" (`prefixloss.backends.reference` is the plainest form).
             "auto" takes the Triton kernels on CUDA, ROCm and XPU, plain torch elsewhere and for float64.
+        kept_ids, kept_offsets: for a sampler that drew from a part of the vocabulary (top-k, top-p): int64 [.., K] like
+            `tokens` with one axis more (-1: unused), or packed [M] with offsets int64 [N + 1]. All log-probs,
+            entropies, KLs and gradients are then those of the softmax over the kept ids, and only their columns of the
+            head are computed. Not with tp_group.
         max_learning_tokens: an upper bound on the learning tokens (on all scored ones with stats="scored" or
             ratio_level="sequence"). With it nothing waits for the device, so that a CUDA graph can hold the call; a
             bound that is too low makes the loss NaN there.
@@ -114,8 +120,12 @@ def linear_prefix_loss(
         tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer, cp_group
     )
     reference = (ref_hidden, ref_lm_head_weight, ref_lm_head_bias)
-    asked = door.head_loss(given, reference, inputs, config, tp_group, vocab_size, max_learning_tokens)
+    replay = door.replay_of(kept_ids, kept_offsets, tp_group, vocab_size)
     with _as_given(hidden):
+        if replay is not None:
+            kept = door.kept_loss(given, reference, inputs, config, replay, plain=backend == "reference")
+            return _output(chosen.logit_loss(kept), kept, tokens.shape)
+        asked = door.head_loss(given, reference, inputs, config, tp_group, vocab_size, max_learning_tokens)
         return _output(chosen.head_loss(asked), asked, tokens.shape)
 
 
@@ -138,6 +148,8 @@ def prefix_loss(
     backend: str = "auto",
     vocab_size: int | None = None,
     cp_group: Any = None,
+    kept_ids: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
 ) -> LossOutput:
     """The policy loss from logits [B, T, V] or [N, V]; everything else as in `linear_prefix_loss`.
 
@@ -156,7 +168,11 @@ def prefix_loss(
     inputs = TokenInputs(
         tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer, cp_group
     )
-    asked = door.logit_loss(logits, ref_logits, inputs, config, inplace, tp_group, vocab_size)
+    replay = door.replay_of(kept_ids, kept_offsets, tp_group, vocab_size, inplace)
+    if replay is not None:
+        asked = door.kept_logit_loss(logits, ref_logits, inputs, config, replay)
+    else:
+        asked = door.logit_loss(logits, ref_logits, inputs, config, inplace, tp_group, vocab_size)
     with _as_given(logits):
         return _output(chosen.logit_loss(asked), asked, tokens.shape)
 

@@ -18,7 +18,7 @@ from prefixloss.inputs.batch import Batch, TokenValues
 
 def head_loss(asked: HeadLoss) -> tuple[Tensor, TokenValues]:
     """See `prefixloss.backends.problem.Backend`."""
-    if two_stages.needed_by(asked.config):
+    if two_stages.needed_by(asked.config, asked.batch):
         return two_stages.loss(lambda wanted: head_statistics(asked.statistics(wanted)), asked.batch, asked.config)
     total, values, left_out = _fused(asked.head, asked.reference, asked.batch, asked.config)
     asked.left_out.copy_(left_out)
@@ -36,7 +36,7 @@ def logit_loss(asked: LogitLoss) -> tuple[Tensor, TokenValues]:
     """See `prefixloss.backends.problem.Backend`. Of inplace=True no use is made."""
     batch, config, tensors = asked.batch, asked.config, (by_rows(asked.logits),)
     reference = None if asked.reference is None else (by_rows(asked.reference),)
-    if asked.gradient_later or two_stages.needed_by(config):
+    if asked.gradient_later or two_stages.needed_by(config, batch):
         return two_stages.loss(
             lambda wanted: _statistics(tensors, reference, batch.tokens, wanted, config), batch, config
         )

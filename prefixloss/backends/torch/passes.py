@@ -87,7 +87,7 @@ def fused_pass(
             probs = policy.room(rows, learning)
             stats = source.columns.stats(scores, batch.tokens[rows], probs, ref_scores)
             given = batch.given.at(rows)
-            terms = token_terms(config, given, stats.logp, stats.entropy, stats.kl)
+            terms = token_terms(config, given, stats.logp, stats.entropy, stats.kl, derivatives=learning and any(grads))
             values.put(rows, TokenValues(terms.loss, stats.logp, stats.entropy, terms.kl, terms.ratio))
             if learning and any(grads):
                 coefficients = _coefficients(terms, batch.weights[rows])
@@ -159,8 +159,8 @@ def _scores(source: Source, policy: Rows, rows: Tensor) -> tuple[Tensor, Tensor 
 
 
 def _coefficients(terms: Terms, weights: Tensor) -> Coefficients:
-    def weighted(value: Tensor | float) -> Tensor | None:
-        return None if isinstance(value, float) and value == 0 else value * weights
+    def weighted(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value * weights
 
     return Coefficients(terms.d_logp * weights, weighted(terms.d_entropy), weighted(terms.d_kl))
 

@@ -29,7 +29,7 @@ def device_transform(config: LossConfig) -> LogitScaling:
 
 def objective_of(config: LossConfig, off_policy: bool) -> tuple[ObjectiveKind, Options]:
     kind = ObjectiveKind(
-        policy=config.objective,
+        policy=config.objective if isinstance(config.objective, str) else "",
         off_policy=off_policy,
         ratio_cap=config.ratio_cap is not None,
         dual_clip=config.dual_clip is not None,
@@ -66,12 +66,12 @@ def problem_of(
     **work: Any,
 ) -> Problem:
     kind, options = objective_of(config, off_policy)
-    ref = ref if config.kl == "full" else None
+    ref = ref if config.exact_kl else None
     dtypes = (logits.dtype, grads) if ref is None else (logits.dtype, ref.dtype, grads)
     vector = launch.vector_of(*dtypes)
     strides = [stride for x in (logits, ref) if x is not None for stride in x.stride()[:-1]]
     aligned = all(stride % vector == 0 for stride in strides)
-    penalty = config.entropy_coef != 0 or (config.kl == "full" and config.penalises_kl)
+    penalty = config.entropy_coef != 0 or (config.exact_kl and config.penalises_kl)
     given: dict[str, Any] = {
         "aligned": aligned,
         "softcap": config.softcap is not None,

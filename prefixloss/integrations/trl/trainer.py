@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ from prefixloss.detect.base import Detector
 from prefixloss.detect.choose import by_name
 from prefixloss.integrations.models.heads import unwrapped
 from prefixloss.integrations.models.positions import position_ids, takes_positions
+from prefixloss.integrations.token_loss import ESTIMATORS
 from prefixloss.integrations.trl.logps import FusedLoss, LogProbs, add_fused_loss, check_version, scored_by
 from prefixloss.maths.objective import clipped
 from prefixloss.steps import SEGMENTERS, Segmenter, step_tokens
 
-Advantage = Literal["vppo", "cliff", "neutral", "grpo"]
+# those that need no more than outcomes and first errors; "grpo" is TRL's own, without a detector
+ADVANTAGES = (*ESTIMATORS, "grpo")
 Correct = float | str | Callable[[Tensor], Tensor]
 
 
@@ -45,9 +47,10 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         threshold: the detector's confidence, from 0 to 1, below which its find counts as none: such a response is wrong
             from its first token on. `first_error/found` counts what is left.
         segmenter: how a response is cut into steps, see `prefixloss.steps`.
-        advantage: "vppo"; "cliff"; "neutral" (TRL's advantages, 0 on good prefixes); "grpo" (TRL's, no detector).
+        advantage: "vppo"; "cliff"; "neutral_prefix" (TRL's advantages, 0 on good prefixes; "neutral" is taken as well);
+            "grpo" (TRL's, no detector).
         alpha, shorten: as in `advantages.vppo`, whose advantages like cliff's are not divided by a standard deviation:
-            TRL's `scale_rewards` counts for "neutral" and "grpo", and "batch" is refused with the others.
+            TRL's `scale_rewards` counts for "neutral_prefix" and "grpo", and "batch" is refused with the others.
         correct: which responses are right. A number: those whose weighted sum of rewards is above it. The name of a
             reward function: those to which it alone gives more than 0.5. A function: rewards [B, functions], NaN where
             one gave None, -> bool [B], or 1, 0 and NaN. None: the only reward function; with several an error asks
@@ -75,7 +78,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         detector: Detector | str | None = "auto",
         threshold: float = 0.0,
         segmenter: Segmenter = "markers",
-        advantage: Advantage = "vppo",
+        advantage: str = "vppo",
         alpha: float = 0.5,
         shorten: Literal["prompt"] | int | float = "prompt",
         correct: Correct | None = None,
@@ -88,7 +91,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         check_version()
         for name, value, known in (
             ("segmenter", segmenter, SEGMENTERS),
-            ("advantage", advantage, get_args(Advantage)),
+            ("advantage", advantages.ALIASES.get(advantage, advantage), ADVANTAGES),
         ):
             if value not in known:
                 raise ValueError(f"{name}: got {value!r}, expected {' | '.join(map(repr, known))}")
@@ -102,7 +105,8 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         else:
             self.detector = by_name(detector) if isinstance(detector, str) else detector
         super().__init__(*args, **kwargs)
-        if advantage in ("vppo", "cliff") and self.scale_rewards == "batch":
+        advantage = advantages.named("advantage", advantage, ADVANTAGES)
+        if advantage not in ("neutral_prefix", "grpo") and self.scale_rewards == "batch":
             raise ValueError(f'scale_rewards: got "batch", expected "group" or "none" for advantage="{advantage}"')
         self.threshold = threshold
         self.segmenter, self.advantage, self.alpha, self.shorten = segmenter, advantage, alpha, shorten
@@ -192,21 +196,20 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         mask, outcome = _loss_mask(batch), self._outcome
         here = self._local(len(mask))
         first_error = _scored_index(outcome.first_token, mask)
-        if self.advantage == "neutral":
+        if self.advantage == "neutral_prefix":
             by_token = advantages.neutral_prefix(batch["advantages"], outcome.correct[here], first_error)
         else:
             # a group may lie on several processes
             sizes = torch.stack([mask.sum(1), first_error, batch["prompt_mask"].sum(1)], 1)
             lengths, everywhere, prompt_lengths = self.accelerator.gather(sizes).unbind(1)
-            given = (outcome.correct, lengths, everywhere, self._groups(len(lengths)))
-            if self.advantage == "vppo":
-                options: Any = {"prompt_lengths": prompt_lengths, "alpha": self.alpha, "shorten": self.shorten}
-                by_token = advantages.vppo(*given, judged=outcome.judged, **options)
-            elif self.advantage == "cliff":
-                by_token = advantages.cliff(*given, judged=outcome.judged)
-            else:
-                raise ValueError(f"advantage: got {self.advantage!r}, expected {' | '.join(get_args(Advantage))}")
-            by_token = TokenAdvantages(*(x[here] for x in by_token))
+            options: Any = {"alpha": self.alpha, "shorten": self.shorten} if self.advantage == "vppo" else {}
+            known = advantages.Outcome(
+                outcome.correct, lengths, self._groups(len(lengths)), everywhere, prompt_lengths=prompt_lengths,
+                judged=outcome.judged,
+            )  # fmt: skip
+            everyone = advantages.assign(self.advantage, known, **options)
+            assert isinstance(everyone, TokenAdvantages)
+            by_token = TokenAdvantages(*(x[here] for x in everyone))
             suffix = torch.where(outcome.judged[here], by_token.suffix, batch["advantages"].to(by_token.suffix))
             by_token = by_token._replace(suffix=suffix)  # without a verdict there is no prefix
         return by_token.per_token(batch["completion_ids"], mask)
