@@ -1,8 +1,9 @@
 """An ordinary language model asked after each step whether it was right, by the probabilities of its next token.
 
 The score of a first wrong step follows Gadetsky et al. 2026, "Unsupervised Process Reward Models" (arXiv 2605.10158),
-by its abstract and by what others write of it: steps stand with marks behind them, "+" for right and "-" for wrong. With
-p+ and p- the model's next-token probabilities of the two, renormalised over both, step j is the first wrong one with
+by its abstract and by what others write of it: steps stand with marks behind them, "+" for right and "-" for wrong.
+With p+ and p- the model's next-token probabilities of the two, renormalised over both, step j is the first wrong one
+with
 
     log p-(j) + sum over t < j of log p+(t),        and none is wrong with the sum over all t of log p+(t).
 
