@@ -124,11 +124,11 @@ def linear_prefix_loss(
     if replay is None:
         asked = door.head_loss(given, reference, inputs, config, tp_group, vocab_size, max_learning_tokens)
         with _as_given(hidden):
-            return _output(chosen.head_loss(asked), asked.batch, config, tokens.shape)
+            return _output(chosen.head_loss(asked), asked, tokens.shape)
     check.tensor("hidden", hidden, "float")
     with _as_given(hidden):
         kept = door.kept_loss(given, reference, inputs, config, replay, plain=backend == "reference")
-        return _output(chosen.logit_loss(kept), kept.batch, config, tokens.shape)
+        return _output(chosen.logit_loss(kept), kept, tokens.shape)
 
 
 def prefix_loss(
