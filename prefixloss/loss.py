@@ -121,12 +121,14 @@ def linear_prefix_loss(
     )
     reference = (ref_hidden, ref_lm_head_weight, ref_lm_head_bias)
     replay = door.replay_of(kept_ids, kept_offsets, tp_group, vocab_size)
-    with _as_given(hidden):
-        if replay is not None:
-            kept = door.kept_loss(given, reference, inputs, config, replay, plain=backend == "reference")
-            return _output(chosen.logit_loss(kept), kept, tokens.shape)
+    if replay is None:
         asked = door.head_loss(given, reference, inputs, config, tp_group, vocab_size, max_learning_tokens)
-        return _output(chosen.head_loss(asked), asked, tokens.shape)
+        with _as_given(hidden):
+            return _output(chosen.head_loss(asked), asked, tokens.shape)
+    check.tensor("hidden", hidden, "float")
+    with _as_given(hidden):
+        kept = door.kept_loss(given, reference, inputs, config, replay, plain=backend == "reference")
+        return _output(chosen.logit_loss(kept), kept, tokens.shape)
 
 
 def prefix_loss(
