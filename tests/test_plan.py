@@ -14,21 +14,28 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"prefixloss": ROOT / "prefixloss", "prefixloss._kernels": ROOT / "csrc_triton"}
 
 # a room is a file or a folder with all in it that has no line of its own; each may use what stands beside it
-_TOKENS = "check config inputs"
-_FORMULAS = f"{_TOKENS} maths maths.divergence"
+_TABLES = "maths.corrections maths.kl maths.objectives maths.reductions maths.trial"
+_TOKENS = f"check config inputs {_TABLES}"
+_FORMULAS = f"{_TOKENS} maths maths.derivatives maths.divergence"
 _LOSS = f"{_FORMULAS} backends backends.torch backends.triton door loss distill parallel advantages prefixloss"
 ROOMS = {
     "_version": "",
     "_kernels": "",
     "check": "",
     "io": "check",
-    "config": "check",
+    "maths.derivatives": "",
+    "maths.corrections": "",
+    "maths.kl": "",
+    "maths.reductions": "",
+    "maths.objectives": "maths.derivatives",
+    "maths.trial": "check maths.derivatives maths.objectives",
+    "config": f"check {_TABLES}",
     "steps": "check",
     "maths.divergence": "",
     "inputs": "check config maths.divergence",
     "advantages": "check inputs",
     "parallel": _TOKENS,
-    "maths": _TOKENS,
+    "maths": f"{_TOKENS} maths.derivatives",
     "backends": _FORMULAS,
     "backends.torch": f"{_FORMULAS} backends",
     "backends.triton": f"{_FORMULAS} backends _kernels",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,7 +19,9 @@ from prefixloss.integrations.models.heads import unwrapped
 from prefixloss.integrations.models.positions import position_ids, takes_positions
 from prefixloss.integrations.token_loss import ESTIMATORS
 from prefixloss.integrations.trl.logps import FusedLoss, LogProbs, add_fused_loss, check_version, scored_by
+from prefixloss.maths import objectives
 from prefixloss.maths.objective import clipped
+from prefixloss.maths.objectives import View
 from prefixloss.steps import SEGMENTERS, Segmenter, step_tokens
 
 # those that need no more than outcomes and first errors; "grpo" is TRL's own, without a detector
@@ -59,7 +62,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             has no credit to split: it keeps TRL's advantage, and is no part of the baseline of the others.
         answer: the dataset's column with the right answer, for the detector; rows may lack it.
         fused_loss: make loss and gradient in one pass over the head (`linear_prefix_loss`), where TRL's `loss_type` is
-            grpo, bnpo, dr_grpo, dapo, luspo, cispo or sapo with token-level ratios. Same loss; every log-prob of
+            grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo or vespo. Same loss; every log-prob of
             this trainer then comes from prefixloss.
         stats: "scored" logs what TRL logs; "learning" saves the head's product for tokens without advantage, and logs
             entropy and clipping over the others.
@@ -248,8 +251,9 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             completions=inputs["completion_mask"],
             mask=mask,
             # a weight >= 0 of the policy term may as well weigh the advantage
-            advantages=advantage if correction is None else advantage * correction,
+            advantages=advantage if correction is None or self.loss_type == "vespo" else advantage * correction,
             old_logps=inputs.get("old_per_token_logps"),
+            sampler_logps=self._sampled(inputs, mask),
             ref_logps=inputs["ref_per_token_logps"] if self.beta else None,
             normalizer=self._normalizer(inputs, mask, accumulated, mode),
             backend=self.backend,
@@ -272,12 +276,23 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulated
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
         computed = mask if self.stats == "scored" or self.beta else mask * (request.advantages != 0)
-        self._log_loss(mode, inputs, logps.detach(), entropies, advantage, computed)
+        self._log_loss(mode, inputs, logps.detach(), entropies, computed)
         return loss
+
+    def _sampled(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | None:
+        """What `_LikeTRL` has to know of the sampler, [B, T]."""
+        if self.loss_type == "vespo" and "importance_sampling_ratio" in inputs:
+            log_weight = inputs["importance_sampling_ratio"].log().clamp(math.log(1e-8), 20.0)
+            return log_weight.sum(-1, keepdim=True).expand(mask.shape)
+        if self.off_policy_mask_threshold is None:
+            return None
+        sampled = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
+        # no log-prob is above 0: a token that vLLM could not score
+        return None if sampled is None else torch.where(sampled.isnan(), 1.0, sampled)
 
     def _normalizer(self, inputs: dict[str, Any], mask: Tensor, accumulated: float, mode: str) -> Tensor | float:
         """What TRL divides the summed loss by, micro-batches included."""
-        if self.loss_type in ("dapo", "cispo"):
+        if self.loss_type in ("dapo", "cispo", "vespo"):
             # the generation batch's tokens, as a share for each process and each of its optimiser steps
             share = accumulated / self.args.steps_per_generation if mode == "train" else 1.0
             return inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes * share
@@ -287,20 +302,26 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         return len(mask) * tokens * accumulated
 
     @torch.no_grad()
-    def _log_loss(
-        self, mode: str, inputs: dict[str, Any], logps: Tensor, entropies: Tensor, advantage: Tensor, mask: Tensor
-    ) -> None:
+    def _log_loss(self, mode: str, inputs: dict[str, Any], logps: Tensor, entropies: Tensor, mask: Tensor) -> None:
         """The metrics that TRL's own loss logs, over the tokens in `mask`."""
         old, metrics = inputs.get("old_per_token_logps"), self._metrics[mode]
         ratio = torch.ones_like(logps) if old is None else torch.exp(logps - old)
+        if self.importance_sampling_level == "sequence":
+            # one number a response, whose means are then over responses
+            scored = _loss_mask(inputs)
+            ratio = torch.exp((ratio.log() * scored).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1))
 
         def mean(x: Tensor) -> float:
+            if x.shape[1] == 1:
+                total, count = self.accelerator.reduce(torch.stack([x.sum(), x.new_tensor(len(x))]), reduction="sum")
+                return (total / count.clamp(min=1)).item()
             total, count = self.accelerator.reduce(torch.stack([(x * mask).sum(), mask.sum().float()]), reduction="sum")
             return (total / count.clamp(min=1)).item()
 
         def extreme(x: Tensor, largest: bool) -> float:
             """Of the responses' means; those without a token have none."""
-            means = self.accelerator.gather((x * mask).sum(1) / mask.sum(1))
+            means = x.squeeze(1) if x.shape[1] == 1 else (x * mask).sum(1) / mask.sum(1)
+            means = self.accelerator.gather(means)
             means = means[~means.isnan()]
             return (means.max() if largest else means.min()).item() if len(means) else float("nan")
 
@@ -309,9 +330,21 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             kl = torch.expm1(difference) - difference
             metrics["kl"].append(mean(kl * ratio if self.args.use_bias_correction_kl else kl))
         metrics["entropy"].append(mean(entropies))
-        low, high = clipped(self._fused_config, advantage, ratio)
+        # TRL names the clip of all these losses alike
+        named = "cispo" if self.loss_type == "cispo" else "clip"
+        advantage = inputs["advantages"]
+        advantage = advantage if advantage.dim() == 2 else advantage[:, None]
+        capped = ratio if self.args.delta is None else ratio.clamp(max=self.args.delta)
+        low, high = clipped(replace(self._fused_config, objective=named), advantage, capped)
         if self.loss_type == "cispo":
             metrics["cispo_clip_ratio"].append(mean(high.float()))
+        elif self.loss_type == "vespo":
+            log_ratio = torch.zeros_like(logps) if old is None else logps - old
+            phi = self.get_gamma_weights(
+                advantage, log_ratio, _loss_mask(inputs), inputs.get("importance_sampling_ratio"),
+                self.args.vespo_k_pos, self.args.vespo_lambda_pos, self.args.vespo_k_neg, self.args.vespo_lambda_neg,
+            )  # fmt: skip
+            metrics["vespo/phi_seq_mean"].append(mean(phi))
         elif self.loss_type != "sapo":
             for name, held in (("low", low), ("high", high), ("region", low | high)):
                 metrics[f"clip_ratio/{name}_mean"].append(mean(held.float()))
@@ -370,6 +403,7 @@ _REDUCTIONS: dict[str, Any] = {
     "dr_grpo": "token-mean",  # over its own normaliser
     "dapo": "token-mean",
     "cispo": "token-mean",
+    "vespo": "token-mean",
 }
 
 
@@ -382,27 +416,80 @@ def _loss_config(trainer: Any) -> LossConfig:
 
     if trainer.loss_type not in _REDUCTIONS:
         refuse("loss_type", trainer.loss_type, " | ".join(map(repr, _REDUCTIONS)))
-    if trainer.importance_sampling_level != "token":
-        refuse("importance_sampling_level", trainer.importance_sampling_level, "'token'")
-    if trainer.off_policy_mask_threshold is not None:
-        refuse("off_policy_mask_threshold", trainer.off_policy_mask_threshold, "None")
     if trainer.top_entropy_quantile < 1:
         refuse("top_entropy_quantile", trainer.top_entropy_quantile, "1.0")
     if trainer._entropy_bonus_enabled:
         refuse("entropy_coef", trainer.entropy_coef, "0")
-    if args.delta is not None and args.delta < 1 + trainer.epsilon_high:
-        refuse("delta", args.delta, "at least 1 + epsilon_high")
-    objective: Any = trainer.loss_type if trainer.loss_type in ("cispo", "sapo") else "clip"
+    objective: Any = trainer.loss_type if trainer.loss_type in ("cispo", "sapo", "vespo") else "clip"
     if objective == "cispo" and trainer.epsilon_high < 1:
         refuse("epsilon_high", trainer.epsilon_high, 'at least 1 (it is the cap on the ratio of "cispo", 5.0 is usual)')
+    delta_below = args.delta is not None and args.delta < 1 + trainer.epsilon_high
+    masked = trainer.off_policy_mask_threshold is not None
+    by_response = trainer.importance_sampling_level == "sequence"
+    corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
+    if masked and corrected and objective == "vespo":
+        refuse("off_policy_mask_threshold", trainer.off_policy_mask_threshold, "None for vespo with vLLM's correction")
+    # a KL times a response's ratio, with the gradient through the mean, is part of the function
+    own_kl = by_response and trainer.beta and args.use_bias_correction_kl
+    penalty = {} if own_kl or not trainer.beta else {"kl": "k3", "kl_coef": trainer.beta}
+    function = by_response or masked or objective == "vespo" or (delta_below and objective == "clip")
     return LossConfig(
-        objective=objective,
+        # what no objective of ours is, is a function
+        objective=_LikeTRL(trainer) if function else objective,
         clip_low=trainer.epsilon_low,
         clip_high=trainer.epsilon_high,
         ratio_cap=args.delta if objective == "clip" else None,
         sapo_tau=(args.sapo_temperature_pos, args.sapo_temperature_neg),
-        kl="k3" if trainer.beta else None,
-        kl_coef=trainer.beta,
-        kl_importance=bool(trainer.beta and args.use_bias_correction_kl),
+        kl_importance=bool(penalty and args.use_bias_correction_kl),
         reduction=_REDUCTIONS[trainer.loss_type],
+        **penalty,
     )
+
+
+class _LikeTRL:
+    """TRL's loss of each token where it has a ratio a response, an off-policy mask or a low cap on the ratio."""
+
+    def __init__(self, trainer: Any) -> None:
+        args = trainer.args
+        self.loss_type, self.by_response = trainer.loss_type, trainer.importance_sampling_level == "sequence"
+        self.low, self.high, self.delta = trainer.epsilon_low, trainer.epsilon_high, args.delta
+        self.tau = (args.sapo_temperature_pos, args.sapo_temperature_neg)
+        self.positive = (args.vespo_k_pos, args.vespo_lambda_pos)
+        self.other = (args.vespo_k_neg, args.vespo_lambda_neg)
+        self.most: float | None = trainer.off_policy_mask_threshold
+        self.kl_coef = trainer.beta if self.by_response and args.use_bias_correction_kl else 0.0
+
+    def __call__(self, logp: Tensor, given: View) -> Tensor:
+        loss = self._masked(logp, given, self._policy(logp, given))
+        if self.kl_coef == 0:
+            return loss
+        assert given.ref_logps is not None
+        d = given.ref_logps - logp
+        return loss + self.kl_coef * (torch.expm1(d) - d) * self._ratio(logp, given)
+
+    def _masked(self, logp: Tensor, given: View, loss: Tensor) -> Tensor:
+        if self.most is None:
+            return loss
+        # DeepSeek-V3.2: responses far from what sampled them are left out where A < 0; a missing log-prob says nothing
+        sampled = logp.detach() if given.sampler_logps is None else given.sampler_logps
+        far = torch.where(sampled > 0, 0.0, sampled - logp.detach())
+        return torch.where((given.advantages >= 0) | (given.response.mean(far) <= self.most), loss, 0.0)
+
+    def _ratio(self, logp: Tensor, given: View) -> Tensor:
+        """A response's has its gradient through the mean, unlike GSPO's token form."""
+        if not self.by_response:
+            return given.ratio
+        return torch.exp(given.response.mean(objectives.log_ratio(logp, given)))
+
+    def _policy(self, logp: Tensor, given: View) -> Tensor:
+        a, ratio = given.advantages, self._ratio(logp, given)
+        if self.loss_type == "vespo":
+            log_q = None if self.most is not None or given.sampler_logps is None else given.sampler_logps
+            return objectives.vespo(logp, given, vespo_positive=self.positive, vespo_other=self.other, log_weight=log_q)
+        if self.loss_type == "cispo":
+            return -ratio.detach().clamp(max=self.high) * a * logp
+        if self.loss_type == "sapo":
+            tau = torch.where(a > 0, a.new_full((), self.tau[0]), self.tau[1])
+            return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * a
+        capped = ratio if self.delta is None else ratio.clamp(max=self.delta)
+        return -torch.minimum(capped * a, ratio.clamp(1 - self.low, 1 + self.high) * a)
