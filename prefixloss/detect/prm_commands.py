@@ -90,7 +90,7 @@ def train(
 ) -> None:
     """Train a process reward model: cross-entropy at the steps' ends, right and wrong ones weighing the same. What is
     in --out then works as `--detector prm:DIR`, with the threshold that was best on the held-out problems."""
-    from prefixloss.detect.models.train_prm import Settings, train_prm  # noqa: PLC0415
+    from prefixloss.detect.train_prm import Settings, train_prm  # noqa: PLC0415
 
     if form not in LABELLED:
         raise fail(f"--format: got {form!r}, expected one with labels: {', '.join(LABELLED)}")

@@ -12,14 +12,14 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, LlamaCo
 from typer.testing import CliRunner
 
 from prefixloss import cli
+from prefixloss.detect import train_prm
 from prefixloss.detect.base import Detector, FirstError
 from prefixloss.detect.choose import by_name
 from prefixloss.detect.evaluate import Scores
-from prefixloss.detect.models import train_prm
 from prefixloss.detect.models.batches import first_below
 from prefixloss.detect.models.prm import PRM
-from prefixloss.detect.models.train_prm import Settings, _balance, _example, split
 from prefixloss.detect.records import Record
+from prefixloss.detect.train_prm import Settings, _balance, _example, split
 
 SEPARATOR = "<extra_0>"
 
