@@ -277,11 +277,6 @@ class LossConfig:
         return reductions.BY_NAME[self.reduction]
 
     @property
-    def per_response(self) -> bool:
-        """Whether it has to be known which response a token is of."""
-        return self.sequence_ratio or self.summed.per_response
-
-    @property
     def shows_every_scored(self) -> bool:
         """Whether the results are of every token in the mask, not of the learning ones alone."""
         return self.stats == "scored"
