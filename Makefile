@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types wheel bench bench-track slow clean
+.PHONY: demo test lint types wheel docs bench bench-track slow clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -34,6 +34,14 @@ wheel: .venv/ready
 	$(PYTHON) -m venv build/empty
 	build/empty/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	cd build && empty/bin/python -c "import prefixloss, prefixloss._kernels as k, prefixloss._bench as b; print('wheel:', prefixloss.__version__, k.__name__, b.__name__)"
+
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# the pages of docs/ as a site in build/docs; a broken link ends it
+docs: .venv/docs
+	$(BIN)/sphinx-build -W --keep-going -q docs build/docs
 
 .venv/bench: .venv/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -14,8 +14,9 @@ from prefixloss.detect.choose import EXPECTED
 from prefixloss.detect.records import FormatError
 from prefixloss.io.files import write_whole
 from prefixloss.io.visible import visible
+from prefixloss.maths.divergence import BY_NAME
 from prefixloss.rl import UsageError
-from prefixloss.rl.config import ADVANTAGES, GENERAL, Config
+from prefixloss.rl.config import ADVANTAGES, DISTIL_FROM, GENERAL, Config
 from prefixloss.rl.lock import is_empty
 from prefixloss.show import read_shown, to_html, to_terminal
 from prefixloss.steps import SEGMENTERS
@@ -32,6 +33,7 @@ try:
 
     from prefixloss._bench import commands as bench
     from prefixloss.detect import commands as detect
+    from prefixloss.detect import prm_commands as prm
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("prefixloss"):
         raise
@@ -48,6 +50,7 @@ app = typer.Typer(
 
 
 app.add_typer(detect.app, name="detect")
+app.add_typer(prm.app, name="prm")
 app.add_typer(bench.app, name="bench")
 
 
@@ -74,9 +77,23 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Run to go on with, with its own settings.")] = None,
     advantage: Annotated[str | None, option("advantage", f"One of {', '.join(ADVANTAGES)}.")] = None,
     detector: Annotated[
-        str | None, option("detector", f"Finds first wrong steps, instead of the built-in check: {EXPECTED}.")
+        str | None, option("detector", f"Finds first wrong steps, instead of the built-in check: rollouts, {EXPECTED}.")
+    ] = None,
+    rollouts: Annotated[
+        int | None, option("rollouts", "Continuations from each prefix, with --detector rollouts.")
+    ] = None,
+    threshold: Annotated[
+        float | None, option("threshold", "A detector's finds with less confidence count as none.")
     ] = None,
     steps: Annotated[str | None, option("steps", f"How a detector's steps are cut: {', '.join(SEGMENTERS)}.")] = None,
+    teacher: Annotated[
+        str | None, option("teacher", "Directory or hub name of a causal LM with the same tokenizer, to distil from.")
+    ] = None,
+    distill_from: Annotated[
+        str | None, option("distill_from", f"Which tokens the teacher is asked about: {', '.join(DISTIL_FROM)}.")
+    ] = None,
+    distill_coef: Annotated[float | None, option("distill_coef", "Weight of what the teacher says.")] = None,
+    divergence: Annotated[str | None, option("divergence", f"From the teacher: {', '.join(BY_NAME)}.")] = None,
     model: Annotated[
         str | None, option("model", "Directory or hub name of a causal LM, instead of a tiny one.")
     ] = None,

@@ -12,6 +12,7 @@ from prefixloss.backends.columns import Columns
 from prefixloss.backends.two_stages import Statistics
 from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Batch, TokenValues
+from prefixloss.inputs.distillation import Distillation, DistillBatch, Teacher
 
 
 class Head(NamedTuple):
@@ -27,7 +28,8 @@ class HeadStatistics:
     """Log-probs, entropies and, with a reference, exact KLs of the tokens in wanted, bool [N].
 
     tokens: int64 [N]. columns: which part of the vocabulary the heads are. most: an upper bound on the wanted tokens,
-    with which nothing may wait for the device.
+    with which nothing may wait for the device. left_out: 0-d, where a back-end writes which share of the gradient it
+    left out, if any, once the gradient is made.
     """
 
     head: Head
@@ -37,6 +39,7 @@ class HeadStatistics:
     config: LossConfig
     columns: Columns
     most: int | None
+    left_out: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,12 @@ class HeadLoss:
     config: LossConfig
     columns: Columns
     most: int | None
+    left_out: Tensor
 
     def statistics(self, wanted: Tensor) -> HeadStatistics:
         """What the loss is made of, if it is made in two stages."""
         return HeadStatistics(
-            self.head, self.reference, self.batch.tokens, wanted, self.config, self.columns, self.most
+            self.head, self.reference, self.batch.tokens, wanted, self.config, self.columns, self.most, self.left_out
         )
 
 
@@ -70,11 +74,33 @@ class LogitLoss:
     config: LossConfig
     columns: Columns
     inplace: bool
+    left_out: Tensor
 
     @property
     def gradient_later(self) -> bool:
         """float16 gradients are made once the incoming scale is known, or small ones would underflow before it."""
         return self.logits.dtype == torch.float16
+
+
+@dataclass(frozen=True)
+class Distil:
+    """The divergence of a student from a teacher: the reduced loss ([N] for "none"), differentiable, and the
+    divergences [N] of the learning tokens.
+
+    student: a head, or logits [N, V] alone. It is answered by `reference_distill.distillation` and by
+    `torch.distill.distillation`, on any device.
+    """
+
+    student: Head | tuple[Tensor]
+    teacher: Teacher
+    batch: DistillBatch
+    settings: Distillation
+    columns: Columns
+
+    @property
+    def gradient_later(self) -> bool:
+        """As in `LogitLoss`."""
+        return len(self.student) == 1 and self.student[0].dtype == torch.float16
 
 
 class Backend(Protocol):

@@ -24,6 +24,12 @@ class FirstError(NamedTuple):
     reason: str
     confidence: float
 
+    def at_least(self, threshold: float) -> FirstError:
+        """Itself; with less confidence than the threshold, a find is as good as none: it splits no credit."""
+        if self.step is None or self.confidence >= threshold:
+            return self
+        return FirstError(None, f"below the threshold: step {self.step + 1}, {self.reason}", 0.0)
+
 
 class OutOfTimeError(Exception):
     """A response took longer than the detector's limit."""

@@ -5,28 +5,26 @@ from __future__ import annotations
 import json
 import signal
 import threading
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
+from prefixloss.detect import tables
 from prefixloss.detect.base import Detector, FirstError
 from prefixloss.detect.choose import EXPECTED, by_name
-from prefixloss.detect.evaluate import KINDS, Scores, evaluate, kind_of
-from prefixloss.detect.records import FORMS, FormatError, Record, read_records
+from prefixloss.detect.evaluate import detected, evaluate, together
+from prefixloss.detect.records import FORMS, LABELLED, FormatError, Record, read_records
 from prefixloss.io.files import Growing, check_writable, json_line, write_whole
 from prefixloss.io.visible import print_table, visible
 from prefixloss.steps import SEGMENTERS
-
-_SHOWN_ERRORS = 5  # of each kind, with --errors
 
 
 class _FileOrCommand(TyperGroup):
@@ -61,20 +59,16 @@ def annotate(
     batch_size: BatchSize = 64,
 ) -> None:
     """Add steps, first_error (from 0, null for none), reason and confidence to each line."""
-    chosen, records = _opened(detector, file, form, steps)
-    lines = _Lines(out)
+    chosen, records = opened(detector, file, form, steps)
+    lines = Lines(out)
     found: list[FirstError] = []
     stopped = False
-    with _progress(len(records)) as tick, _interruptible():
-
-        def advance(count: int) -> None:
-            tick(count)
-            lines.write(map(_annotated, records[len(found) - count :], found[len(found) - count :]))
-
+    with progress(len(records)) as tick, interruptible():
         try:
-            evaluate(
-                chosen, records, answers=True, batch_size=batch_size, clock=time.monotonic, advance=advance, found=found
-            )
+            for batch in detected(chosen, records, answers=True, batch_size=batch_size):
+                lines.write(map(_annotated, records[len(found) : len(found) + len(batch)], batch))
+                found += batch
+                tick(len(batch))
         except KeyboardInterrupt:
             stopped = True
         except BaseException:
@@ -91,16 +85,16 @@ def annotate(
         raise typer.Exit(130)
 
 
-class _Lines:
+class Lines:
     """The annotated lines, handed over as they are found: whatever ends the command, what was done is there."""
 
     def __init__(self, out: Path | None) -> None:
         try:
             self.file = None if out is None else Growing(out)
         except FileExistsError:
-            raise _fail(f"--out: {out}.part is left from a run that did not end; move it away or delete it") from None
+            raise fail(f"--out: {out}.part is left from a run that did not end; move it away or delete it") from None
         except OSError as error:
-            raise _fail(f"cannot write {out}: {error.strerror}") from None
+            raise fail(f"cannot write {out}: {error.strerror}") from None
 
     def write(self, lines: Iterable[dict[str, Any]]) -> None:
         """To the file; to standard output where there is none, or where it cannot be written any more."""
@@ -134,7 +128,7 @@ class _Lines:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """A job that is told to end, by SIGTERM, is interrupted as by Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -159,117 +153,136 @@ def _annotated(record: Record, found: FirstError) -> dict[str, Any]:
 
 @app.command(name="eval")
 def eval_(
-    file: Annotated[Path, typer.Argument(help="JSON lines with the labels.")],
-    form: Form = "bigbench-mistake",
-    detector: DetectorName = "auto",
+    files: Annotated[list[Path], typer.Argument(help="JSON lines with the labels; several are compared.")],
+    form: Annotated[str, typer.Option("--format", help=f"Of the files: {', '.join(LABELLED)}.")] = "bigbench-mistake",
+    detector: Annotated[
+        list[str] | None, typer.Option(help=f"{EXPECTED}. Given several times, they are compared. [auto]")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Compare the values of this key of the lines, not the files.")] = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Finds with less confidence count as none.")] = 0.0,
     answers: Annotated[bool, typer.Option("--answers", help="Tell the detector the right final answers.")] = False,
     errors: Annotated[bool, typer.Option("--errors", help="Show some responses of each kind of error.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the reliability of the finds there, as PNG.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")] = None,
     batch_size: BatchSize = 64,
 ) -> None:
-    """Measure a detector against human labels of the first wrong step."""
-    if form == "plain":
-        raise _fail("--format: got 'plain', which has no labels")
-    chosen, records = _opened(detector, file, form, "markers")
-    _check_writable(json_file)
-    with _progress(len(records)) as advance:
-        scores, found = evaluate(
-            chosen, records, answers=answers, batch_size=batch_size, clock=time.monotonic, advance=advance
-        )
-    console = Console()
-    for table in (_shares(file.name, detector, scores), _confusion(scores)):
-        print_table(console, table)
-    if errors:
-        _show_errors(console, records, found)
+    """Measure detectors against human labels of the first wrong step: how often they are right, how sure they are when
+    they are, and what they cost."""
+    if form not in LABELLED:
+        raise fail(f"--format: got {form!r}, expected one with labels: {', '.join(LABELLED)}")
+    opened = [(detector_of(name), name) for name in detector or ["auto"]]
+    sources = _sources(files, form, by)
+    check_can_write(json_file)
+    check_can_write(picture)
+    if picture and find_spec("matplotlib") is None:
+        raise fail("--picture: needs matplotlib, which comes with prefixloss[rl]")
+    rows = []
+    with progress(len(opened) * sum(map(len, sources.values()))) as advance:
+        for chosen, name in opened:
+            for source, records in sources.items():
+                scores = evaluate(
+                    chosen, records, answers=answers, batch_size=batch_size, threshold=threshold, advance=advance
+                )
+                rows.append(tables.Row(source, name, scores))
+    _show(rows, sources, errors)
     if json_file:
-        _write(json_file, {"file": file.name, "detector": detector, **scores.as_json()})
+        figures = [{"file": row.source, "detector": row.detector, **row.scores.as_json()} for row in rows]
+        text = json.dumps(figures[0] if len(figures) == 1 else {"rows": figures}, indent=1)
+        with _writing(json_file):
+            write_whole(json_file, lambda file: file.write(f"{text}\n".encode()))
+    if picture:
+        with _writing(picture):
+            tables.draw(picture, rows)
 
 
-def _opened(detector: str, file: Path, form: str, steps: str) -> tuple[Detector, list[Record]]:
+def _sources(files: Sequence[Path], form: str, by: str | None) -> dict[str, list[Record]]:
+    """The records of each file, or of each value of a key."""
+    sources: dict[str, list[Record]] = {}
+    for file in files:
+        for record in records_of(file, form, "markers"):
+            if by is not None and by not in record.source:
+                raise fail(f"--by: got {by!r}, but a line of {file} has no such key")
+            sources.setdefault(file.name if by is None else str(record.source[by]), []).append(record)
+    return sources
+
+
+def _show(rows: list[tables.Row], sources: dict[str, list[Record]], errors: bool) -> None:
+    console = Console()
+    if len(rows) == 1:
+        print_table(console, tables.shares(rows[0]))
+        print_table(console, tables.confusion(rows[0].scores))
+    else:
+        print_table(console, tables.side_by_side(rows))
+    for name in dict.fromkeys(row.detector for row in rows):
+        print_table(console, tables.reliability(name, together([r.scores for r in rows if r.detector == name])))
+    if errors:
+        for row in rows:
+            if len(rows) > 1:
+                typer.echo(visible(f"{row.source}, detector {row.detector}"))
+            tables.show_errors(console, sources[row.source], row.scores)
+
+
+def opened(detector: str, file: Path, form: str, steps: str) -> tuple[Detector, list[Record]]:
     """Everything that can be wrong with the arguments is found here, before any work."""
     if form not in FORMS:
-        raise _fail(f"--format: got {form!r}, expected one of {', '.join(FORMS)}")
+        raise fail(f"--format: got {form!r}, expected one of {', '.join(FORMS)}")
     if steps not in SEGMENTERS:
-        raise _fail(f"--steps: got {steps!r}, expected one of {', '.join(SEGMENTERS)}")
+        raise fail(f"--steps: got {steps!r}, expected one of {', '.join(SEGMENTERS)}")
+    return detector_of(detector), records_of(file, form, steps)
+
+
+def detector_of(name: str) -> Detector:
     try:
-        return by_name(detector), read_records(file, form, steps)
-    except FormatError as error:
-        raise _fail(str(error)) from None
+        return by_name(name)
     except ValueError as error:
-        raise _fail(f"--{error}") from None
+        raise fail(f"--{error}") from None
 
 
-def _fail(message: str) -> typer.Exit:
+def records_of(file: Path, form: str, steps: str) -> list[Record]:
+    try:
+        return read_records(file, form, steps)  # type: ignore[arg-type]
+    except FormatError as error:
+        raise fail(str(error)) from None
+
+
+def fail(message: str) -> typer.Exit:
     typer.echo(f"prefixloss: {visible(message)}", err=True)
     return typer.Exit(2)
 
 
-def _check_writable(path: Path | None) -> None:
+def check_can_write(path: Path | None) -> None:
     """Before the work, not after it."""
     try:
         if path is not None:
             check_writable(path)
     except OSError as error:
-        raise _fail(f"cannot write {path}: {error.strerror}") from None
-
-
-def _write(path: Path, figures: dict[str, Any]) -> None:
-    try:
-        write_whole(path, lambda file: file.write((json.dumps(figures, indent=1) + "\n").encode()))
-    except OSError as error:
-        raise _fail(f"cannot write {path}: {error.strerror}") from None
+        raise fail(f"cannot write {path}: {error.strerror}") from None
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Any]:
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise fail(f"cannot write {path}: {error.strerror}") from None
+
+
+@dataclass(frozen=True)
+class Ticks:
+    """A progress bar, to be told how much was done. expect: how much there is, where that is known only later."""
+
+    bar: Progress
+    task: TaskID
+
+    def __call__(self, count: int) -> None:
+        self.bar.advance(self.task, count)
+
+    def expect(self, total: int) -> None:
+        self.bar.update(self.task, total=total)
+
+
+@contextmanager
+def progress(total: int | None, what: str = "detecting") -> Iterator[Ticks]:
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("detecting", total=total)
-        yield lambda count: progress.advance(task, count)
-
-
-def _shares(name: str, detector: str, scores: Scores) -> Table:
-    table = Table(title=Text(visible(f"{name}, detector {detector}")), title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    f1 = "-" if scores.f1 is None else f"{100 * scores.f1:.1f}"
-    for label, value in (
-        ("responses", str(len(scores.pairs))),
-        *((kind, f"{scores.share(kind):.1%}") for kind in KINDS),
-        ("nothing to say", f"{scores.unsure / len(scores.pairs):.1%}"),
-        ("ProcessBench F1", f1),
-        ("steps/s", f"{scores.steps / max(scores.seconds, 1e-9):,.0f}"),
-    ):
-        table.add_row(label, value)
-    return table
-
-
-def _confusion(scores: Scores) -> Table:
-    counts = scores.confusion()
-    names = ["none", *(str(step) for step in range(1, len(counts) - 1)), f"{len(counts) - 1}+"]
-    table = Table(title="first wrong step: labelled (down) and found (across)", title_justify="left")
-    for column in ("", *names):
-        table.add_column(column, justify="right")
-    for row, name in enumerate(names):
-        cells = [f"[bold]{n}[/bold]" if n and row == column else str(n or "") for column, n in enumerate(counts[row])]
-        table.add_row(name, *cells)
-    return table
-
-
-def _show_errors(console: Console, records: list[Record], found: list[FirstError]) -> None:
-    for kind in KINDS[1:]:
-        wrong = [
-            (number, record, result)
-            for number, (record, result) in enumerate(zip(records, found, strict=True), 1)
-            if kind_of(-1 if record.label is None else record.label, result.step) == kind
-        ]
-        for number, record, result in wrong[:_SHOWN_ERRORS]:
-            labelled, said = _name(record.label), _name(result.step)
-            head = f"{kind}, response {number}: labelled {labelled}, found {said}: {result.reason}"
-            console.print(Text(visible(head)))
-            if result.step is not None:
-                console.print(Text(visible(f"    {record.steps[result.step].strip()[:300]}")))
-
-
-def _name(step: int | None) -> str:
-    return "none" if step is None or step < 0 else f"step {step + 1}"
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield Ticks(bar, bar.add_task(what, total=total))

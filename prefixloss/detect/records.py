@@ -1,4 +1,4 @@
-"""Responses from JSON lines, or a JSON array: our own form and those of three published sets with human labels."""
+"""Responses from JSON lines, or a JSON array: our own forms and those of published sets with labels of the steps."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from prefixloss.detect.maths.answers import right_answer
 from prefixloss.steps import Segmenter, split
 
+_MARK = "\u043a\u0438"  # Math-Shepherd's, a syllable that no solution has
 _SPACE = re.compile(r"[ \t\r\n]*")
 _MARKS = (  # the longer ones first: UTF-32's starts as UTF-16's does
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -209,9 +210,48 @@ def _taken(step: Any) -> dict[str, Any] | None:
     return taken
 
 
+def _labelled(source: dict[str, Any], by: Segmenter) -> Record:
+    """The plain form with first_error, the number of the first wrong step from 0, or null where there is none."""
+    if "first_error" not in source:
+        raise FormatError("the key 'first_error' is missing")
+    label = source["first_error"]
+    label = -1 if label is None else _get(source, "first_error", int, "a whole number or null")
+    return _plain(source, by)._replace(label=label)
+
+
+def _math_shepherd(source: dict[str, Any], _: Segmenter) -> Record:
+    """Wang et al. 2023 (arXiv 2312.08935): a mark behind each step of the input, "+" or "-" there in the label."""
+    text, marked = _get(source, "input", str, "a text"), _get(source, "label", str, "a text")
+    parts = text.split(_MARK)
+    first = re.search(r"Step 1\b", parts[0])
+    if len(parts) < 2 or first is None:
+        raise FormatError(f"the key 'input' has to be a problem, then 'Step 1', and {_MARK!r} behind each step")
+    problem, steps = parts[0][: first.start()].strip(), [parts[0][first.start() :], *parts[1:-1]]
+    signs, place = [], 0
+    for part in parts[:-1]:
+        if not marked.startswith(part, place) or marked[place + len(part) :][:1] not in ("+", "-"):
+            raise FormatError(f"the key 'label' has to be the input with + or - for each {_MARK!r}")
+        place += len(part) + 1
+        signs.append(marked[place - 1])
+    return Record(problem, steps, None, signs.index("-") if "-" in signs else -1, source)
+
+
+def _stepwise(source: dict[str, Any], _: Segmenter) -> Record:
+    """The "stepwise supervision" of TRL's data sets: prompt, completions, labels (true, or false)."""
+    steps, labels = _texts(source, "completions"), _get(source, "labels", list, "a list of true and false")
+    if len(labels) != len(steps) or not all(isinstance(label, bool) for label in labels):
+        raise FormatError(f"the key 'labels' has to be a list of {len(steps)} of true and false")
+    label = labels.index(False) if False in labels else -1
+    return Record(_get(source, "prompt", str, "a text"), steps, None, label, source)
+
+
 FORMS: dict[str, Callable[[dict[str, Any], Segmenter], Record]] = {
     "plain": _plain,
+    "labelled": _labelled,
     "bigbench-mistake": _bigbench_mistake,
     "processbench": _processbench,
     "prm800k": _prm800k,
+    "math-shepherd": _math_shepherd,
+    "stepwise": _stepwise,
 }
+LABELLED = tuple(form for form in FORMS if form != "plain")

@@ -8,8 +8,8 @@
 OpenRLHF's own command line stays as it is, but for its KL penalty in the reward, which is on unless told otherwise: say
 `--algo.kl.init_coef 0`, or `--algo.kl.use_loss`. That command needs Ray and GPUs and was not run here. The reward has
 to be a signed score (`token_loss.signed_score`): 1 for a correct response, -(first_error + 1) for a wrong one, 0 where
-no error was found, NaN where the verifier gave no verdict; anything added to it, and OpenRLHF's own penalties, are
-refused.
+no error was found, NaN where the verifier gave no verdict. `token_loss.first_error_of` finds a first error, and with
+its `threshold` leaves out what is not sure. Anything added to the score, and OpenRLHF's own penalties, are refused.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from prefixloss import check
-from prefixloss.config import LossConfig, Objective, RatioLevel, SamplerCorrection
+from prefixloss.config import LossConfig, RatioLevel
 from prefixloss.integrations.token_loss import clip_high, head_of_logps, logged, put, token_advantages
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 
 # OpenRLHF's names and ours
 _RATIO_LEVELS: dict[str, RatioLevel] = {"ppo": "token", "gspo": "sequence"}
-_CORRECTIONS: dict[str, SamplerCorrection] = {"mask": "icepop", "clip": "tis"}
+_CORRECTIONS: dict[str, str] = {"mask": "icepop", "clip": "tis"}
 
 
 class PolicyLoss(nn.Module):
@@ -50,7 +50,7 @@ class PolicyLoss(nn.Module):
         is_correction_gating: str = "ratio",
         is_correction_threshold: Sequence[float] = (0.5, 5.0),
         *,
-        objective: Objective = "clip",
+        objective: str = "clip",
     ) -> None:
         super().__init__()
         for name, value, known in (
@@ -143,9 +143,7 @@ def compute_advantages(
     return experiences
 
 
-def patch(
-    objective: Objective = "clip", estimator: str = "vppo", head: bool = True, **options: Any
-) -> Callable[[], None]:
+def patch(objective: str = "clip", estimator: str = "vppo", head: bool = True, **options: Any) -> Callable[[], None]:
     """Puts the loss, the advantages and, with `head`, the log-probs into OpenRLHF. Returns what undoes it.
 
     options: of the estimator. `--algo.advantage.no_std_norm` is for neutral_prefix; vppo has an option `std` of its

@@ -11,7 +11,8 @@ installed):
 That command line needs Ray and GPUs and was not run here. `patch_head` replaces the fused head of the Megatron back-end
 (`fused_lm_head_logprob`); it has to run in every worker, as Ray's `worker_process_setup_hook` for one. A trajectory's
 reward has to be a signed score (`token_loss.signed_score`): 1 for a correct response, -(first_error + 1) for a wrong
-one, 0 where no error was found, NaN (not None, which ends SkyRL's run) where the verifier gave no verdict. SkyRL's
+one, 0 where no error was found, NaN (not None, which ends SkyRL's run) where the verifier gave no verdict.
+`token_loss.first_error_of` finds a first error, and with its `threshold` leaves out what is not sure. SkyRL's
 estimators are not told which tokens tools wrote, so first_error counts those as well, and so do all lengths. And
 `use_kl_in_reward` has to stay off.
 """
@@ -20,14 +21,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor
 
-from prefixloss.config import LossConfig, Objective
-from prefixloss.integrations.token_loss import clip_high, gradient_shared, logged, put, shared_by_many, token_advantages
+from prefixloss.config import LossConfig
+from prefixloss.integrations.token_loss import (
+    ESTIMATORS,
+    clip_high,
+    gradient_shared,
+    logged,
+    put,
+    shared_by_many,
+    token_advantages,
+)
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 from prefixloss.loss import linear_logps
+from prefixloss.maths import objectives
 
 
 def policy_loss(
@@ -38,7 +48,7 @@ def policy_loss(
     loss_mask: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     *,
-    objective: Objective = "clip",
+    objective: str = "clip",
 ) -> tuple[Tensor, dict[str, float]]:
     """A policy loss in SkyRL's signature, registered as prefix_clip, prefix_cispo, ...; tensors [B, T].
 
@@ -125,17 +135,14 @@ def patch_head() -> Callable[[], None]:
 
 
 def register(**options: Any) -> None:
-    """Adds the losses and the estimators "vppo", "cliff" and "neutral_prefix", once; options: of the estimators."""
+    """Adds the losses and the estimators of `token_loss.ESTIMATORS`, once; options: of the estimators."""
     from skyrl.backends.skyrl_train.utils.ppo_utils import (  # noqa: PLC0415
         AdvantageEstimatorRegistry,
         PolicyLossRegistry,
     )
 
-    losses = {f"prefix_{name}": partial(policy_loss, objective=name) for name in get_args(Objective)}
-    estimators = {
-        name: partial(advantage_estimator, estimator=name, options=options)
-        for name in ("vppo", "cliff", "neutral_prefix")
-    }
+    losses = {f"prefix_{name}": partial(policy_loss, objective=name) for name in objectives.BY_NAME}
+    estimators = {name: partial(advantage_estimator, estimator=name, options=options) for name in ESTIMATORS}
     for registry, ours in ((PolicyLossRegistry, losses), (AdvantageEstimatorRegistry, estimators)):
         for name in ours.keys() - set(registry.list_available()):
             registry.register(name, ours[name])

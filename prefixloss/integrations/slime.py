@@ -14,7 +14,8 @@ with settings, all optional, in prefixloss.yaml:
 slime needs Megatron, SGLang and GPUs: no command was run here. PyPI does not have it, so these functions follow the
 signatures in its repository (2026). A sample's reward has to be a signed score (`token_loss.signed_score`): 1 for a
 correct response, -(first_error + 1) for a wrong one, 0 where no error was found, NaN or None where the verifier gave no
-verdict.
+verdict. `token_loss.first_error_of` finds a response's first error, and with its `threshold` leaves out what the
+detector is not sure of.
 """
 
 from __future__ import annotations

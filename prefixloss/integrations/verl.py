@@ -6,6 +6,7 @@ Loaded by verl itself in every process through the entry point group "verl.plugi
         algorithm.adv_estimator=vppo +algorithm.vppo.alpha=0.5 \\
         actor_rollout_ref.actor.policy_loss.loss_mode=prefix_clip \\
         reward.reward_manager.name=prefixloss +reward.prefixloss.detector=maths +reward.prefixloss.steps=markers \\
+        +reward.prefixloss.threshold=0.5 \\
         actor_rollout_ref.model.use_fused_kernels=True \\
         actor_rollout_ref.model.fused_kernel_options.impl_backend=torch \\
         ...
@@ -15,7 +16,8 @@ settings are in `verl_vppo.yaml` beside this file. The command needs Ray and GPU
 
 verl hands an estimator one reward a response. The reward manager puts the first error into it: 1 for a correct
 response, -(first_error + 1) for a wrong one, 0 where no error was found, NaN where the reward function gave no verdict
-(None or NaN; `token_loss.signed_score`); a reward function of your own may return the same. first_error counts all of
+(None or NaN; `token_loss.signed_score`); a reward function of your own may return the same. A find with less confidence
+than `threshold` (0 unless set) counts as none. first_error counts all of
 the response's tokens here, those that tools wrote as well: verl's reward loop does not say which those are, and the
 estimator finds out. So `algorithm.use_kl_in_reward` has to stay off.
 """
@@ -28,13 +30,16 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefixloss import check
-from prefixloss.config import LossConfig, Objective
+from prefixloss.config import LossConfig
+from prefixloss.integrations.token_loss import (
+    ESTIMATORS as NAMES,
+)
 from prefixloss.integrations.token_loss import (
     clip_high,
     first_error_of,
@@ -47,6 +52,7 @@ from prefixloss.integrations.token_loss import (
 )
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 from prefixloss.loss import linear_logps
+from prefixloss.maths import objectives
 
 
 def policy_loss(
@@ -58,7 +64,7 @@ def policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
     *,
-    objective: Objective = "clip",
+    objective: str = "clip",
 ) -> tuple[Tensor, dict[str, float]]:
     """A policy loss in verl's signature, registered as prefix_clip, prefix_cispo, ...; tensors [B, T].
 
@@ -82,7 +88,7 @@ def policy_loss(
     return out.loss, {"actor/pg_clipfrac": seen.pop("clip_ratio")} | {f"actor/{k}": v for k, v in seen.items()}
 
 
-def _loss_config(objective: Objective, config: Any, reduction: Any) -> LossConfig:
+def _loss_config(objective: str, config: Any, reduction: Any) -> LossConfig:
     low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
     high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
     return LossConfig(
@@ -250,8 +256,8 @@ def _first_error(tokenizer: Any, item: Any, **options: Any) -> int:
     )
 
 
-POLICY_LOSSES = {name: partial(policy_loss, objective=name) for name in get_args(Objective)}
-ESTIMATORS = {name: partial(advantage_estimator, estimator=name) for name in ("vppo", "cliff", "neutral_prefix")}
+POLICY_LOSSES = {name: partial(policy_loss, objective=name) for name in objectives.BY_NAME}
+ESTIMATORS = {name: partial(advantage_estimator, estimator=name) for name in NAMES}
 
 # verl only loads an entry point: whoever imports this with verl at hand wants it registered
 if find_spec("verl") is not None:

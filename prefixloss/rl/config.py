@@ -11,16 +11,20 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
+from prefixloss import advantages
 from prefixloss.check import describe
 from prefixloss.detect.choose import by_name
+from prefixloss.detect.models.rollouts import Rollouts
+from prefixloss.maths.divergence import BY_NAME
 from prefixloss.rl import UsageError
 from prefixloss.steps import SEGMENTERS
 
-ADVANTAGES = ("vppo", "grpo", "dr-grpo", "cliff", "neutral", "rts", "mixed")
+ADVANTAGES = (*advantages.BY_NAME, "none")
+DISTIL_FROM = ("first-error", "wrong", "all")
 _COUNTS = (
     *("updates", "prompts", "group", "max_tokens", "epochs", "minibatches", "micro_prompts", "save_every"),
     *("eval_every", "eval_problems", "eval_samples", "k"),
-    *("hidden_size", "layers", "warm_batch", "min_steps", "max_steps"),
+    *("rollouts", "hidden_size", "layers", "warm_batch", "min_steps", "max_steps"),
 )
 _MOST = 10**9  # of any count: more is a mistake, and none of what counts with it would fail with a clear message
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", type(None): "null"}
@@ -52,11 +56,18 @@ class Config:
     # credit
     advantage: str = "vppo"
     detector: str | None = None  # of first wrong steps, see `prefixloss.detect.choose`; None: the built-in check
+    rollouts: int = 8  # continuations from each prefix, where the detector is "rollouts", the policy itself
+    threshold: float = 0.0  # confidence from 0 to 1, below which a detector's find counts as none
     steps: str = "markers"  # how a detector's steps are cut
     alpha: float = 0.5
     # tokens cut from the end of a good prefix: here a step counts only if it is the right one, so there is no reward
     # for more steps to guard against, and prompts are longer than steps: "prompt" would leave nothing
     shorten: str | int | float = 0
+    # a teacher, drawn to beside what the advantages say; advantage "none" leaves it alone
+    teacher: str | None = None  # a directory or a hub name, with the policy's own tokenizer
+    distill_from: str = "first-error"  # of a wrong response; or all of the wrong ones, or of all
+    distill_coef: float = 1.0
+    divergence: str = "reverse"
     # rollouts and optimisation
     updates: int = 120
     prompts: int = 32  # per update
@@ -96,19 +107,25 @@ class Config:
         for name in (*_COUNTS, "threads", "warm_steps", "lr_warmup", "timeout"):
             self._expect(name, not getattr(self, name) > _MOST, f"at most {_MOST}")
         self._expect("seed", self.seed < 2**63, "below 2**63")
-        for name in ("model", "data"):
+        for name in ("model", "data", "teacher"):
             self._expect(name, getattr(self, name) != "", "a name")
         for name in ("timeout", "lr", "warm_lr", "warm_loss", "max_grad_norm"):
             self._expect(name, 0 < getattr(self, name) < math.inf, "a number above 0")
-        for name in ("clip", "kl_coef"):
+        for name in ("clip", "kl_coef", "distill_coef"):
             self._expect(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
-        self._expect("advantage", self.advantage in ADVANTAGES, f"one of {', '.join(ADVANTAGES)}")
+        self._expect(
+            "advantage", self.advantage in (*ADVANTAGES, *advantages.ALIASES), f"one of {', '.join(ADVANTAGES)}"
+        )
+        self._expect("distill_from", self.distill_from in DISTIL_FROM, f"one of {', '.join(DISTIL_FROM)}")
+        self._expect("divergence", self.divergence in BY_NAME, f"one of {', '.join(BY_NAME)}")
+        self._expect("advantage", self.advantage != "none" or self.teacher, "--teacher with it, or nothing is learned")
         self._expect("steps", self.steps in SEGMENTERS, f"one of {', '.join(SEGMENTERS)}")
         if self.detector is not None:
             try:
-                by_name(self.detector)
+                by_name(self.detector, rollouts=Rollouts("policy"))
             except ValueError as error:
                 raise SettingError("detector", str(error).removeprefix("detector: ")) from None
+        self._expect("threshold", 0 <= self.threshold <= 1, "a number from 0 to 1")
         self._expect("alpha", 0 <= self.alpha <= 1, "a number from 0 to 1")
         cut = self.shorten
         cut_is_valid = cut == "prompt" if isinstance(cut, str) else cut >= 0 if isinstance(cut, int) else 0 <= cut < 1

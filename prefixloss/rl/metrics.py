@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from prefixloss import LossOutput
+from prefixloss import DistillOutput, LossOutput
 from prefixloss.rl.config import Config
 from prefixloss.rl.rollouts import Checked, Sampled
 from prefixloss.rl.team import Team
@@ -18,12 +18,18 @@ class Learned:
     tokens: float = 0.0
     kl: float = 0.0
     clip_share: float = 0.0
+    taught: float = 0.0  # tokens that a teacher was asked about
+    divergence: float = 0.0
 
-    def add(self, out: LossOutput) -> None:
+    def add(self, out: LossOutput, taught: DistillOutput | None) -> None:
         tokens = float(out.metrics["learning_tokens"])
         self.tokens += tokens
         self.kl += tokens * float(out.metrics["kl"])
         self.clip_share += tokens * float(out.metrics["clip_low"] + out.metrics["clip_high"])
+        if taught is not None:
+            tokens = float(taught.metrics["learning_tokens"])
+            self.taught += tokens
+            self.divergence += tokens * float(taught.metrics["divergence"])
 
 
 def metrics_of(config: Config, sampled: Sampled, checked: Checked, learned: Learned, team: Team) -> dict[str, float]:
@@ -43,4 +49,5 @@ def metrics_of(config: Config, sampled: Sampled, checked: Checked, learned: Lear
         "kl": of["kl"] / max(of["tokens"], 1.0),
         "clip_share": of["clip_share"] / max(of["tokens"], 1.0),
         "learning_tokens": of["tokens"] / (of["length"] * config.epochs),
+        **({"divergence": of["divergence"] / max(of["taught"], 1.0)} if config.teacher else {}),
     }

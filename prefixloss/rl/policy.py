@@ -20,16 +20,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from prefixloss.integrations.models.heads import refuse_quantised
+from prefixloss.integrations.models.heads import LogitMap, refuse_quantised
 from prefixloss.rl import UsageError
 from prefixloss.rl.rollouts import Sampled
-from prefixloss.steps import decode, token_boundaries
-
-INSTRUCTION = """Solve the problem in numbered steps. Start each step with "Step 1:", "Step 2:" and so on, and leave a \
-blank line between steps. Write every calculation as an equality such as 3*4=12. End with the answer in \\boxed{{}}.
-
-Problem: {question}
-"""
+from prefixloss.steps import INSTRUCTION, decode, token_boundaries
 
 
 class Policy:
@@ -40,15 +34,13 @@ class Policy:
 
     def __init__(self, model: Any, tokenizer: Any, instruction: str = "{question}\n") -> None:
         self.model, self.tokenizer, self.instruction = model.eval(), tokenizer, instruction
+        model.config.prefixloss_instruction = instruction  # saved with it, for whoever has it go on
         self.decoder = model.get_decoder()
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         head = model.get_output_embeddings()
         self.weight: Tensor = head.weight
         self.bias: Tensor | None = getattr(head, "bias", None)
-        config = model.config.get_text_config()
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
-        self.logit_scale = float(scale or 1.0) / float(divisor or 1.0)
+        self.softcap, self.logit_scale = LogitMap.usual(model.config)
         # a model's own sampling defaults (top-p, penalties) would make samples come from another distribution
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = tokenizer.eos_token_id if ends is None else ends
@@ -190,30 +182,33 @@ def tiny_policy(hidden_size: int, layers: int) -> Policy:
 # ---- any causal LM -----------------------------------------------------------------------------------------
 
 
-def load_policy(name: str) -> Policy:
-    """A causal LM and its tokenizer from a directory, or from the hub under that name; UsageError if unusable."""
+def load_policy(name: str, option: str = "--model") -> Policy:
+    """A causal LM and its tokenizer from a directory, or from the hub under that name; UsageError if unusable.
+
+    option: that the name was given with.
+    """
     try:
         local = Path(name).exists()
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(name, local_files_only=local, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"--model: cannot load {name!r} as a causal language model: {reason}") from None
+        raise UsageError(f"{option}: cannot load {name!r} as a causal language model: {reason}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.eos_token_id is None or getattr(model, "get_decoder", None) is None:
-        raise UsageError(f"--model: {name!r} has no end token or no decoder, so it cannot be trained here")
+        raise UsageError(f"{option}: {name!r} has no end token or no decoder, so it cannot be trained here")
     try:
         refuse_quantised(model.get_output_embeddings())
     except ValueError as error:
-        raise UsageError(f"--model: {name!r}: {error}") from None
+        raise UsageError(f"{option}: {name!r}: {error}") from None
     policy = Policy(model, tokenizer, INSTRUCTION)
-    check_head(policy, name)
+    check_head(policy, name, option)
     return policy
 
 
 @torch.no_grad()
-def check_head(policy: Policy, name: str) -> None:
+def check_head(policy: Policy, name: str, option: str = "--model") -> None:
     """Some models change their logits in ways of their own, or read on through padding; the loss would then optimise
     another policy, silently."""
     ids = torch.arange(4, device=policy.device)[None] % len(policy.weight)
@@ -221,11 +216,11 @@ def check_head(policy: Policy, name: str) -> None:
     theirs = policy.model(input_ids=ids).logits
     ours = policy.logits(policy.all_hidden(ids, seen))
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
-        raise UsageError(f"--model: the logits of {name!r} are not its head applied to its last hidden states")
+        raise UsageError(f"{option}: the logits of {name!r} are not its head applied to its last hidden states")
     # a batch's prompts are padded on the left
     width = ids.shape[1]
     padding = torch.full_like(ids, policy.tokenizer.pad_token_id)
     rows, attention = torch.cat([padding, ids], 1), torch.cat([torch.zeros_like(seen), seen], 1)
     ours = policy.logits(policy.all_hidden(rows, attention)[:, width:])
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
-        raise UsageError(f"--model: {name!r} is another policy behind padding: it reads on through it")
+        raise UsageError(f"{option}: {name!r} is another policy behind padding: it reads on through it")

@@ -23,7 +23,7 @@ from prefixloss.rl.policy import Policy
 from prefixloss.rl.report import Report
 from prefixloss.rl.rollouts import Checked, Sampled
 from prefixloss.rl.samples import write_samples
-from prefixloss.rl.start import Problems, frozen, open_policy, open_problems, warm_start
+from prefixloss.rl.start import Problems, frozen, open_policy, open_problems, open_teacher, warm_start
 from prefixloss.rl.team import Team
 
 
@@ -40,26 +40,27 @@ def opened(config: Config, directory: Path, report: Report, overwrite: bool) -> 
         torch.manual_seed(config.seed)
         problems, held_out = open_problems(config)
         policy = open_policy(config, team.device)
+        teacher = open_teacher(config, policy, team.device)
         saved = open_run(config, directory, overwrite, team, lock)
         if saved is None and config.model is None:
             warm_start(policy, config, problems, report, stop)
         team.start_alike(policy.model.state_dict().values())
-        run = Run(config, directory, report, team, stop, problems, held_out, policy)
+        run = Run(config, directory, report, team, stop, problems, held_out, policy, teacher)
         run.begin(saved)
         yield run
         run.finish()
 
 
 class Run:
-    """The policy, its frozen copy, its optimiser, and what is left on disk on the way."""
+    """The policy, its frozen copy, its teacher, its optimiser, and what is left on disk on the way."""
 
     def __init__(
         self, config: Config, directory: Path, report: Report, team: Team, stop: checkpoint.Stop, problems: Problems,
-        held_out: list[task.Problem], policy: Policy,
+        held_out: list[task.Problem], policy: Policy, teacher: Policy | None,
     ) -> None:  # fmt: skip
         self.config, self.directory, self.report, self.team, self.stop = config, directory, report, team, stop
         self.problems, self.held_out, self.policy = problems, held_out, policy
-        self.reference = frozen(policy)
+        self.reference, self.teacher = frozen(policy), teacher
         self.stepper = Stepper.adamw(config, policy.model, team)
         self.modules = {"model": policy.model, "reference": self.reference.model, "optimizer": self.stepper.optimizer}
         self.history: list[dict[str, Any]] = []

@@ -42,6 +42,20 @@ def open_policy(config: Config, device: str) -> Policy:
     return policy
 
 
+def open_teacher(config: Config, policy: Policy, device: str) -> Policy | None:
+    """The frozen teacher, which has to read the policy's own tokens."""
+    if config.teacher is None:
+        return None
+    teacher = load_policy(config.teacher, "--teacher")
+    if teacher.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise UsageError(f"--teacher: {config.teacher!r} has another tokenizer than the policy")
+    if len(teacher.weight) != len(policy.weight):
+        sizes = f"{len(teacher.weight)} tokens, the policy {len(policy.weight)}"
+        raise UsageError(f"--teacher: {config.teacher!r} has a head for {sizes}")
+    teacher.model.to(device).requires_grad_(False)
+    return teacher
+
+
 def frozen(policy: Policy) -> Policy:
     """A copy that stays as it is."""
     reference = copy.deepcopy(policy)

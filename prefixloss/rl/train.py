@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prefixloss import LossConfig, TokenAdvantages, advantages, linear_logps, linear_prefix_loss
+from prefixloss import (
+    DistillOutput,
+    LossConfig,
+    TokenAdvantages,
+    advantages,
+    linear_distill_loss,
+    linear_logps,
+    linear_prefix_loss,
+)
 from prefixloss.detect.choose import by_name
+from prefixloss.detect.models.rollouts import OwnRollouts, sampler_of
 from prefixloss.rl import run, task
 from prefixloss.rl.config import Config
 from prefixloss.rl.metrics import Learned, metrics_of
@@ -20,6 +29,8 @@ from prefixloss.rl.policy import Policy, token_at
 from prefixloss.rl.report import Report
 from prefixloss.rl.rollouts import Checked, Sampled
 from prefixloss.steps import split
+
+ROUNDS = 16  # of a search by rollouts: enough for any number of steps
 
 Judge = Callable[[Config, Policy, list[task.Problem], Sampled], Checked]
 Credit = Tensor | TokenAdvantages
@@ -53,7 +64,7 @@ def find(
     pairs = list(zip(problems, sampled.texts, strict=True))
     finished = sampled.finished.tolist()
     wrong = [i for i, right in enumerate(correct) if finished[i] and not right]
-    found = dict(zip(wrong, first_wrong_steps(config, [pairs[i] for i in wrong]), strict=True))
+    found = dict(zip(wrong, first_wrong_steps(config, policy, [pairs[i] for i in wrong]), strict=True))
     rows: list[tuple[int, int, int]] = []
     for i, right in enumerate(correct):
         if right:
@@ -68,12 +79,12 @@ def find(
     return Checked(torch.tensor(correct, device=policy.device), first_error, right_steps, total_steps, reasons)
 
 
-def first_wrong_steps(config: Config, pairs: list[tuple[task.Problem, str]]) -> list[task.Steps]:
+def first_wrong_steps(config: Config, policy: Policy, pairs: list[tuple[task.Problem, str]]) -> list[task.Steps]:
     """By the detector, or by the built-in check."""
     if config.detector is None:
         return [task.check_steps(problem, text) for problem, text in pairs]
     spans = [split(text, config.steps) for _, text in pairs]  # type: ignore[arg-type]
-    found = by_name(config.detector).detect_batch(
+    found = by_name(config.detector, rollouts=own_rollouts(config, policy)).detect_batch(
         [problem.question for problem, _ in pairs],
         [[span.of(text) for span in cut] for cut, (_, text) in zip(spans, pairs, strict=True)],
         [problem.answer for problem, _ in pairs],
@@ -82,8 +93,15 @@ def first_wrong_steps(config: Config, pairs: list[tuple[task.Problem, str]]) -> 
         task.Steps(-1, -1, len(cut), len(cut), reason)
         if step is None
         else task.Steps(step, cut[step].start, step, len(cut), reason)
-        for cut, (step, reason, _) in zip(spans, found, strict=True)
+        for cut, (step, reason, _) in zip(spans, (f.at_least(config.threshold) for f in found), strict=True)
     ]
+
+
+def own_rollouts(config: Config, policy: Policy) -> OwnRollouts:
+    """The policy goes on from its own prefixes."""
+    size = config.prompts * config.group
+    sampler = sampler_of(policy.model, policy.tokenizer, policy.instruction, config.max_tokens, 1.0, size, config.seed)
+    return OwnRollouts(sampler, samples=config.rollouts, budget=ROUNDS * config.rollouts)
 
 
 def judge(config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled) -> Checked:
@@ -96,32 +114,50 @@ def judge(config: Config, policy: Policy, problems: list[task.Problem], sampled:
 
 def weigh(config: Config, checked: Checked, sampled: Sampled, group_ids: Tensor) -> Credit:
     """An advantage a response, or two of them split at the first wrong step."""
-    correct, first_error = checked.correct, checked.first_error
-    lengths = sampled.mask.sum(1)
-    if config.advantage == "vppo":
-        cut: Any = config.shorten
-        options = {"prompt_lengths": sampled.prompt_lengths, "alpha": config.alpha, "shorten": cut}
-        return advantages.vppo(correct, lengths, first_error, group_ids, **options)
-    if config.advantage == "cliff":
-        return advantages.cliff(correct, lengths, first_error, group_ids)
-    if config.advantage == "rts":
-        return advantages.rts(correct, checked.right_steps, checked.total_steps, group_ids)
-    if config.advantage == "mixed":
-        return advantages.mixed(correct.float(), checked.right_steps / checked.total_steps.clamp(min=1), group_ids)
-    if config.advantage not in ("grpo", "dr-grpo", "neutral"):
-        raise ValueError(f"advantage: got {config.advantage!r}, expected one that credit is assigned by here")
-    outcome = advantages.grpo(correct.float(), group_ids, std=config.advantage != "dr-grpo")
-    if config.advantage == "neutral":
-        return advantages.neutral_prefix(outcome, correct, first_error)
-    return outcome
+    if config.advantage == "none":
+        return torch.zeros(len(checked.correct), device=checked.correct.device)
+    outcome = advantages.Outcome(
+        checked.correct,
+        sampled.mask.sum(1),
+        group_ids,
+        first_error=checked.first_error,
+        prompt_lengths=sampled.prompt_lengths,
+        right_steps=checked.right_steps,
+        total_steps=checked.total_steps,
+    )
+    cut: Any = config.shorten
+    options = {"alpha": config.alpha, "shorten": cut} if config.advantage == "vppo" else {}
+    return advantages.assign(config.advantage, outcome, **options)
+
+
+def lessons(config: Config, checked: Checked, sampled: Sampled, group_ids: Tensor) -> Tensor:
+    """A weight a token, float [B, T], for what a teacher says of it: a group's tokens count as they do in the loss."""
+    mask = sampled.mask
+    if config.distill_from == "first-error":
+        chosen = advantages.from_first_error(checked.first_error, mask, mask)
+    elif config.distill_from == "wrong":
+        chosen = (mask & ~checked.correct[:, None]).float()
+    elif config.distill_from == "all":
+        chosen = mask.float()
+    else:
+        raise ValueError(f"distill_from: got {config.distill_from!r}, expected one that weights are made for here")
+    of_group = torch.zeros(len(mask), device=mask.device).index_add_(0, group_ids, mask.sum(1).float())
+    return config.distill_coef * chosen / of_group[group_ids].clamp(min=1)[:, None]
 
 
 # ---- 5. update
 
 
+class Taught(NamedTuple):
+    """A teacher, and the weight of what it says of each token, float [B, T]."""
+
+    teacher: Policy
+    weights: Tensor
+
+
 def update(
     config: Config, policy: Policy, reference: Policy, stepper: Stepper, sampled: Sampled, credit: Credit,
-    group_ids: Tensor,
+    group_ids: Tensor, taught: Taught | None = None,
 ) -> Learned:  # fmt: skip
     """Several optimiser steps on the same responses: the ratio leaves 1 and the clip begins to act."""
     groups = torch.arange(len(group_ids), device=policy.device).view(-1, config.group)
@@ -134,22 +170,40 @@ def update(
         # groups stay whole, so each minibatch's loss is the mean over its groups
         for minibatch in groups[torch.randperm(len(groups))].tensor_split(config.minibatches):
             total, count = 0.0, stepper.begin(len(minibatch))
-            for micro in minibatch.split(config.micro_prompts):
-                rows = micro.flatten()
+            for rows in map(Tensor.flatten, minibatch.split(config.micro_prompts)):
                 part = sampled.rows(rows)
+                hidden = policy.hidden(part)
                 out = linear_prefix_loss(
-                    policy.hidden(part), policy.weight, part.tokens, rows_of(credit, rows), mask=part.mask,
+                    hidden, policy.weight, part.tokens, rows_of(credit, rows), mask=part.mask,
                     old_logps=old_logps[rows], ref_logps=None if ref_logps is None else ref_logps[rows],
                     lm_head_bias=policy.bias, group_ids=group_ids[rows],
                     normalizer=count,  # the micro-batches' and processes' losses add up to the minibatch's
                     config=options,
                 )  # fmt: skip
-                out.loss.backward()
-                total += out.loss.item()
+                beside = None if taught is None else distillation(config, policy, hidden, part, taught, rows, count)
+                loss = out.loss if beside is None else out.loss + beside.loss
+                loss.backward()
+                total += loss.item()
                 if math.isfinite(total):
-                    learned.add(out)
+                    learned.add(out, beside)
             stepper.step(total)
     return learned
+
+
+def distillation(
+    config: Config, policy: Policy, hidden: Tensor, part: Sampled, taught: Taught, rows: Tensor, count: float
+) -> DistillOutput:
+    """What the teacher says of the responses `rows`, whose hidden states are [b, T, D]. count: as for the policy."""
+    teacher = taught.teacher
+    with torch.no_grad():
+        teacher_hidden = teacher.hidden(part)
+    # both distributions as each model makes them
+    return linear_distill_loss(
+        hidden, policy.weight, lm_head_bias=policy.bias, teacher_hidden=teacher_hidden,
+        teacher_lm_head_weight=teacher.weight, teacher_lm_head_bias=teacher.bias, mask=part.mask,
+        weights=taught.weights[rows], normalizer=count, divergence=config.divergence, softcap=policy.softcap,
+        logit_scale=policy.logit_scale,
+    )  # fmt: skip
 
 
 def loss_config(config: Config, policy: Policy) -> LossConfig:
@@ -189,6 +243,7 @@ def learn(
     problems: list[task.Problem],
     judge: Judge = judge,
     keep: Callable[[list[task.Problem], Sampled, Checked, Credit], None] = lambda *_: None,
+    teacher: Policy | None = None,
 ) -> dict[str, float]:
     """One update; its metrics. problems: this process's. judge: checks and finds. keep: is handed the responses."""
     repeated, sampled = sample(config, policy, problems)
@@ -196,7 +251,8 @@ def learn(
     group_ids = torch.arange(len(problems), device=policy.device).repeat_interleave(config.group)
     credit = weigh(config, checked, sampled, group_ids)
     keep(repeated, sampled, checked, credit)
-    learned = update(config, policy, reference, stepper, sampled, credit, group_ids)
+    taught = None if teacher is None else Taught(teacher, lessons(config, checked, sampled, group_ids))
+    learned = update(config, policy, reference, stepper, sampled, credit, group_ids, taught)
     return {**metrics_of(config, sampled, checked, learned, stepper.team), "skipped": stepper.state.skipped}
 
 
@@ -211,5 +267,6 @@ def train(config: Config, directory: Path, report: Report, *, overwrite: bool = 
     with run.opened(config, directory, report, overwrite) as here, here.phase():
         while here.update < config.updates:
             problems = here.next_problems()
-            here.updated(learn(config, here.policy, here.reference, here.stepper, problems, keep=here.keep))
+            given = (config, here.policy, here.reference, here.stepper, problems)
+            here.updated(learn(*given, keep=here.keep, teacher=here.teacher))
     return here.history

@@ -18,6 +18,7 @@ from prefixloss.detect import commands
 from prefixloss.detect.base import Detector, FirstError
 from prefixloss.detect.choose import by_name
 from prefixloss.detect.combine import Earliest, FirstOf, Vote
+from prefixloss.detect.cost import spend
 from prefixloss.detect.evaluate import KINDS, Scores, kind_of
 from prefixloss.detect.records import FormatError, read_records
 from prefixloss.io.files import Growing
@@ -461,11 +462,126 @@ def test_outcomes_have_names() -> None:
     ]  # fmt: skip
 
 
+def scored(*pairs: tuple[int, int], confidences: Sequence[float] = (), threshold: float = 0.0) -> Scores:
+    """Of labelled and found steps, -1 for none."""
+    sure = confidences or [1.0] * len(pairs)
+    found = [FirstError(None if step < 0 else step, "", c) for (_, step), c in zip(pairs, sure, strict=True)]
+    return Scores([label for label, _ in pairs], found, 4, 1.0, threshold=threshold)
+
+
 def test_f1_needs_both_kinds_of_response_and_the_table_counts_all() -> None:
-    assert Scores([(1, 1), (2, 0)], 0, 4, 1.0).f1 is None
-    assert Scores([(1, 0), (-1, 3)], 0, 4, 1.0).f1 == 0
-    scores = Scores([(1, 1), (-1, -1), (0, 5), (20, 30)], 0, 4, 1.0)
+    assert scored((1, 1), (2, 0)).f1 is None
+    assert scored((1, 0), (-1, 3)).f1 == 0
+    scores = scored((1, 1), (-1, -1), (0, 5), (20, 30))
     assert scores.f1 == pytest.approx(2 * (1 / 3) / (1 + 1 / 3))
     table = scores.confusion(most=4)
     assert sum(map(sum, table)) == 4
     assert (table[0][0], table[2][2], table[1][4], table[4][4]) == (1, 1, 1, 1)
+
+
+def test_finds_below_the_threshold_count_as_none() -> None:
+    pairs = ((1, 1), (2, 0), (-1, 0), (-1, -1))
+    kept = scored(*pairs, confidences=(0.9, 0.3, 0.3, 0.6), threshold=0.5)
+    assert kept.pairs == [(1, 1), (2, -1), (-1, -1), (-1, -1)]
+    assert (kept.unsure, kept.kinds["false alarm"], kept.kinds["none found"]) == (2, 0, 1)
+    assert kept.share_among("exact", correct=False) == 0.5
+    assert kept.share_among("exact", correct=True) == 1
+    assert scored(*pairs, confidences=(0.9, 0.3, 0.3, 0.6)).share_among("false alarm", correct=True) == 0.5
+
+
+def test_reliability_is_how_often_verdicts_are_right_by_their_confidence() -> None:
+    """Three finds from 0.3 to 0.4, one of them right; two from 0.9, both right. Two verdicts of no error, one wrong."""
+    pairs = ((1, 1), (2, 0), (-1, 0), (3, 3), (4, 4), (-1, -1), (1, -1), (2, -1))
+    scores = scored(*pairs, confidences=(0.3, 0.33, 0.39, 0.9, 1.0, 0.8, 0.8, 0.0))
+    low, high = scores.reliability()
+    assert (low.low, low.high, low.verdicts, low.right) == (0.3, 0.4, 3, 1)
+    assert low.confidence == pytest.approx(0.34)
+    assert (high.low, high.verdicts, high.right) == (0.9, 2, 2)
+    assert high.confidence == pytest.approx(0.95)
+    # |1 - 3 * 0.34| and |2 - 2 * 0.95|, over 5 finds
+    assert scores.calibration_error() == pytest.approx((0.02 + 0.1) / 5)
+    # from 0.3 up all finds count: 3 of 6 with an error are exact, 1 of 2 without; from 0.9 up 2 of 6, and 2 of 2
+    assert (low.f1, high.f1) == (pytest.approx(0.5), pytest.approx(2 * (1 / 3) / (4 / 3)))
+    (silent,) = scores.reliability(finds=False)
+    assert (silent.verdicts, silent.right) == (2, 1)
+    assert scored((1, -1), confidences=[0.0]).calibration_error() is None
+
+
+def test_eval_compares_detectors_and_sources(tmp_path: Path) -> None:
+    rows = [WRONG_AT_1 | {"first_error": 1, "kind": "a"}, WRONG_AT_1 | {"first_error": None, "kind": "b"}]
+    path, figures, picture = written(tmp_path / "x.jsonl", *rows), tmp_path / "f.json", tmp_path / "p.png"
+    options = ("--format", "labelled", "--by", "kind", "--json", figures, "--picture", picture)
+    result = invoke("eval", path, "--detector", "maths", "--detector", "brackets", *options)
+    assert result.exit_code == 0, result.output
+    got = {(row["file"], row["detector"]): row for row in json.loads(figures.read_text())["rows"]}
+    exact = {key: row["shares"]["exact"] for key, row in got.items()}
+    assert exact == {("a", "maths"): 1, ("b", "maths"): 0, ("a", "brackets"): 0, ("b", "brackets"): 1}
+    assert got["a", "maths"]["calls"] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for words in ("finds of maths by confidence", "0.9 to 1.0", "seconds a response"):
+        assert words in " ".join(result.output.split()), words
+    assert invoke("eval", path, path, "--format", "labelled", "--json", figures).exit_code == 0
+    assert json.loads(figures.read_text())["responses"] == 4  # one source by its name
+    assert "no such key" in invoke("eval", path, "--format", "labelled", "--by", "other").output
+
+
+def test_eval_takes_a_threshold(tmp_path: Path) -> None:
+    """The find has a confidence of 0.95."""
+    path, figures = written(tmp_path / "x.jsonl", WRONG_AT_1 | {"first_error": 1}), tmp_path / "f.json"
+    for threshold, exact in ((0.95, 1), (0.96, 0)):
+        options = ("--format", "labelled", "--threshold", threshold, "--json", figures)
+        assert invoke("eval", path, *options).exit_code == 0
+        got = json.loads(figures.read_text())
+        assert (got["threshold"], got["shares"]["exact"]) == (threshold, exact)
+    assert invoke("eval", path, "--format", "labelled", "--threshold", 2).exit_code == 2
+
+
+class Costly(Detector):
+    def find(self, problem: str, steps: Sequence[str], answer: str | None) -> FirstError:
+        spend(2, 30)
+        return FirstError(1, "", 1.0)
+
+
+def test_eval_says_what_a_response_costs(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(commands, "by_name", lambda name: Costly())
+    figures = tmp_path / "f.json"
+    result = invoke("eval", labelled(tmp_path), "--format", "processbench", "--json", figures)
+    got = json.loads(figures.read_text())
+    assert (got["responses"], got["calls"], got["tokens"]) == (3, 6, 90)
+    assert "tokens a response │ 30" in " ".join(result.output.split()).replace("│ │", "│")
+
+
+def test_forms_with_labels_are_read(tmp_path: Path) -> None:
+    mark = "\u043a\u0438"
+    text = "How many? Step 1: 2. {}\nStep 2: 3. {}"
+    shepherd = {"input": text.format(mark, mark), "label": text.format("+", "-")}
+    stepwise = {"prompt": "How many?", "completions": ["2.", "3."], "labels": [True, False]}
+    for form, row, steps, label in (
+        ("labelled", {"problem": "How many?", "steps": ["2.", "3."], "first_error": 0}, ["2.", "3."], 0),
+        ("labelled", {"problem": "How many?", "steps": ["2."], "first_error": None}, ["2."], -1),
+        ("math-shepherd", shepherd, ["Step 1: 2. ", "\nStep 2: 3. "], 1),
+        ("math-shepherd", shepherd | {"label": text.format("+", "+")}, None, -1),
+        ("stepwise", stepwise, ["2.", "3."], 1),
+        ("stepwise", stepwise | {"labels": [True, True]}, None, -1),
+    ):
+        (record,) = read_records(written(tmp_path / "x.jsonl", row), form)
+        assert record.problem == "How many?"
+        assert steps is None or record.steps == steps
+        assert record.label == label
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "says"),
+    [
+        ("labelled", {"problem": "x", "steps": ["a"]}, "the key 'first_error' is missing"),
+        ("labelled", {"problem": "x", "steps": ["a"], "first_error": 1}, "the label 1 is no step of 1"),
+        ("labelled", {"problem": "x", "steps": ["a"], "first_error": "0"}, "the key 'first_error'"),
+        ("math-shepherd", {"input": "x", "label": "x"}, "the key 'input' has to be a problem, then 'Step 1'"),
+        ("math-shepherd", {"input": "x Step 1: \u043a\u0438", "label": "x Step 1: ?"}, "the key 'label'"),
+        ("stepwise", {"prompt": "x", "completions": ["a"], "labels": [True, True]}, "the key 'labels'"),
+        ("stepwise", {"prompt": "x", "completions": ["a"], "labels": [1]}, "the key 'labels'"),
+    ],
+)
+def test_a_wrong_line_of_a_form_with_labels_is_named(tmp_path: Path, form: str, row: object, says: str) -> None:
+    with pytest.raises(FormatError, match=f"line 1: {says}"):
+        read_records(written(tmp_path / "x.jsonl", row), form)

@@ -19,8 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefixloss.detect.base import FirstError
-from prefixloss.detect.models import judge as judge_module
-from prefixloss.detect.models.judge import Judge, _prompt, _read_verdict, _UnansweredError
+from prefixloss.detect.cost import spent
+from prefixloss.detect.models import endpoint
+from prefixloss.detect.models.endpoint import UnansweredError
+from prefixloss.detect.models.judge import Judge, _prompt, _read_verdict
 
 KEY = "sk-secret-0123456789"
 STEPS = ["One and one is two.", "Two and one is four.", "The answer is four."]
@@ -121,7 +123,7 @@ class Server(BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(judge_module, "_BACKOFF", 0.02)
+    monkeypatch.setattr(endpoint, "_BACKOFF", 0.02)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.scripts, server.turns, server.requests = {}, Counter(), []
     server.lock, server.closing, server.busy, server.most_busy = threading.Lock(), threading.Event(), set(), 0
@@ -252,7 +254,7 @@ def test_a_redirect_to_itself_is_asked_once(server):
 def test_any_critique_is_read_or_refused(text):
     try:
         step = _read_verdict(text, 3)
-    except _UnansweredError:
+    except UnansweredError:
         return
     assert step is None or 0 <= step < 3
 
@@ -520,3 +522,13 @@ def test_settings_that_cannot_work_are_named(name, value):
 def test_importing_the_judge_does_not_import_httpx():
     code = "import sys, prefixloss.detect.models.judge; sys.exit('httpx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_calls_and_tokens_are_counted_as_far_as_the_endpoint_says(server) -> None:
+    server.scripts["p"] = [
+        lambda s: s.reply(200, {"choices": [{"message": {"content": r"\boxed{1}"}}], "usage": {"total_tokens": 70}}),
+        says(r"\boxed{1}"),
+    ]
+    before = spent()
+    Judge(server.url, "judge-1").detect_batch(["p", "p"], [STEPS] * 2)
+    assert spent().since(before) == (2, 70)

@@ -183,3 +183,30 @@ def test_a_listed_row_is_right_exactly_if_every_order_agrees(seed: int) -> None:
     follows = claim in facts or all(o[place] == bird for o in allowed)
     steps = [*told, f"So {claim.replace('is', 'must be').replace('The', 'the')}"]
     assert Orderings().detect(problem, steps).step == (None if follows else len(told))
+
+
+CARS = """In a show, there are five cars: a truck, a minivan, a tractor, a limousine, and a bus. The truck is older \
+than the minivan. The tractor is older than the truck. The minivan is older than the limousine. The bus is the oldest.
+Options:
+(A) The truck is the third-oldest.
+(B) The minivan is older than the fourth-oldest."""
+# bus, tractor, truck, minivan, limousine
+
+
+@pytest.mark.parametrize(
+    ("claim", "right"),
+    [
+        ("The truck is older than the fourth-oldest.", True),
+        ("The minivan is older than the fourth-oldest.", False),
+        ("The minivan is not older than the fourth-oldest.", True),
+        ("The limousine is newer than the second-newest.", True),
+        ("The tractor is newer than the second-oldest.", False),
+    ],
+)
+def test_a_thing_is_compared_with_a_place(claim: str, right: bool) -> None:
+    """The problem's statements stand in one line, as sentences."""
+    told = ["The bus is the oldest. The tractor is older than the truck. The truck is older than the minivan.",
+            "The minivan is older than the limousine."]  # fmt: skip
+    found = Orderings().detect(CARS, [*told, claim, "The answer is (A)"])
+    assert found.step == (None if right else 2), found
+    assert found.confidence == 0.95

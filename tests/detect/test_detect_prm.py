@@ -27,6 +27,7 @@ from transformers import (
 from prefixloss.detect.base import FirstError
 from prefixloss.detect.models import prm
 from prefixloss.detect.models.prm import PRM
+from prefixloss.detect.models.reading import STEPS
 
 SEPARATOR = "<extra_0>"
 WORDS = ["good", "bad", "so", "then", "hence", "2", "+", "=", "x", "problem", "system", "user", "assistant"]
@@ -315,7 +316,7 @@ def test_the_tokenizers_limit_counts_too(tmp_path):
 # ---- separators
 
 
-@pytest.mark.parametrize("mark", [SEPARATOR, f"{SEPARATOR}{SEPARATOR}", "<|im_end|>", "<pad>", prm._STEPS])
+@pytest.mark.parametrize("mark", [SEPARATOR, f"{SEPARATOR}{SEPARATOR}", "<|im_end|>", "<pad>", STEPS])
 def test_separators_and_special_tokens_in_the_text_are_read_as_spaces(known, mark):
     problem, steps = f"x {mark} 2", [f"good{mark}good", f"{mark}bad bad{mark}bad", f"good{mark}", mark]
     plain = ["good good", "bad bad bad", "good", ""]

@@ -395,3 +395,14 @@ def test_configured_detectors_can_be_pickled() -> None:
 def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(ValueError, match="unread: got 'maybe'"):
         Sorting(unread="maybe")  # type: ignore[arg-type]
+
+
+def test_words_may_hold_an_ampersand() -> None:
+    problem = "Sort the following words alphabetically: List: r&d rock apple at&t"
+    steps = [
+        'The first letter: "r&d": "r" (18). "rock": "r" (18). "apple": "a" (1). "at&t": "a" (1).',
+        'We now have: (1) ["apple" ? "at&t"] < (18) ["r&d" ? "rock"].',
+        "I have now sorted all the words. The answer is apple at&t r&d rock",
+    ]
+    assert Sorting().detect(problem, steps) == FirstError(None, "every report agrees", 0.95)
+    assert Sorting().detect(problem, [*steps[:2], "The answer is apple at&t rock r&d"]).step == 2

@@ -391,3 +391,43 @@ def test_configured_detectors_can_be_pickled() -> None:
 def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(ValueError, match="unread: got 'maybe'"):
         Swaps(unread="maybe")  # type: ignore[arg-type]
+
+
+FIVE = Problem(
+    WORLDS["balls"],
+    dict(zip(PEOPLE, ("red ball", "blue ball", "green ball", "black ball", "pink ball"), strict=False)),
+    [("Alice", "Bob"), ("Bob", "Claire")],
+    "Bob",
+)
+BEGIN = "At the start: Alice: red, Bob: blue, Claire: green, Dave: black, Eve: pink."
+
+
+def test_those_to_whom_nothing_happened_may_be_left_out() -> None:
+    """A list of the two who swap and one other does not lose the rest, who stay as they are."""
+    first, second = "Alice: blue, Bob: red, Claire: green.", "Bob: green, Claire: red, Alice: blue."
+    steps = [BEGIN, f"Alice and Bob swap: {first}", f"Bob & Claire swap: {second}", "The answer is the green ball."]
+    assert detect(FIVE, steps) == (None, "every report agrees", 0.95)
+
+
+def test_a_list_of_all_but_one_lost_that_one() -> None:
+    """Dave stayed as he was, but everyone else who did is there: in doubt, and less than sure."""
+    found = detect(FIVE, [BEGIN, "Alice and Bob swap: Alice: blue, Bob: red, Claire: green, Eve: pink."])
+    assert (found.step, found.reason, found.confidence) == (1, "leaves out Dave", 0.6)
+    found = detect(FIVE, [BEGIN, "Alice and Bob swap: Alice: blue, Claire: green, Dave: black, Eve: pink."])
+    assert (found.step, found.reason, found.confidence) == (1, "leaves out Bob", 0.95)
+
+
+def test_initials_of_people_and_of_things() -> None:
+    """ "B=B" is Bob and his blue ball: every name of the balls has a word with a b, "ball", and that says nothing."""
+    steps = ["A=R, B=B, C=G", "A<->B: A=B, B=R, C=G", "B<->C: A=B, B=G, C=R", "The answer is the green ball."]
+    three = FIVE._replace(start=dict(list(FIVE.start.items())[:3]))
+    assert detect(three, steps) == (None, "every report agrees", 0.95)
+    assert detect(three, [steps[0], "A<->B: A=R, B=B, C=G"]).step == 1
+
+
+def test_a_short_name_for_two_things_is_unread_and_not_wrong() -> None:
+    """The green and the grey ball are both "g"."""
+    problem = FIVE._replace(start={"Alice": "green ball", "Bob": "grey ball", "Claire": "red ball"})
+    found = detect(problem, ["Alice: g, Bob: g, Claire: red."])
+    assert (found.step, found.confidence) == (0, 0.3)
+    assert found.reason.startswith("cannot be read")

@@ -294,6 +294,19 @@ def test_a_detector_names_the_first_token_of_the_first_wrong_step() -> None:
     assert token_loss.first_error_of(Characters(), [ord(c) for c in RIGHT], "", None, "maths") == -1
 
 
+def test_a_find_below_the_threshold_splits_no_credit() -> None:
+    """WRONG's error is found with a confidence of 0.95. Below the threshold it is a wrong response without a known
+    first error: one advantage for all of its tokens, in every trainer that takes signed scores."""
+    ids = [ord(c) for c in WRONG]
+    firsts = [token_loss.first_error_of(Characters(), ids, "", None, "maths", threshold=t) for t in (0.0, 0.95, 0.96)]
+    assert firsts == [WRONG.index("Step 2"), WRONG.index("Step 2"), -1]
+    scores = torch.tensor([token_loss.signed_score(False, first) for first in firsts] + [1.0])
+    spread = token_loss.token_advantages(scores, torch.full((4,), len(ids)), [0] * 4)
+    assert spread.prefix_lengths.tolist() == [firsts[0], firsts[1], 0, 0]
+    with pytest.raises(ValueError, match=r"threshold: got 1\.5, expected a finite number between 0 and 1"):
+        token_loss.first_error_of(Characters(), ids, "", None, "maths", threshold=1.5)
+
+
 def test_a_group_of_one_process_is_no_group(tmp_path: Any) -> None:
     assert token_loss.shared_by_many(None) is None
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -568,6 +581,7 @@ def test_verl_finds_first_errors_among_all_tokens_of_the_last_output(verl: Any) 
             return super().decode(ids)
 
     assert verl._first_error(Seen(), item, detector="maths") == WRONG.index("Step 2")
+    assert verl._first_error(Seen(), item, detector="maths", threshold=0.96) == -1
     del item.non_tensor_batch["response_len"]  # older batches
     item.batch = {"responses": responses, "attention_mask": torch.tensor([1] * (4 + len(ids)) + [0] * 3)}
     assert verl._first_error(Seen(), item, detector="maths") == WRONG.index("Step 2")

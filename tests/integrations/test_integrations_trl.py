@@ -305,7 +305,7 @@ def test_a_trainer_runs_the_same_under_the_patch(make, tmp_path, monkeypatch):
 
 # ---- the fused loss ----------------------------------------------------------------------------------------
 
-LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo"]
+LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
 
 
 def micro_batch(trainer, seed=0, per_token=True):
@@ -385,7 +385,7 @@ def test_the_fused_loss_has_trls_value_gradient_and_metrics(loss_type, beta, tmp
     high = {"epsilon_high": 1.3} if loss_type == "cispo" else {}
     trainer = grpo(
         tmp_path, PrefixGRPOTrainer, extra={"fused_loss": True}, loss_type=loss_type, beta=beta,
-        gradient_accumulation_steps=2, delta=None if loss_type in ("cispo", "sapo") else 1.6, **high,
+        gradient_accumulation_steps=2, delta=None if loss_type in ("cispo", "sapo", "vespo") else 1.6, **high,
     )  # fmt: skip
     for seed, drop in enumerate([(), ("old_per_token_logps",), ("tool_mask",), ("importance_sampling_ratio",)]):
         inputs = {k: v for k, v in micro_batch(trainer, seed, per_token=seed != 2).items() if k not in drop}
@@ -402,6 +402,44 @@ def test_the_fused_loss_has_trls_value_gradient_and_metrics(loss_type, beta, tmp
             torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=2e-6 * float(largest))
         assert our_metrics.keys() == their_metrics.keys()
         assert our_metrics == pytest.approx(their_metrics, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"importance_sampling_level": "sequence"},
+        {"importance_sampling_level": "sequence", "loss_type": "luspo", "beta": 0.1, "delta": 1.6},
+        {"importance_sampling_level": "sequence", "loss_type": "sapo"},
+        {"importance_sampling_level": "sequence", "loss_type": "cispo", "epsilon_high": 1.3},
+        {"off_policy_mask_threshold": 0.05, "loss_type": "dapo"},
+        {"off_policy_mask_threshold": 0.05, "loss_type": "vespo"},
+        {"delta": 1.1, "beta": 0.1, "use_bias_correction_kl": True},
+    ],
+    ids=str,
+)
+def test_ratios_of_responses_off_policy_masks_and_low_caps_have_trls_value_gradient_and_metrics(
+    options, per_token, tmp_path
+):
+    trainer = grpo(
+        tmp_path, PrefixGRPOTrainer, extra={"fused_loss": True}, gradient_accumulation_steps=2,
+        **{"beta": 0.0, "loss_type": "grpo", **options},
+    )  # fmt: skip
+    inputs = micro_batch(trainer, 1, per_token=per_token)
+    if "off_policy_mask_threshold" in options:
+        inputs["sampling_per_token_logps"] = inputs["old_per_token_logps"] + 0.1
+        inputs["sampling_per_token_logps"][0, 1] = float("nan")
+    inputs.pop("importance_sampling_ratio")
+    (fused, ours, our_metrics), (plain, theirs, their_metrics) = (
+        loss_and_gradients(trainer, inputs, fused) for fused in (True, False)
+    )
+    assert plain != 0
+    assert fused == pytest.approx(plain, rel=1e-5, abs=1e-6)
+    largest = max(g.abs().max() for g in theirs.values())
+    assert largest > 0
+    for name, grad in theirs.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=2e-6 * float(largest))
+    assert our_metrics == pytest.approx(their_metrics, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
@@ -481,12 +519,8 @@ def test_learning_statistics_leave_the_loss_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"loss_type": "vespo"}, "loss_type"),
-        ({"importance_sampling_level": "sequence"}, "importance_sampling_level"),
-        ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
         ({"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
         ({"entropy_coef": 0.01}, "entropy_coef"),
-        ({"delta": 1.1}, "delta"),
         ({"loss_type": "cispo", "epsilon": 0.2}, "epsilon_high"),
     ],
 )
@@ -581,6 +615,33 @@ def test_every_token_gets_its_advantage(advantage, expected, tmp_path, monkeypat
     assert [steps for _, steps, _ in seen] == [["123\n", "4b"], ["b"]]
     assert all(questions[problem] == answer for problem, _, answer in seen)
     assert any(log.get("first_error/found") == pytest.approx(1 / 3) for log in trainer.state.log_history)
+
+
+class Unsure(SecondStep):
+    """The same, with little confidence."""
+
+    def find(self, problem, steps, answer):
+        return super().find(problem, steps, answer)._replace(confidence=0.4)
+
+
+@pytest.mark.parametrize(("threshold", "prefix"), [(0.4, 4), (0.41, 0)])
+def test_a_find_below_the_threshold_splits_no_credit(threshold, prefix, tmp_path, monkeypatch):
+    """The averages over tokens are 1, alpha * prefix / 7, 0 and 0."""
+    extra = {"detector": Unsure(), "segmenter": "lines", "shorten": 0, "threshold": threshold}
+    trainer = grpo(tmp_path, PrefixGRPOTrainer, right, extra, max_steps=1)
+    say(trainer)
+    batches = spied_batches(trainer, monkeypatch)
+    trainer.train()
+    mean = (1 + 0.5 * prefix / 7) / 4
+    want = [0.5 - mean] * prefix + [-mean] * (7 - prefix)
+    assert advantages_by_text(trainer, batches[0])["123\n4b"] == pytest.approx(want, abs=1e-5)
+    found = pytest.approx((prefix > 0) / 3)
+    assert any(log.get("first_error/found") == found for log in trainer.state.log_history)
+
+
+def test_a_threshold_is_a_number_from_0_to_1(tmp_path):
+    with pytest.raises(ValueError, match=r"threshold: got 1\.5, expected a finite number between 0 and 1"):
+        grpo(tmp_path, PrefixGRPOTrainer, right, {"threshold": 1.5})
 
 
 def test_a_vppo_run_learns_through_the_fused_loss_as_through_trls(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from prefixloss import TokenAdvantages
 from prefixloss.io.files import write_whole, write_whole_directory
-from prefixloss.rl import checkpoint, task, train
+from prefixloss.rl import UsageError, checkpoint, task, train
 from prefixloss.rl.config import Config
 from prefixloss.rl.evaluate import evaluate, pass_at_k
 from prefixloss.rl.optimise import NotFiniteError, Stepper, learning_rate
@@ -130,6 +131,28 @@ def test_a_detector_can_find_the_first_errors(policy, detector):
     assert result.right_steps.tolist()[1:] == [1, 0, 0]
     assert "36 = 37 is false" in result.reasons[1]
     assert result.reasons[3] == ""
+
+
+@pytest.mark.parametrize(("threshold", "first_error"), [(0.95, 8), (0.96, -1)])
+def test_a_find_below_the_threshold_is_a_wrong_answer_without_a_known_first_error(policy, threshold, first_error):
+    """The false equality is found with a confidence of 0.95."""
+    sampled = policy.written([PROBLEM.question], RESPONSES[1:2])
+    config = Config(detector="maths", steps="lines", threshold=threshold)
+    result = train.judge(config, policy, [PROBLEM], sampled)
+    assert result.first_error.tolist() == [first_error]
+    credit = train.weigh(config, result, sampled, torch.zeros(1, dtype=torch.int64))
+    assert credit.prefix_lengths.tolist() == [max(first_error, 0)]
+
+
+def test_the_policy_itself_can_find_the_first_errors(policy):
+    """Its continuations are samples of its own; without a right one among them there is nothing to say."""
+    sampled = policy.written([PROBLEM.question] * 2, RESPONSES[1:3])
+    config = Config(detector="rollouts", rollouts=2, steps="lines", max_tokens=4)
+    result = train.judge(config, policy, [PROBLEM] * 2, sampled)
+    assert result.first_error.tolist() == [-1, -1]
+    assert result.reasons == ["no right answer in 2 continuations of the problem"] * 2
+    with pytest.raises(UsageError, match="--rollouts: got 0"):
+        Config(detector="rollouts", rollouts=0)
 
 
 def test_samples_show_first_errors_reasons_and_each_token_s_advantage(policy, checked, tmp_path):
@@ -464,3 +487,76 @@ def test_a_saved_model_trains_on_problems_from_a_file(whole, tmp_path):
     saved = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
     assert saved["state"]["step"] == 4
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == str(data)
+
+
+# ---- a teacher
+
+
+def with_teacher(policy, **changes):
+    """One update beside a teacher of another width; the policy's parameters before and after it, and the metrics."""
+    config = Config(**{**SMALL, "minibatches": 1, "teacher": "it", "advantage": "none", **changes})
+    torch.manual_seed(3)
+    teacher = tiny_policy(24, 1)
+    start = torch.nn.utils.parameters_to_vector(policy.model.parameters()).detach().clone()
+    stepper = Stepper(config, policy.model, torch.optim.SGD(policy.model.parameters(), lr=config.lr))
+    torch.manual_seed(1)
+    metrics = train.learn(
+        config, policy, tiny_policy(16, 1), stepper, [PROBLEM] * config.prompts, every_second_is_right, teacher=teacher
+    )
+    return start, torch.nn.utils.parameters_to_vector(policy.model.parameters()).detach(), metrics
+
+
+def test_a_teacher_alone_draws_the_policy_to_itself(policy):
+    changes = {"distill_from": "all", "epochs": 8, "lr": 2.0, "lr_warmup": 0, "kl_coef": 0.0}
+    start, end, first = with_teacher(policy, **{**changes, "epochs": 1})
+    assert not torch.equal(start, end)
+    _, _, later = with_teacher(policy, **changes)
+    assert 0 < later["divergence"] < first["divergence"]
+
+
+@pytest.mark.parametrize("distill_from", ["first-error", "wrong", "all"])
+def test_the_teacher_is_asked_about_what_was_chosen(checked, distill_from):
+    result, sampled = checked
+    group_ids = torch.zeros(4, dtype=torch.int64)
+    config = Config(teacher="it", distill_from=distill_from, distill_coef=0.5)
+    weights = train.lessons(config, result, sampled, group_ids)
+    mask = sampled.mask
+    place = torch.arange(mask.shape[1])
+    found = torch.tensor([[False], [True], [True], [False]])
+    begins = torch.tensor([[0], [8], [0], [0]])
+    chosen = {
+        "first-error": mask & found & (place >= begins),
+        "wrong": mask & torch.tensor([[False], [True], [True], [True]]),
+        "all": mask,
+    }[distill_from]
+    torch.testing.assert_close(weights, 0.5 * chosen / mask.sum())
+
+
+def test_its_loss_is_the_mean_over_groups_whatever_the_micro_batches(policy):
+    ends = []
+    start = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    for micro in (4, 1):
+        policy.model.load_state_dict(start)
+        changes = {"distill_from": "wrong", "advantage": "vppo", "micro_prompts": micro, "lr": 1.0, "lr_warmup": 0}
+        ends.append(with_teacher(policy, **changes)[1])
+    torch.testing.assert_close(ends[0], ends[1])
+
+
+def test_a_run_with_a_teacher_of_its_own_kind(whole, tmp_path):
+    settings = {**SMALL, "updates": 1, "eval_every": 1, "warm_steps": 5, "seed": 3}
+    config = Config(**settings, teacher=str(whole / "policy"), distill_from="all")
+    history = train.train(config, tmp_path / "run", quiet())
+    assert history[-1]["divergence"] > 0
+    assert "divergence" not in json.loads((whole / "metrics.jsonl").read_text().splitlines()[1])
+
+
+def test_a_teacher_with_other_tokens_is_refused(whole, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(whole / "policy", other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"Answer: "', '"Reply: "'))
+    with pytest.raises(UsageError, match=r"--teacher: .* has another tokenizer than the policy"):
+        train.train(Config(**SMALL, teacher=str(other)), tmp_path / "run", quiet())
+    with pytest.raises(UsageError, match="--teacher: cannot load 'absent' as a causal"):
+        train.train(Config(**SMALL, teacher="absent"), tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()

@@ -29,7 +29,7 @@ def device_transform(config: LossConfig) -> LogitScaling:
 
 def objective_of(config: LossConfig, off_policy: bool) -> tuple[ObjectiveKind, Options]:
     kind = ObjectiveKind(
-        policy=config.objective,
+        policy=config.objective if isinstance(config.objective, str) else "",
         off_policy=off_policy,
         ratio_cap=config.ratio_cap is not None,
         dual_clip=config.dual_clip is not None,
@@ -66,13 +66,13 @@ def problem_of(
     **work: Any,
 ) -> Problem:
     kind, options = objective_of(config, off_policy)
-    ref = ref if config.kl == "full" else None
+    ref = ref if config.exact_kl else None
     dtypes = (logits.dtype, grads) if ref is None else (logits.dtype, ref.dtype, grads)
     vector = launch.vector_of(*dtypes)
     aligned, peeled = starts(vector, logits.shape[-1], [x for x in (logits, ref) if x is not None])
     # which column is summed in which lane would depend on where in the batch the row lies
     peeled = peeled and (aligned or config.chunk_tokens is None)
-    penalty = config.entropy_coef != 0 or (config.kl == "full" and config.penalises_kl)
+    penalty = config.entropy_coef != 0 or (config.exact_kl and config.penalises_kl)
     given: dict[str, Any] = {
         "aligned": aligned,
         "peeled": peeled,

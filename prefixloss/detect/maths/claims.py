@@ -28,6 +28,8 @@ _ORDERS: dict[str, Callable[[Rational, Rational], bool]] = {
     "\\ne": operator.ne,
 }
 _APPLIED = words("half third quarter twice double triple root square cube reciprocal negative remainder average mean")
+_WHOLE = words("value sum difference product quotient result total")  # "the sum of 3 + 4" is what 3 + 4 is
+_LINKING = words("of than after before between above below")  # what stands before is told of, not the number
 _CLAIMING = words(
     "so then thus therefore hence and or that since because have get is are be gives give us yields leaves produces "
     "find obtain conclude equation means implies becomes"
@@ -65,7 +67,7 @@ def rounding(run: Run, relation: str = "=") -> Fraction:
     whole unit of the last decimal, half a unit of the last digit that is not 0 of an integer, or 1 %.
     """
     if run.places is None:
-        return Fraction(0)
+        return abs(Fraction(value(run.expression, {}))) / 100 if relation == "~=" and not run.names else Fraction(0)
     percent = "%" in run.expression
     unit = Fraction(1, 10 ** (run.places + 2 * percent))
     if relation != "~=":
@@ -83,12 +85,23 @@ def readings(left: Run, right: Run) -> Iterator[tuple[Expression, Expression]]:
     common = len(sizes) > 1 and len(kinds[0] | kinds[1]) == 1 and all(kinds)
     if not (common and left.places is not None and right.places is not None):
         yield left.expression, right.expression
+    taken = _taken_off(left.expression)
+    if taken:
+        yield taken, right.expression
     for percent_left, percent_right in ((False, True), (True, False), (False, False)):
         readings = _percent(left.expression, percent_left), _percent(right.expression, percent_right)
         if readings != (left.expression, right.expression):
             yield readings
     if common:
         yield left.converted, right.converted
+
+
+def _taken_off(expression: Expression) -> Expression | None:
+    """What "50 - 20%" is where the percentage is a share of what stands before it."""
+    *whole, share, percent, sign = expression if len(expression) > 3 else (0, "", "", "")
+    if percent != "%" or sign not in ("+", "-"):
+        return None
+    return (*whole, *whole, share, "%", "*", sign)
 
 
 def _percent(expression: Expression, keep: bool) -> Expression:
@@ -100,8 +113,8 @@ def describes(lead: Sequence[str], left: Run, right: Run) -> bool:
 
     lead: the words before it.
     """
-    if _APPLIED.intersection(lead[-2:]):
-        return True  # "the square root of 16 + 9 is 5"
+    if _APPLIED.intersection(lead[-2:]) or (_LINKING.intersection(lead[-1:]) and not _WHOLE.intersection(lead[-2:])):
+        return True  # "the square root of 16 + 9 is 5", "the last digit of 2^4 is 6", "the next after 9 * 8 is 9 * 9"
     calculates = not is_number(right.expression)
     if _is_share(left) and not _is_share(right) and (right.worded or calculates):
         return True  # "2/5 is equal to 12 hectares"

@@ -24,15 +24,21 @@ _COPULAS = words("is are was were gives makes yields")
 _CLAUSES = _COPULAS | words(
     "and because but else hence i if it or since so then there therefore thus we when which while you"
 )
+_CLOCK = words("am pm noon midnight o'clock")
 _ARTICLES = words("a an all her his its the their these those")
 _SHORT_WORDS = _CLAUSES | _ARTICLES | words("as at by for in of on per she he to")
 _COEFFICIENT_NAMES = frozenset("abcknpqrtuvwxyz")  # 3x is a product, 3m a length; other letters have to be declared
 _FUNCTIONS = words("sin cos tan sec csc cot log ln exp gcd lcm max min floor ceil abs f g h")
+QUALIFIERS = words(
+    "than remainder remainders rem quotient modulo mod"
+)  # a number before one is a part of what is meant
 _VALUE_ENDS = frozenset(("value", "name", "close", "postfix"))
 _OPERANDS = frozenset(("number", "mixed", "open", "prefix", "pi"))
 _DECLARED = re.compile(
     r"(?<![A-Za-z\\\d])(?<!\d )([A-Za-z](?:_\w)?|[A-Z]{2,3})(?=\s?=)|\b(?:[Ll]et|where|call)\s{1,9}\$?([A-Za-z])\b"
+    r"|(?:\$|\\\()\s?([A-Za-z])\s?(?:\$|\\\))"
 )
+_CALLED = re.compile(r"(?<![A-Za-z\\\d)])([A-Za-z])\((?:\d{1,9}|[a-z])\)\s?=")  # f(x) =, S(3) =
 
 
 class Lexeme(NamedTuple):
@@ -50,12 +56,14 @@ class Lexeme(NamedTuple):
 _BREAK = Lexeme("break", "")
 _OPAQUE = Lexeme("opaque", "")
 _TIMES = Lexeme("operator", "*")
+_PLUS = Lexeme("operator", "+")
 _EDGE = Token("other", "\n", True)
 
 
 def declared(text: str) -> frozenset[str]:
-    """The letters that a problem or response uses as names: "let x", "where A", "x = "."""
-    return frozenset(name for pair in _DECLARED.findall(text) for name in pair if name)
+    """The letters that a problem or response uses as names: "let x", "where A", "x = ", "$x$"; not for functions."""
+    found = {name for pair in _DECLARED.findall(text) for name in pair if name}
+    return frozenset(found.difference(_CALLED.findall(text)))
 
 
 def lexemes(text: str, names: Collection[str]) -> list[Lexeme]:
@@ -81,7 +89,7 @@ class _Lexer:
         after_value = bool(self.found) and self.found[-1].kind in _VALUE_ENDS
         if kind in ("number", "mixed"):
             if after_value:
-                append(_BREAK if gap else _OPAQUE)
+                append(_BREAK if self._edge(place) or (gap and self._at(place - 1).text != "}") else _OPAQUE)
             append(self._number(place))
         elif kind == "operator":
             if after_value and text in "/-" and not gap and self._unit_follows(place):
@@ -93,23 +101,43 @@ class _Lexer:
             if after_value:
                 if remark := self._remark(place):
                     return remark
-                append(_TIMES if not gap or kind != "open" or self._operand(place + 1) else _BREAK)
+                product = not gap or kind != "open" or self._operand(place + 1)
+                append(_TIMES if product and not self._edge(place) else _BREAK)
             append(Lexeme("name" if kind == "pi" else kind, text.strip("\\")))
         elif kind == "postfix":
             append(self._postfix(place, after_value))
-        elif kind in ("close", "relation", "opaque"):
-            append(Lexeme(kind, text))
-        elif kind == "aside":
-            append(_OPAQUE if after_value and not gap and text in "([{" else _BREAK)  # f(x, y) is opaque
-        elif kind == "other":
-            opaque = text in "|_" or text.startswith("\\") or not text.isascii()
-            append(_OPAQUE if opaque else Lexeme("break", text))
+        elif kind != "currency" or self._edge(place):
+            append(self._other(place, after_value))
         return place + 1
+
+    def _other(self, place: int, after_value: bool) -> Lexeme:
+        kind, text, gap = self.tokens[place]
+        if kind in ("close", "relation", "opaque"):
+            return Lexeme(kind, text)
+        if kind == "currency":
+            return _BREAK  # one formula ends and the next begins
+        if kind == "aside":
+            called = after_value and not gap and text in "([{"  # f(x, y)
+            return _OPAQUE if called or (text == "}" and self._at(place + 1).text == "{") else _BREAK
+        opaque = text in "|_" or text.startswith("\\") or not text.isascii() or self._within_number(place)
+        return _OPAQUE if opaque else Lexeme("break", text)
 
     def _at(self, place: int) -> Token:
         return self.tokens[place] if 0 <= place < len(self.tokens) else _EDGE
 
+    def _edge(self, place: int) -> bool:
+        """Whether a formula or an amount of money begins or ends right before: no product without a sign there."""
+        return self._at(place - 1).kind == "currency"
+
     # ---- numbers and operators
+
+    def _within_number(self, place: int) -> bool:
+        """Whether a comma or a point stands between what may be one number: "2,5", "0.\\dot{3}"."""
+        before, _, following = (self._at(at) for at in (place - 1, place, place + 1))
+        touches = before.kind == "number" and not self._at(place).gap and not following.gap
+        if self._at(place).text == ":":  # a ratio
+            return (self._at(place).gap or not following.gap) and self.found[-1:] != [] and self._operand(place + 1)
+        return touches and self._at(place).text in ",." and (following.kind == "number" or following.text[:1] == "\\")
 
     def _operand(self, place: int) -> bool:
         """Whether a value starts here."""
@@ -146,6 +174,8 @@ class _Lexer:
                 return Lexeme("operator", "^" if text == "**" else text)
             return _BREAK if text == "-" and self.found[-1].worded else _OPAQUE  # a dash, or a sum with words
         before = self.found[-1].kind if self.found else "break"
+        if self._at(place - 1).kind == "aside":
+            return _OPAQUE  # (1, 2) - 3
         if text not in "+-" or before == "opaque" or (before == "word" and gap and self._at(place + 1).gap):
             return _OPAQUE  # "Total - 5"
         return Lexeme("operator", "neg" if text == "-" else "pos")
@@ -154,7 +184,7 @@ class _Lexer:
         _, text, gap = self.tokens[place]
         following = self._at(place + 1)
         if not after_value:
-            return _BREAK
+            return _BREAK if following.gap else _OPAQUE  # !5
         if text == "%":
             remains = following.kind == "number" and following.gap
             return Lexeme("operator", "mod") if remains else Lexeme("postfix", "%")
@@ -176,8 +206,11 @@ class _Lexer:
         if word in self.names or "_" in word:
             return (word,)
         if len(word) == 1:
-            return (word,) if (word in _COEFFICIENT_NAMES if coefficient else between and word not in "aAI") else ()
-        product = word not in _SHORT_WORDS and word not in UNITS and all(letter in self.names for letter in word)
+            called = following.kind == "open" and not following.gap
+            alone = between and not called and word not in "aAI"
+            return (word,) if (word in _COEFFICIENT_NAMES if coefficient else alone) else ()
+        known = {*self.names, *(_COEFFICIENT_NAMES if coefficient else ())}  # 3ab
+        product = word not in _SHORT_WORDS and word not in UNITS and known.issuperset(word)
         return tuple(word) if product else ()
 
     def _product(self, names: tuple[str, ...]) -> None:
@@ -199,6 +232,9 @@ class _Lexer:
 
     def _word_after_value(self, place: int) -> int:
         _, word, gap = self.tokens[place]
+        if word.lower() in _CLOCK or (len(word) < 4 and word[1:2] == "'"):  # 9 am, 3n'
+            self.found.append(_OPAQUE)
+            return place + 1
         if word in _COPULAS and self._operand(place + 1):
             self.found.append(Lexeme("relation", "is"))
             return place + 1
@@ -214,7 +250,7 @@ class _Lexer:
             return place + 1
         names = self._names(place, coefficient=not gap)
         if names and (not gap or self.found[-1].kind != "value" or names[0] in self.names):
-            self.found.append(_TIMES)
+            self.found.append(_BREAK if self._edge(place) else _TIMES)
             self._product(names)
             return place + 1
         return self._unit(place)
@@ -240,12 +276,24 @@ class _Lexer:
     def _remark(self, place: int) -> int | None:
         """The place behind words in brackets, as in "93 (average) * 5 (tests)"; None for anything else."""
         end = place + 1
-        while self._at(end).kind == "word" and not self._names(end):
+        while self._at(end).kind == "word" and not self._names(end) and self._at(end).text not in QUALIFIERS:
             end += 1
-        if self._at(end).kind != "close" or end == place + 1:
+        if self._at(end).kind != "close" or end == place + 1 or len(self._at(place + 1).text) == 1:
             return None
         self.found[-1] = self.found[-1]._replace(worded=True)
         return end + 1
+
+    def _smaller_follows(self, place: int, unit: Unit) -> bool:
+        """Whether a number of a smaller unit stands here: the 6 inches of "5 feet 6 inches"."""
+        smaller = UNITS.get(self._at(place + 1).text)
+        alone = len(self.found) < 2 or self.found[-2].item not in ("*", "/", "-", "^")
+        return (
+            alone
+            and self._at(place).kind == "number"
+            and smaller is not None
+            and smaller.dimension == unit.dimension
+            and smaller.size < unit.size
+        )
 
     def _unit_follows(self, place: int) -> bool:
         following = self._at(place + 1)
@@ -271,8 +319,15 @@ class _Lexer:
             return place + 1
         unit = UNITS.get(self._at(place).text) if self._at(place + 1).text not in ("/", "per") else None
         self.found[-1] = self.found[-1]._replace(unit=unit or self.found[-1].unit, worded=True)
+        if self._at(end).kind == "open" and (remark := self._remark(end)):
+            end = remark
         following = self._at(end)
+        if count == 1 and unit and self._smaller_follows(end, unit):
+            self.found.append(_PLUS)
+            return end
         joined = following.kind in ("relation", "close") or self._word_operator(end)
         if not joined and not (following.kind == "operator" and self._operand(end + 1)):
-            self.found.append(Lexeme("word", self._at(end - 1).text.lower()))
+            self.found += [
+                Lexeme("word", token.text.lower()) for token in self.tokens[place:end] if token.kind == "word"
+            ]
         return end

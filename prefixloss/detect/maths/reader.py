@@ -10,14 +10,16 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from prefixloss.detect.maths.expressions import Expression, Rational
-from prefixloss.detect.maths.lexemes import Lexeme, lexemes
+from prefixloss.detect.maths.lexemes import QUALIFIERS, Lexeme, lexemes
 from prefixloss.detect.maths.text import UnreadableError, words
 from prefixloss.detect.maths.units import Unit
 
 MAX_LEXEMES = 400  # of an expression
 MAX_VISITS = 60_000  # lexemes looked at in a text
+MAX_BEHIND = 6  # lexemes looked at behind an expression
 MAX_LEAD = 4  # words kept before a chain
-_SUPPOSING = words("if suppose assume supposing assuming when whether try guess case unless")
+SUPPOSING = words("if suppose assume supposing assuming")
+_TRYING = SUPPOSING | words("when whether try guess case unless consider substitute substituting plug plugging choose")
 
 
 class Run(NamedTuple):
@@ -67,10 +69,12 @@ class Chain(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """The chains of a text, and how many of its relations could not be read."""
+    """The chains of a text, how many of its relations could not be read, and whether the last chain ends the text, so
+    that the next may go on with "= ..."."""
 
     chains: list[Chain]
     unread: int
+    ends: bool
 
 
 # ---- expressions ---------------------------------------------------------------------------------------------
@@ -180,8 +184,18 @@ class _Runs:
             values[0].places if single else None,
             tuple(parser.units),
             any(lexeme.worded for lexeme in inside),
-            self.kind(start - 1) in _BESIDE or self.kind(end) in _BESIDE or self.kind(end) == "open",
+            self.kind(start - 1) in (*_BESIDE, "close") or self.kind(end) in (*_BESIDE, "open") or self._qualified(end),
         ), end
+
+    def _qualified(self, place: int) -> bool:
+        """Whether the words behind a run belong to what it says: "505 remainder 3", "600 greater than 19^2"."""
+        for behind in range(place, min(place + MAX_BEHIND, len(self.lexemes))):
+            kind, item, *_ = self.lexemes[behind]
+            if item in QUALIFIERS or (item == "r" and self.kind(behind + 1) == "value"):
+                return True
+            if kind not in ("word", "break", "open") or item in _SENTENCE_ENDS:
+                return False
+        return False
 
     def _parse(self, start: int, limit: int) -> tuple[_Parser, int, int]:
         """What lexemes[start:limit] begin with, where it was last a complete expression, and where it had to stop."""
@@ -210,7 +224,8 @@ def read(text: str, names: Collection[str]) -> Reading:
     behind = False  # whether a run stands right before
     supposed = False  # whether the sentence has an "if"
     loose = False  # whether the clause has a calculation without a relation
-    place, unread = 0, 0
+    begin = next((at for at, lexeme in enumerate(found) if lexeme.kind != "break"), 0)
+    place, end, unread = 0, 0, 0
     while place < len(found):
         kind, item, *_ = found[place]
         run = runs.at(place) if kind in _STARTS else None
@@ -219,10 +234,11 @@ def read(text: str, names: Collection[str]) -> Reading:
                 chains[-1].runs.append(run[0])
                 chains[-1].relations.append(relation)
             else:
-                opening = relation if not chains and not lead else ""
+                opening = relation if place - 1 == begin else ""
                 chains.append(Chain([run[0]], [], opening, tuple(lead[-MAX_LEAD:]), supposed))
                 lead = []
             relation, behind, place = "", True, run[1]
+            end = place
             continue
         calculates = behind and len(chains[-1].runs[-1].expression) > 2
         if kind == "relation" and not relation and (item != "is" or calculates):  # "2 + 3 is 5", not "x is 5"
@@ -233,8 +249,8 @@ def read(text: str, names: Collection[str]) -> Reading:
             loose = kind == "word" and (loose or (calculates and not relation))
             if behind:
                 chains[-1] = chains[-1]._replace(tail=str(item))
-            supposed = item in _SUPPOSING or (supposed and item not in _SENTENCE_ENDS)
+            supposed = item in _TRYING or (supposed and item not in _SENTENCE_ENDS)
             lead = [*lead[-MAX_LEAD:], str(item)] if kind == "word" else []
             relation, behind = "", False
         place += 1
-    return Reading(chains, unread)
+    return Reading(chains, unread, all(lexeme.kind == "break" for lexeme in found[end:]))

@@ -23,14 +23,16 @@ def words(text: str) -> frozenset[str]:
 
 _CHARACTERS = str.maketrans(
     {
-        **dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d", "-"),
+        **dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63", "-"),
         **dict.fromkeys("\u00d7\u22c5\u00b7\u2217\u2219\u2715", "*"),
         **dict.fromkeys("\u00f7\u2215\u2044", "/"),
         **dict.fromkeys("\u00a0\u2009\u202f", " "),
         **dict.fromkeys("\u2248\u2245", "~="),
+        **{chr(c): chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)},  # full width
         **{c: f"^{n}" for n, c in enumerate("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")},
         **dict(zip("\u00bd\u00bc\u00be\u2153\u2154", (" 1/2", " 1/4", " 3/4", " 1/3", " 2/3"), strict=True)),
-        **dict(zip("\uff1d\u2264\u2265\u2260\u21d2\u2192", ("=", "<=", ">=", "\\ne ", "->", "->"), strict=True)),
+        **dict(zip("\u2264\u2265\u2260\u21d2\u2192", ("<=", ">=", "\\ne ", "->", "->"), strict=True)),
+        **{"\u3002": ".", "\u3001": ","},
         **dict(zip("\u221a\u03c0\u00b0\u200b\u2019\u2026", ("\\sqrt ", "\\pi ", "", "", "'", "..."), strict=True)),
     }
 )
@@ -56,6 +58,8 @@ _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})")
 _SHORT_FRACTION = re.compile(r"\\frac\s?(\d)\s?(\d)")
 _MIXED_FRACTION = re.compile(r"(?<![\d.])(\d{1,9})\s?\\frac\s?\{(\d{1,4})\}\s?\{(\d{1,4})\}")
 _ROOT = re.compile(r"\\sqrt\s?\[(\d{1,2})\]")
+_REPEATING = re.compile(r"(?<![\d.,])(\d{0,9})\.(\d{0,9})\\(?:overline|bar|dot)\s?\{?(\d{1,20})\}?")
+_CLOCK = re.compile(r"(?<=\d)\s?([ap])\.m\b\.?", re.IGNORECASE)
 _NEXT_LINE = re.compile(r"(?:\\\\|\n)\s{0,40}&?\s?(?=(?:=|~=|\\approx)(?!>))")
 _LINE_START = re.compile(
     r"""^[ \t]*(?:[-*+\#>\u2022]+[ \t]+)*(?:\*\*)?
@@ -77,9 +81,13 @@ def plain(text: str) -> str:
         raise UnreadableError(f"more than {MAX_TEXT} characters")
     if not text.isascii():
         text = text.translate(_CHARACTERS)
+    if "$$" in text:
+        text = text.replace("$$", "$")
     if "{,}" in text or "\\," in text:
         text = _THOUSANDS.sub(",", text)
+    text = _CLOCK.sub(r" \1m ", text)
     if "\\" in text:
+        text = _REPEATING.sub(_fraction, text)
         text = _LINES.sub("\n", _SUBSCRIPT.sub(r"\1 ", _TEXT.sub(r" \1 ", text)))
         text = _NEXT_LINE.sub(" ", _DEGREES.sub("", text))
         text = _COMMAND.sub(lambda m: _COMMANDS.get(m[0], m[0]), text.replace("\\\\", "\n").replace("&", " "))
@@ -95,6 +103,13 @@ def plain(text: str) -> str:
     return _LINE_START.sub("", _NEXT_LINE.sub(" ", _HEDGE.sub("~=", text)))
 
 
+def _fraction(repeating: re.Match[str]) -> str:
+    """0.1\\overline{6} as (15/90)."""
+    whole, first, period = repeating.groups()
+    before = int(f"0{whole}{first}")
+    return f"({int(f'{before}{period}') - before}/{'9' * len(period)}{'0' * len(first)})"
+
+
 # ---- tokens --------------------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(
@@ -104,9 +119,9 @@ _TOKEN = re.compile(
     |(?P<close>[)\]}])
     |(?P<opaque>\d{1,9}:\d[\d:]*|\.\.+)  # a time, a ratio, and so on
     |(?P<mixed>(?:\d{1,9}[ ]|(?<=[ ]/[ ]))\d{1,4}/\d{1,4}(?!\d|/|\.\d))  # 3 1/2; the divisor of 3 / 1/2
-    |(?P<number>(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?:[ ]\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)
-        (?:\.\.\.|[eE][-+]?\d+(?!\w))?)
-    |(?P<word>[A-Za-z]+(?:'[a-z]*)?(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]{1,8}\}))?)
+    |(?P<number>(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)
+        |\d{1,3}(?:[ ]\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\.\.\.|[eE][-+]?\d+(?!\w))?)
+    |(?P<word>[A-Za-z]+(?:'[a-z']*)?(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]{1,8}\}))?)
     |(?P<relation>~=|<=|>=|(?<=\s)!=|\\ne(?![A-Za-z])|:=|=+(?!>)|<(?!-)|(?<![-=])>)
     |(?P<postfix>%|!)
     |(?P<prefix>\\(?:frac|sqrt|root)(?![A-Za-z]))

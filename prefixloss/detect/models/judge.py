@@ -5,21 +5,15 @@ wrong one, as in ProcessBench.
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import re
 from collections import Counter
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefixloss.detect.base import BatchDetector, FirstError
-
-if TYPE_CHECKING:
-    import httpx
+from prefixloss.detect.cost import spend
+from prefixloss.detect.models.endpoint import Endpoint, UnansweredError, check_server, opened, run, tokens_used, why_not
 
 _PROMPT = """\
 Below are a problem and a solution to it. The solution is cut into paragraphs, numbered from 0, each between tags with \
@@ -43,8 +37,6 @@ _VERDICT = re.compile(
 )
 _CONFIDENCE = 0.7  # of a single verdict
 _MOST_BYTES = 2 << 20  # of a reply; a critique of 100,000 tokens has less than half of that
-_BACKOFF = 0.5  # seconds before the second try, doubled for each further one
-_LONGEST = 200  # characters of a reason
 
 
 @dataclass(frozen=True)
@@ -72,13 +64,9 @@ class Judge(BatchDetector):
     seconds: float = field(default=180.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError("url: expected the endpoint's base, http://... or https://...")  # it may hold a password
+        check_server(self, "tries", "concurrency", "votes")
         if not self.model:
             raise ValueError("model: got '', expected a name")
-        for name in ("tries", "concurrency", "votes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
 
     def detect_batch(
         self,
@@ -90,24 +78,17 @@ class Judge(BatchDetector):
         known = answers if answers is not None else [None] * len(problems)
         responses = list(zip(problems, steps, known, strict=True))
         try:
-            return _run(self._judge_all(responses))
-        except ImportError as error:
-            reason = f"failed: {error}; it comes with prefixloss[detect]"
-        except Exception as error:  # the surroundings: certificates, proxies
-            reason = f"failed: {type(error).__name__}"
-        return [FirstError(None, reason, 0.0)] * len(responses)
+            return run(self._judge_all(responses))
+        except Exception as error:
+            return [FirstError(None, why_not(error), 0.0)] * len(responses)
 
     async def _judge_all(self, responses: Sequence[tuple[str, Sequence[str], str | None]]) -> list[FirstError]:
-        import httpx  # noqa: PLC0415
-
         gate = asyncio.Semaphore(max(1, self.concurrency // self.votes))
-        async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
-            key = os.environ.get(self.api_key_env, "").strip()
-            endpoint = _Endpoint(client, self.url.rstrip("/") + "/chat/completions", key)
+        async with opened(self.url.rstrip("/"), self.api_key_env, _MOST_BYTES) as endpoint:
             return await asyncio.gather(*(self._judge(endpoint, gate, *response) for response in responses))
 
     async def _judge(
-        self, endpoint: _Endpoint, gate: asyncio.Semaphore, problem: str, steps: Sequence[str], answer: str | None
+        self, endpoint: Endpoint, gate: asyncio.Semaphore, problem: str, steps: Sequence[str], answer: str | None
     ) -> FirstError:
         if not steps:
             return FirstError(None, "no steps", 0.0)
@@ -125,7 +106,7 @@ class Judge(BatchDetector):
         return FirstError(step, f"{reason}, {most} of {len(votes)} votes", most / len(votes))
 
     async def _vote(
-        self, endpoint: _Endpoint, number: int, problem: str, steps: Sequence[str], answer: str | None
+        self, endpoint: Endpoint, number: int, problem: str, steps: Sequence[str], answer: str | None
     ) -> FirstError:
         """One critique's verdict; whatever goes wrong becomes a reason."""
         try:
@@ -136,105 +117,25 @@ class Judge(BatchDetector):
                 request["max_tokens"] = self.max_tokens
             if self.votes > 1:
                 request["seed"] = number
-            critique = await self._ask(endpoint, request)
-            step = _read_verdict(critique, len(steps))
-        except _UnansweredError as error:
-            return FirstError(None, _line(endpoint.without_key(str(error))), 0.0)
-        except Exception as error:  # its text might show the key
-            return FirstError(None, f"failed: {type(error).__name__}", 0.0)
+            reply = await endpoint.ask("/chat/completions", request, self.seconds, self.tries)
+            step = _read_verdict(_critique(reply), len(steps))
+        except Exception as error:
+            return FirstError(None, endpoint.reason(error), 0.0)
         said = "no error" if step is None else "the first error here"
         return FirstError(step, f"{self.model} finds {said}", _CONFIDENCE)
 
-    async def _ask(self, endpoint: _Endpoint, request: dict[str, Any]) -> str:
-        clock = asyncio.get_running_loop().time
-        end = clock() + self.seconds
-        for attempt in range(self.tries):
-            share = (end - clock()) / (self.tries - attempt)
-            try:
-                return await asyncio.wait_for(endpoint.critique(request), share)
-            except asyncio.TimeoutError:
-                failure = _BusyError(f"no answer within {share:.3g} s")
-            except _BusyError as error:
-                failure = error
-            wait = max(failure.wait, _BACKOFF * 2**attempt)
-            if attempt + 1 == self.tries:
-                break
-            if clock() + wait >= end:
-                raise _UnansweredError(f"out of time after {self.seconds:g} s: {failure}")
-            await asyncio.sleep(wait)
-        raise _UnansweredError(f"{failure} (tries: {self.tries})")
 
-
-class _UnansweredError(Exception):
-    """There is no verdict; the text is the reason."""
-
-
-class _BusyError(Exception):
-    """Worth another try. wait: seconds that the endpoint asks to wait before it."""
-
-    def __init__(self, reason: str, wait: float = 0.0) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
-@dataclass(frozen=True)
-class _Endpoint:
-    client: httpx.AsyncClient
-    url: str
-    key: str = field(repr=False)
-
-    async def critique(self, request: dict[str, Any]) -> str:
-        """The text of a completion. Redirects are not followed: the key is for this address. Nothing is unpacked: ten
-        packed kilobytes can hold gigabytes, and unpacking them ignores every limit."""
-        import httpx  # noqa: PLC0415
-
-        headers = {"Accept-Encoding": "identity"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        body = bytearray()
-        try:
-            async with self.client.stream("POST", self.url, json=request, headers=headers) as reply:
-                if reply.status_code == 429 or reply.status_code >= 500:
-                    raise _BusyError(f"HTTP {reply.status_code}", _retry_after(reply.headers.get("Retry-After", "")))
-                if reply.status_code != 200:
-                    raise _UnansweredError(f"HTTP {reply.status_code}")
-                packing = reply.headers.get("Content-Encoding", "identity").strip().lower()
-                if packing not in ("", "identity"):
-                    raise _UnansweredError(f"unreadable verdict: packed ({packing}), which was not asked for")
-                async for part in reply.aiter_raw():
-                    body += part
-                    if len(body) > _MOST_BYTES:
-                        raise _UnansweredError(f"unreadable verdict: more than {_MOST_BYTES} bytes")
-        except httpx.TransportError as error:
-            raise _BusyError(f"no answer: {type(error).__name__}") from None
-        return self._text(bytes(body))
-
-    def _text(self, body: bytes) -> str:
-        try:
-            choice = json.loads(body)["choices"][0]
-            text, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise _UnansweredError(f"unreadable verdict: {body.decode(errors='replace')}") from None
-        if not isinstance(text, str) or cut:
-            raise _UnansweredError(f"unreadable verdict: {'cut off' if cut else 'no text'}")
-        return text
-
-    def without_key(self, text: str) -> str:
-        return text.replace(self.key, "***") if self.key else text
-
-
-def _run(work: Coroutine[Any, Any, list[FirstError]]) -> list[FirstError]:
-    """Here, where Ctrl-C ends it, or in a thread of its own if an event loop runs here already, as in a notebook."""
+def _critique(reply: Any) -> str:
+    """The text of a completion."""
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()
-
-
-def _line(text: str) -> str:
-    return " ".join(text[: 10 * _LONGEST].split())[:_LONGEST]
+        choice = reply["choices"][0]
+        text, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+    except (LookupError, TypeError, AttributeError):
+        raise UnansweredError(f"unreadable verdict: {reply}") from None
+    spend(1, tokens_used(reply))
+    if not isinstance(text, str) or cut:
+        raise UnansweredError(f"unreadable verdict: {'cut off' if cut else 'no text'}")
+    return text
 
 
 def _prompt(problem: str, steps: Sequence[str], answer: str | None) -> str:
@@ -251,16 +152,5 @@ def _read_verdict(critique: str, steps: int) -> int | None:
     verdict = _VERDICT.match(critique, last)
     number = (verdict["boxed"] or verdict["json"]).replace("\u2212", "-").replace("null", "-1") if verdict else ""
     if not number or not -1 <= int(number) < steps:
-        raise _UnansweredError(f"unreadable verdict: {critique}")
+        raise UnansweredError(f"unreadable verdict: {critique}")
     return int(number) if int(number) >= 0 else None
-
-
-def _retry_after(value: str) -> float:
-    """Seconds to wait, from either form of the header: a number or a date."""
-    if value.strip().replace(".", "", 1).isdecimal():
-        return float(value)
-    try:
-        date = parsedate_to_datetime(value)
-    except (ValueError, OverflowError):
-        return 0.0
-    return (date.astimezone(timezone.utc) - datetime.now(timezone.utc)).total_seconds()

@@ -5,18 +5,19 @@ right. The first step below a threshold is the first wrong one.
 from __future__ import annotations
 
 import math
-import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from prefixloss.detect.base import BatchDetector, FirstError
+from prefixloss.detect.cost import spend
+from prefixloss.detect.models.batches import failed, first_below, judged, readable
+from prefixloss.detect.models.reading import Marked, Reader, device_of, most_tokens, padded
 
-_STEPS = "\ue000steps\ue000"  # stands for the response in a rendered chat template
 _LOADING = threading.Lock()
 
 
@@ -31,7 +32,8 @@ class PRM(BatchDetector):
     model: a local directory, or the name of a model to fetch from the hub. Loaded at the first use, once a process;
     `load` does so early, and raises where the settings do not fit.
     separator: one token of the tokenizer. In a problem or a step it is read as a space, like every special token.
-    threshold: a reward strictly below it is an error.
+    threshold: a reward strictly below it is an error; None stands for the one that the checkpoint was trained to have
+        (`prefixloss prm train`), else 0.8.
     system: the system prompt; None leaves it to the chat template. A tokenizer without a chat template reads the
     problem, a line break and the steps.
     max_tokens: a longer input is not read at all; None stands for the model's own limit, which always holds.
@@ -41,7 +43,7 @@ class PRM(BatchDetector):
 
     model: str
     separator: str = "<extra_0>"
-    threshold: float = 0.8
+    threshold: float | None = None
     positive_label: int = 1
     system: str | None = None
     batch_size: int = 8
@@ -56,7 +58,7 @@ class PRM(BatchDetector):
             raise ValueError("model: got '', expected a directory or the name of a model")
         if not self.separator:
             raise ValueError("separator: got '', expected one token")
-        if not 0 < self.threshold <= 1:
+        if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold: got {self.threshold}, expected 0 < threshold <= 1")
         if self.positive_label < 0:
             raise ValueError(f"positive_label: got {self.positive_label}, expected a label's index")
@@ -83,68 +85,24 @@ class PRM(BatchDetector):
         try:
             loaded = self._loaded()
         except Exception as error:
-            return [_failed(error)] * len(problems)
-        results: dict[int, FirstError] = {}
-        inputs: dict[int, _Input] = {}
-        for i, (problem, response) in enumerate(zip(problems, steps, strict=True)):
-            read = self._read(loaded, problem, response)
-            if isinstance(read, FirstError):
-                results[i] = read
-            else:
-                inputs[i] = read
-        by_length = sorted(inputs, key=lambda i: len(inputs[i].ids))
-        for start in range(0, len(by_length), self.batch_size):
-            batch = by_length[start : start + self.batch_size]
-            results.update(zip(batch, self._judge(loaded, [inputs[i] for i in batch]), strict=True))
-        return [results[i] for i in range(len(results))]
+            return [failed(error)] * len(problems)
+        most = min(self.max_tokens or loaded.most_tokens, loaded.most_tokens)
+        inputs = [
+            readable(response, partial(loaded.read, problem, response, self.separator, self.system), most)
+            for problem, response in zip(problems, steps, strict=True)
+        ]
+        threshold = loaded.threshold if self.threshold is None else self.threshold
+        rewards = partial(loaded.rewards, label=self.positive_label)
+        return judged(inputs, self.batch_size, rewards, partial(first_below, threshold=threshold))
 
     def _loaded(self) -> _Loaded:
         with _LOADING:  # threads that start together load once
             loaded = _load(self.model, self.device, self.dtype, self.trust_remote_code)
-        if len(loaded.known(self.separator)) != 1:
+        if len(loaded.reader.known(self.separator)) != 1:
             raise ValueError(f"separator: got {self.separator!r}, expected one token of the tokenizer of {self.model}")
         if self.positive_label >= loaded.labels:
             raise ValueError(f"positive_label: got {self.positive_label}, the model has {loaded.labels} labels")
         return loaded
-
-    def _read(self, loaded: _Loaded, problem: str, steps: Sequence[str]) -> _Input | FirstError:
-        """A response as tokens, or why it cannot be read."""
-        if not steps:
-            return FirstError(None, "no steps", 0.0)
-        try:
-            read = loaded.read(problem, steps, self.separator, self.system)
-        except Exception as error:  # a batch goes on without this response
-            return _failed(error)
-        most = min(self.max_tokens or loaded.most_tokens, loaded.most_tokens)
-        if len(read.ids) > most:
-            return FirstError(None, f"{len(read.ids)} tokens, the model takes {most}", 0.0)
-        return read
-
-    def _judge(self, loaded: _Loaded, batch: Sequence[_Input]) -> list[FirstError]:
-        """A batch that fails is tried again one by one, so that only the responses at fault are lost."""
-        try:
-            rewards = loaded.rewards(batch, self.positive_label)
-        except Exception as error:
-            if len(batch) == 1:
-                return [_failed(error)]
-        else:
-            return [self._first_error(r) for r in rewards]
-        return [self._judge(loaded, [one])[0] for one in batch]
-
-    def _first_error(self, rewards: Sequence[float]) -> FirstError:
-        if not all(map(math.isfinite, rewards)):
-            return FirstError(None, "failed: the rewards are not finite", 0.0)
-        for step, reward in enumerate(rewards):
-            if reward < self.threshold:
-                return FirstError(step, f"reward {reward:.4g} is below {self.threshold:g}", 1 - reward)
-        return FirstError(None, f"every reward is at least {min(rewards):.4g}", min(rewards))
-
-
-class _Input(NamedTuple):
-    """ids: a response's tokens. ends: where among them each step's separator is."""
-
-    ids: list[int]
-    ends: list[int]
 
 
 class _Loaded(NamedTuple):
@@ -155,49 +113,23 @@ class _Loaded(NamedTuple):
     labels: int
     most_tokens: int
 
-    def known(self, text: str) -> list[int]:
-        """A text's tokens, without those that only stand for what the tokenizer does not know."""
-        return [token for token in self._tokens(text) if token != self.tokenizer.unk_token_id]
+    @property
+    def threshold(self) -> float:
+        return float(getattr(self.model.config, "prefixloss_threshold", None) or 0.8)
 
-    def read(self, problem: str, steps: Sequence[str], separator: str, system: str | None) -> _Input:
-        """Each step is tokenized by itself, up to its separator: nothing that it says can move a boundary."""
-        marks = {separator, *self.tokenizer.all_special_tokens, _STEPS}
-        special = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
-        plain = [special.sub(" ", step) for step in steps]
-        [end] = self.known(separator)
-        ids, tail, head = self._frame(special.sub(" ", problem), system)
-        ends = []
-        for step in [head + plain[0], *plain[1:]]:
-            ids += [*self._tokens(step), end]
-            ends.append(len(ids) - 1)
-        return _Input(ids + tail, ends)
+    @property
+    def reader(self) -> Reader:
+        return Reader(self.tokenizer)
 
-    def _frame(self, problem: str, system: str | None) -> tuple[list[int], list[int], str]:
-        """The tokens before and after a response, and the text that leads up to it."""
-        if self.tokenizer.chat_template is not None:
-            chat = [{"role": "system", "content": system}] if system is not None else []
-            chat += [{"role": "user", "content": problem}, {"role": "assistant", "content": _STEPS}]
-            head, _, tail = self.tokenizer.apply_chat_template(chat, tokenize=False).rpartition(_STEPS)
-            return [], self._tokens(tail), head
-        head = "\n".join([*([] if system is None else [system]), problem, ""])
-        inner, framed = self._tokens("a"), list(self.tokenizer("a")["input_ids"])
-        before = next(i for i in range(len(framed)) if framed[i : i + len(inner)] == inner)
-        return framed[:before], framed[before + len(inner) :], head
-
-    def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def read(self, problem: str, steps: Sequence[str], separator: str, system: str | None) -> Marked:
+        return self.reader.read(problem, steps, self.reader.known(separator), 0, separator, system)
 
     @torch.inference_mode()
-    def rewards(self, batch: Sequence[_Input], label: int) -> list[list[float]]:
-        """A probability for each step of each input. Padded on the right, so that positions count from the start."""
-        longest = max(len(one.ids) for one in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, one in enumerate(batch):
-            ids[row, : len(one.ids)] = torch.tensor(one.ids)
-            mask[row, : len(one.ids)] = 1
-        device = self.model.device
-        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device))[0]
+    def rewards(self, batch: Sequence[Marked], label: int) -> list[list[float]]:
+        """A probability for each step of each input."""
+        ids, mask = padded([one.ids for one in batch], self.model.device)
+        logits = self.model(input_ids=ids, attention_mask=mask)[0]
+        spend(len(batch), sum(len(one.ids) for one in batch))
         at_ends = [logits[row, one.ends].cpu().double() for row, one in enumerate(batch)]
         return [scores.softmax(-1)[:, label].tolist() for scores in at_ends]
 
@@ -214,21 +146,7 @@ def _load(name: str, device: str, dtype: str, trust_remote_code: bool) -> _Loade
     if report["missing_keys"]:  # a head made up at random would still give rewards
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise ValueError(f"model: {name} is no token classifier: it has no {missing}")
-    limits = list(_limits(config.get_text_config(), tokenizer))
-    return _Loaded(model.to(_device(device)).eval(), tokenizer, config.num_labels, min(limits))
-
-
-def _limits(config: Any, tokenizer: Any) -> Iterator[int]:
-    """How many tokens the tokenizer and the model take: a tokenizer without a limit names a huge one."""
-    yield int(tokenizer.model_max_length)
-    if getattr(config, "max_position_embeddings", None):
-        yield int(config.max_position_embeddings)
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return _Loaded(model.to(device_of(device)).eval(), tokenizer, config.num_labels, most_tokens(config, tokenizer))
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> Any:
@@ -255,7 +173,3 @@ def _qwen_class() -> Any:
             )
 
     return Qwen2ForProcessRewardModel
-
-
-def _failed(error: Exception) -> FirstError:
-    return FirstError(None, f"failed: {type(error).__name__}: {error}"[:200], 0.0)

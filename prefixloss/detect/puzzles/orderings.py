@@ -61,6 +61,7 @@ _OR = re.compile(r"\bor\b", re.IGNORECASE)
 _ANSWER = re.compile(r"\banswer\W{0,4}(?:is|:|=)?\W*\(?([A-Z])\b", re.IGNORECASE)
 _OPTION = re.compile(r"\(([A-Z])\)\s*(.*)")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+_STATEMENT_END = re.compile(r"\n|\r|(?<=[a-z][.?]) +(?=[A-Z])")  # a statement a line, or a sentence
 _ARTICLE = re.compile(r"^(?:and )?(?:an? |the )?", re.IGNORECASE)
 _LISTED = re.compile(r",| and (?=(?:an? |the )?[\w ]+$)")
 
@@ -162,6 +163,9 @@ class _Row:
             if 0 < left < len(things):
                 holds = self._relation(tokens[middle][0], things[:left], things[left:])
                 yield _Claim(~holds if "no" in kinds else holds, "relation", text)
+            elif things and left == len(things) and len(places) == 1 and kinds[-1] == "place":
+                holds = self._beyond(tokens[middle][0], things, places[0])
+                yield _Claim(~holds if "no" in kinds else holds, "relation", text)
             elif things:
                 raise UnreadError(text)
         elif things and places:
@@ -214,6 +218,11 @@ class _Row:
         low = _is_low(words)
         return np.logical_and.reduce([a < b if low else a > b for a, b in pairs])
 
+    def _beyond(self, words: str, things: Sequence[int], place: int) -> Orders:
+        """Where all of the things stand on that side of a place: "older than the fourth-oldest"."""
+        at = self.places[:, list(things)]
+        return np.asarray((at < place if _is_low(words) else at > place).all(axis=1))
+
     def _place(self, words: str) -> int:
         """ "second from the left", "third-newest", "second-to-last", "last", "third" as in the row listed last."""
         nth = re.match(_NTH, words, re.IGNORECASE)
@@ -229,7 +238,7 @@ class _Deduction(Puzzle):
     """repeated: the orders that the statements repeated so far allow; placed: the same for those that give a place."""
 
     def __init__(self, problem: str) -> None:
-        lines = [line.strip(" \t-*") for line in problem.splitlines()]
+        lines = [line.strip(" \t-*") for line in _STATEMENT_END.split(problem)]
         first = next((n for n, line in enumerate(lines) if _LISTED.search(line.rpartition(":")[2])), None)
         if first is None:
             raise UnreadError("no list of things")

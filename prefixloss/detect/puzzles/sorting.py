@@ -17,7 +17,7 @@ _SORTS = re.compile(r"\bsort|alphabet|lexicographic", re.IGNORECASE)
 _HAVE = re.compile(r"(?<![\"`])\bwe (?:now )?have\b(?! (?:now|to|not)\b):?", re.IGNORECASE)
 _ANSWER = re.compile(r"(?<![\"`])\banswer[\s*]*(?:is\b|:|=)[\s*:]*", re.IGNORECASE)
 _QUOTED = re.compile(r"[\"`]([^\"`]+)[\"`]")
-_BARE = re.compile(r"[^\W\d](?:[\w'-]*\w)?")
+_BARE = re.compile(r"[^\W\d](?:[\w'&-]*\w)?")
 # "kitten": "k" (11)
 _ENTRY = re.compile(
     r"(?<![^\s\"`,;()])(?P<word>[^\s\"`:,;()]{1,100})[\"`]?\s*(?::|=|->|→)\s*"

@@ -12,6 +12,7 @@ from prefixloss.detect.puzzles.replay import Puzzle, Replay, UnreadError, WrongE
 Thing = tuple[str, ...]  # the words of its name, in lower case
 
 _MOST_PEOPLE = 60
+_LEFT_OUT = 0.6  # confidence where a list leaves out someone to whom nothing happened
 _LONGEST = 200  # characters of a text that names a thing
 _NAME = r"(?<![\w'-])[A-Z][\w'-]*(?: [A-Z][\w'-]*){0,2}"
 _SWAP = r"(?i:swap|switch|trade|trading|exchange|exchanging)\w*"
@@ -64,10 +65,20 @@ class _Things:
         if words in self.all:
             return words
         for said in (words, tuple(w for w in words if w not in self.kinds)):
-            meant = {thing for thing in self.all if _abbreviates(said, thing)}
+            meant = self._meant(said)
             if meant:
                 return meant.pop() if len(meant) == 1 else None
         return None
+
+    def _meant(self, said: Thing) -> set[Thing]:
+        """The things that a short name may be for: "b" means the blue ball, not any ball, where there is one blue."""
+        meant = {thing for thing in self.all if _abbreviates(said, thing)}
+        telling = {thing for thing in meant if self.kinds and _abbreviates(said, thing[:-1])}
+        return telling or meant
+
+    def unclear(self, text: str) -> bool:
+        """Whether a text is a short name for several things."""
+        return len(self._meant(_words(text[:_LONGEST]))) > 1
 
     def first(self, text: str) -> Thing | None:
         """The thing a text starts with; titles may hold commas, so the longest text that names one wins."""
@@ -183,7 +194,7 @@ class _Reader:
         if kind != "claim":
             return _Event(kind, people, text=behind)
         thing = self.things.first(behind)
-        if thing is None and self.things.mentioned(behind):
+        if thing is None and (self.things.mentioned(behind) or self.things.unclear(_STOP.split(behind, maxsplit=1)[0])):
             return _Event("unread")
         if thing is None and match["sign"] is None:  # "Bob has to swap" claims nothing
             return None
@@ -262,12 +273,16 @@ class _Holders(Puzzle):
             raise WrongError(f"{person} holds {' '.join(state[person])}, not {' '.join(claim.thing)}")
 
     def _check_nobody_lost(self, claims: Sequence[_Event], moved: set[str], whole: bool) -> None:
-        """A list of more than those who moved last has everybody it had before, or at the start everybody."""
+        """A list of more than those who moved last has everybody it had before, or at the start everybody. One of few
+        others may leave out those to whom nothing happened; one of most others lost them, as far as one can tell."""
         people = {claim.people[0] for claim in claims}
         lost = (set(self.problem.start) if whole else self.reported) - people
         just_moved = moved or set(self.problem.swaps[self.place - 1] if self.place else ())
         if len(people) > 1 and all(c.listed for c in claims) and lost and people != just_moved:
-            raise WrongError(f"leaves out {', '.join(sorted(lost))}")
+            stayed = set(self.problem.start) - just_moved
+            sure = whole or not lost.isdisjoint(just_moved)
+            if sure or 2 * len(stayed & people) > len(stayed):
+                raise WrongError(f"leaves out {', '.join(sorted(lost))}", *([] if sure else [_LEFT_OUT]))
         self.reported |= people
 
     def _check_answer(self, text: str) -> None:

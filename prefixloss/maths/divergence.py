@@ -1,0 +1,186 @@
+"""Divergences of a student's distribution p from a teacher's q, and their slopes, for every form of teacher.
+
+Over classes j, with a = log p, b = log q and the mixture m = beta q + (1 - beta) p:
+    reverse       KL(p || q) = sum p (a - b)
+    forward       KL(q || p) = sum q (b - a)
+    jsd           beta KL(q || m) + (1 - beta) KL(p || m)      generalised Jensen-Shannon, of GKD: arXiv 2306.13649
+    skew-forward  KL(q || m)                                   of DistiLLM: arXiv 2402.03898
+    skew-reverse  KL(p || m)                                   the same
+Each is a sum of terms. With w_j = p_j dD/dp_j, less what is the same multiple of p_j in every class, and W = sum w,
+    dD / ds_j = w_j - p_j W                                    for scores s with p = softmax(s).
+    reverse       w = p (a - b)
+    forward       w = -q
+    jsd           w = (1 - beta) p (a - log m)
+    skew-forward  w = -(1 - beta) p q / m
+    skew-reverse  w = p (a - log m) - (1 - beta) p p / m
+A class that neither can have adds nothing; one that only the first argument of a KL can have makes it infinite. Of an
+infinite divergence there is no slope: its gradient is 0.
+
+The classes are the vocabulary, or the ids that a teacher lists and all others together, the tail: a row's gradient with
+respect to the tail's score is shared out by the others' own probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Terms = tuple[Tensor, Tensor]
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p (log p - log q), class by class."""
+    terms = (log_p - log_q).mul_(log_p.exp())
+    if _has_banned(log_p) or _has_banned(log_q):
+        impossible = log_p == -math.inf
+        terms.masked_fill_((log_q == -math.inf) & ~impossible, math.inf).masked_fill_(impossible, 0)
+    return terms
+
+
+def _has_banned(logs: Tensor) -> bool:
+    return logs.numel() > 0 and bool(logs.amin() == -math.inf)
+
+
+def _log_mixture(a: Tensor, b: Tensor, beta: float) -> Tensor:
+    return torch.logaddexp(b + math.log(beta), a + math.log1p(-beta))
+
+
+def _share(log_part: Tensor, log_whole: Tensor) -> Tensor:
+    """exp(log_part - log_whole), 0 where both are -inf."""
+    return torch.where(log_part == -math.inf, 0.0, (log_part - log_whole).exp())
+
+
+def _reverse(a: Tensor, b: Tensor, beta: float) -> Terms:
+    terms = _kl(a, b)
+    return terms, terms
+
+
+def _forward(a: Tensor, b: Tensor, beta: float) -> Terms:
+    return _kl(b, a), -b.exp()
+
+
+def _jsd(a: Tensor, b: Tensor, beta: float) -> Terms:
+    log_m = _log_mixture(a, b, beta)
+    slope = _kl(a, log_m).mul_(1 - beta)
+    return _kl(b, log_m).mul_(beta).add_(slope), slope
+
+
+def _skew_forward(a: Tensor, b: Tensor, beta: float) -> Terms:
+    log_m = _log_mixture(a, b, beta)
+    return _kl(b, log_m), _share(a, log_m).mul_(b.exp()).mul_(beta - 1)
+
+
+def _skew_reverse(a: Tensor, b: Tensor, beta: float) -> Terms:
+    log_m = _log_mixture(a, b, beta)
+    terms = _kl(a, log_m)
+    return terms, terms - _share(a, log_m).mul_(a.exp()).mul_(1 - beta)
+
+
+# log p, log q [n, C] and beta to the terms and w [n, C], which may be one tensor
+BY_NAME: dict[str, Callable[[Tensor, Tensor, float], Terms]] = {
+    "reverse": _reverse,
+    "forward": _forward,
+    "jsd": _jsd,
+    "skew-forward": _skew_forward,
+    "skew-reverse": _skew_reverse,
+}
+
+
+class Parts:
+    """How the parts of a row make the whole: here there is one, all of the vocabulary. Of one that is split over
+    processes, from `first` on, what each knows is combined."""
+
+    first = 0
+
+    def logsumexp(self, logs: Tensor) -> Tensor:
+        """logs [..]: the log of each process's sum; the log of all of them."""
+        return logs
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One of `BY_NAME` with its beta."""
+
+    name: str
+    beta: float
+
+    def rows(self, a: Tensor, b: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
+        """log p and log q [n, C] -> the divergence [n] and its gradient by the scores [n, C], of which `a` is made."""
+        terms, slope = BY_NAME[self.name](a, b, self.beta)
+        value, total = parts.sum(torch.stack([terms.sum(1), slope.sum(1)]))
+        gradient = slope.addcmul(a.exp(), total[:, None], value=-1)
+        return value, gradient.masked_fill_((value == math.inf)[:, None], 0)
+
+    def whole(self, scores: Tensor, teacher_scores: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
+        """From scores [n, V] of both: the divergence [n] and d / d scores [n, V]."""
+        a, b = (s - parts.logsumexp(s.logsumexp(1))[:, None] for s in (scores, teacher_scores))
+        return self.rows(a, b, parts)
+
+    def listed(self, scores: Tensor, teacher: Listed, parts: Parts) -> tuple[Tensor, Tensor]:
+        """From scores [n, V] and a teacher that lists ids: the divergence [n] and d / d scores [n, V]."""
+        place = _Places.of(teacher.ids, parts.first, scores.shape[1])
+        at_listed = parts.sum(torch.where(place.here, scores.gather(1, place.at), 0.0))
+        at_listed = at_listed.masked_fill_(teacher.ids < 0, -math.inf)
+        others = place.put(scores.clone(), torch.full_like(at_listed, -math.inf))
+        log_others = parts.logsumexp(others.logsumexp(1))[:, None]
+        classes = torch.cat([at_listed, log_others], 1)
+        a = classes - classes.logsumexp(1, keepdim=True)
+        # every process has all of the classes
+        value, gradient = self.rows(a, torch.cat([teacher.logps, teacher.tail[:, None]], 1), Parts())
+        # exp(-inf - -inf) where nothing but the listed ids is possible
+        shares = others.sub_(log_others.masked_fill(log_others == -math.inf, 0)).exp_().mul_(gradient[:, -1:])
+        return value, place.put(shares, gradient[:, :-1])
+
+
+class Listed(NamedTuple):
+    """What a teacher says of n rows: ids int64 [n, K], -1 where unused; logps [n, K], -inf there; tail [n], the log of
+    all that is left."""
+
+    ids: Tensor
+    logps: Tensor
+    tail: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, logps: Tensor, dtype: torch.dtype) -> Listed:
+        """logps: anything where unused. 1 - sum p keeps its digits near 0: 1 - p of the largest is -expm1(log p)."""
+        logps = logps.double().masked_fill(ids < 0, -math.inf)
+        if ids.shape[1] == 0:
+            return cls(ids, logps.to(dtype), logps.new_zeros(len(ids), dtype=dtype))
+        top, at = logps.max(1, keepdim=True)
+        rest = logps.exp().scatter_(1, at, 0).sum(1)
+        tail = (-torch.expm1(top.squeeze(1)) - rest).clamp(min=0).log()
+        return cls(ids, logps.to(dtype), tail.to(dtype))
+
+
+class _Places(NamedTuple):
+    """Where the listed ids stand among some columns: at int64 [n, K], a real column everywhere; here bool [n, K]."""
+
+    at: Tensor
+    here: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, first: int, columns: int) -> _Places:
+        index = ids - first
+        here = (ids >= 0) & (index >= 0) & (index < columns)
+        if ids.shape[1] == 0:
+            return cls(index, here)
+        # what is not here is written over a place that is, with the same value
+        stand_in = index.gather(1, here.long().argmax(1, keepdim=True))
+        index = torch.where(here, index, stand_in)
+        return cls(torch.where(here.any(1, keepdim=True), index, 0), here)
+
+    def put(self, x: Tensor, values: Tensor) -> Tensor:
+        """values [n, K] into x [n, V], in place."""
+        if self.at.shape[1] == 0:
+            return x
+        stand_in = values.gather(1, self.here.long().argmax(1, keepdim=True))
+        stand_in = torch.where(self.here.any(1, keepdim=True), stand_in, x.gather(1, self.at))
+        return x.scatter_(1, self.at, torch.where(self.here, values, stand_in))

@@ -1,0 +1,601 @@
+"""Distillation against its definition, dense in float64 with plain autograd: every divergence and form of teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prefixloss import LossConfig, advantages, distill_loss, linear_distill_loss, linear_prefix_loss
+from prefixloss.maths import softmax
+from prefixloss.maths.divergence import BY_NAME
+
+INF = math.inf
+BACKENDS = ("torch", "reference")
+N, D, E, V = 6, 4, 5, 9
+
+
+# --- the definition
+
+
+def log_probs(logits: Tensor, temperature: float, softcap: float | None, scale: float) -> Tensor:
+    z = logits.double() * scale
+    banned = z == -INF
+    if softcap is not None:
+        z = softcap * torch.tanh(z.masked_fill(banned, 0.0) / softcap)
+    return (z / temperature).masked_fill(banned, -INF).log_softmax(-1)
+
+
+def of_row(name: str, beta: float, p: Tensor, q: Tensor) -> Tensor:
+    """0-d, from probabilities [C]; the gradient only where it is finite."""
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        if bool(((a > 0) & (b == 0)).any()):
+            return torch.tensor(INF, dtype=torch.float64)
+        return (a[a > 0] * (a[a > 0] / b[a > 0]).log()).sum()
+
+    m = beta * q + (1 - beta) * p
+    return {
+        "reverse": lambda: kl(p, q),
+        "forward": lambda: kl(q, p),
+        "jsd": lambda: beta * kl(q, m) + (1 - beta) * kl(p, m),
+        "skew-forward": lambda: kl(q, m),
+        "skew-reverse": lambda: kl(p, m),
+    }[name]()
+
+
+def definition(
+    logits: Tensor, teacher: dict[str, Any], *, mask: Tensor | None = None, weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, normalizer: float | None = None, divergence: str = "reverse", beta: float = 0.5,
+    temperature: float = 1.0, teacher_temperature: float | None = None, softcap: float | None = None,
+    logit_scale: float = 1.0, reduction: str = "token-mean", vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss and the divergences. teacher: {"logits": ...}, or {"ids": ..., "logps": ...} of [.., K]."""
+    shape = logits.shape[:-1]
+    flat = logits.reshape(-1, logits.shape[-1])[:, :vocab_size]
+    count = len(flat)
+    scored = torch.ones(count, dtype=torch.bool) if mask is None else mask.reshape(-1).bool()
+    w = torch.ones(count).double() if weights is None else weights.reshape(-1).double()
+    values = []
+    for i in range(count):
+        if not scored[i] or w[i] == 0:
+            values.append(torch.zeros((), dtype=torch.float64))
+            continue
+        p = log_probs(flat[i], temperature, softcap, logit_scale).exp()
+        if "logits" in teacher:
+            z = teacher["logits"].reshape(count, -1)[i, :vocab_size]
+            q = log_probs(z, temperature if teacher_temperature is None else teacher_temperature, softcap, logit_scale)
+            values.append(of_row(divergence, beta, p, q.exp()))
+        else:
+            ids, logps = (teacher[name].reshape(count, -1)[i] for name in ("ids", "logps"))
+            used = [(int(j), float(x)) for j, x in zip(ids, logps, strict=True) if j >= 0]
+            chosen = [j for j, _ in used]
+            others = [j for j in range(len(p)) if j not in chosen]
+            q = torch.tensor([math.exp(x) for _, x in used], dtype=torch.float64)
+            left = torch.tensor([max(0.0, 1 - math.fsum(q.tolist()))], dtype=torch.float64)
+            both = torch.cat([p[chosen], p[others].sum()[None]]), torch.cat([q, left])
+            values.append(of_row(divergence, beta, *both))
+    value = torch.stack(values)
+    losses = value * w * scored
+    losses = torch.where(scored & (w != 0), losses, 0.0)
+    if reduction == "none":
+        return (losses / (normalizer or 1)).reshape(shape), value.reshape(shape)
+    if reduction == "token-mean":
+        return losses.sum() / (normalizer or max(1, int(scored.sum()))), value.reshape(shape)
+    bounds = [i * shape[1] for i in range(shape[0] + 1)] if len(shape) == 2 else cu_seqlens.tolist()
+    sums = []
+    for a, b in pairwise(bounds):
+        tokens = max(1, int(scored[a:b].sum())) if reduction == "seq-mean-token-mean" else 1
+        sums.append(losses[a:b].sum() / tokens)
+    return torch.stack(sums).sum() / (normalizer or len(sums)), value.reshape(shape)
+
+
+# --- random configurations
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def some_ids(rows: int, vocabulary: int, most: int, seed: int) -> tuple[Tensor, Tensor]:
+    """ids [rows, K] with -1 at random places, and log-probs of a distribution over the vocabulary; NaN where unused."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(vocabulary, generator=g)[:most] for _ in range(rows)])
+    used = torch.rand(rows, most, generator=g) < 0.8
+    q = 2 * torch.randn(rows, vocabulary, generator=g, dtype=torch.float64)
+    return torch.where(used, ids, -1), torch.where(used, q.log_softmax(1).gather(1, ids), math.nan)
+
+
+def packed(ids: Tensor, logps: Tensor) -> dict[str, Tensor]:
+    rows = [(i[i >= 0], x[i >= 0]) for i, x in zip(ids, logps, strict=True)]
+    offsets = torch.tensor([0, *(len(i) for i, _ in rows)]).cumsum(0)
+    return {
+        "teacher_ids": torch.cat([i for i, _ in rows]), "teacher_logps": torch.cat([x for _, x in rows]),
+        "teacher_offsets": offsets,
+    }  # fmt: skip
+
+
+options = st.fixed_dictionaries(
+    {
+        "divergence": st.sampled_from(list(BY_NAME)),
+        "beta": st.sampled_from([0.1, 0.5, 0.75]),
+        "temperature": st.sampled_from([1.0, 0.6, 2.0]),
+        "softcap": st.sampled_from([None, 2.5]),
+        "logit_scale": st.sampled_from([1.0, 0.3]),
+        "reduction": st.sampled_from(["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "none"]),
+        "normalizer": st.sampled_from([None, 3.5]),
+        "vocab_size": st.sampled_from([None, V - 2]),
+    }
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    chosen=options, form=st.sampled_from(["whole", "listed", "packed"]), start=st.sampled_from(["hidden", "logits"]),
+    padded=st.booleans(), masked=st.booleans(), weighted=st.booleans(), banned=st.booleans(), own=st.booleans(),
+    bias=st.booleans(), seed=st.integers(0, 2**20),
+)  # fmt: skip
+def test_random_configurations(  # noqa: PLR0912 (a branch an option)
+    backend: str, chosen: dict[str, Any], form: str, start: str, padded: bool, masked: bool, weighted: bool,
+    banned: bool, own: bool, bias: bool, seed: int,
+) -> None:  # fmt: skip
+    shape = (2, 3) if padded else (N,)
+    hidden, weight, b = randn(*shape, D, seed=seed), randn(V, D, seed=seed + 1), randn(V, seed=seed + 2)
+    if banned:
+        b[3] = -INF
+    logits = (hidden @ weight.T + b) if bias or banned else hidden @ weight.T
+    call: dict[str, Any] = dict(chosen)
+    teacher: dict[str, Any]
+    if form == "whole":
+        th, tw, tb = randn(*shape, E, seed=seed + 3), randn(V, E, seed=seed + 4), randn(V, seed=seed + 5)
+        if banned:
+            tb[3] = -INF
+        teacher = {"logits": th @ tw.T + tb}
+        if own:
+            call["teacher_temperature"] = 1.4
+        given_teacher = (
+            {"teacher_hidden": th, "teacher_lm_head_weight": tw, "teacher_lm_head_bias": tb}
+            if start == "hidden"
+            else {"teacher_logits": teacher["logits"]}
+        )
+    else:
+        ids, logps = some_ids(N, call["vocab_size"] or V, 4, seed + 6)
+        teacher = {"ids": ids, "logps": logps}
+        if form == "packed":
+            given_teacher = packed(ids, logps)
+        else:
+            given_teacher = {"teacher_ids": ids.reshape(*shape, 4), "teacher_logps": logps.reshape(*shape, 4)}
+    if masked:
+        call["mask"] = torch.rand(shape, generator=torch.Generator().manual_seed(seed + 7)) < 0.7
+    if weighted:
+        call["weights"] = torch.randint(-1, 3, shape, generator=torch.Generator().manual_seed(seed + 8)).double()
+    if not padded:
+        call["cu_seqlens"] = torch.tensor([0, 2, 2, N])
+    leaves = (hidden, weight, *([b] if bias or banned else [])) if start == "hidden" else (logits,)
+    leaves = tuple(x.detach().clone().requires_grad_() for x in leaves)
+    plain = tuple(x.detach().clone().requires_grad_() for x in leaves)
+    expected, values = definition(
+        plain[0] if start == "logits" else plain[0] @ plain[1].T + (plain[2] if len(plain) > 2 else 0), teacher, **call
+    )
+    if start == "hidden":
+        out = linear_distill_loss(
+            *leaves[:2], lm_head_bias=leaves[2] if len(leaves) > 2 else None, backend=backend, **given_teacher, **call
+        )
+    else:
+        out = distill_loss(leaves[0], backend=backend, **given_teacher, **call)
+    incoming = torch.arange(1.0, 1 + expected.numel(), dtype=torch.float64).reshape(expected.shape)
+    # float64 sums over 9 classes and 6 tokens; the tail of a list is a difference of sums near 1
+    close = {"rtol": 1e-9, "atol": 1e-11}
+    torch.testing.assert_close(out.divergence, values.detach(), **close)
+    torch.testing.assert_close(out.loss.detach(), expected.detach(), **close)
+    got = torch.autograd.grad((out.loss * incoming).sum(), leaves)
+    finite = values.isfinite().all()
+    if finite:
+        want = torch.autograd.grad((expected * incoming).sum(), plain, allow_unused=True)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, torch.zeros_like(g) if w is None else w.nan_to_num(nan=0.0), **close)
+    assert not any(g.isnan().any() for g in got)
+
+
+# --- each of its properties
+
+
+def case(dtype: torch.dtype = torch.float64, rows: int = N, vocabulary: int = V) -> dict[str, Tensor]:
+    return {
+        "hidden": randn(rows, D, seed=0, dtype=dtype).requires_grad_(),
+        "lm_head_weight": randn(vocabulary, D, seed=1, dtype=dtype).requires_grad_(),
+        "lm_head_bias": randn(vocabulary, seed=2, dtype=dtype).requires_grad_(),
+        "teacher_hidden": randn(rows, E, seed=3, dtype=dtype),
+        "teacher_lm_head_weight": randn(vocabulary, E, seed=4, dtype=dtype),
+    }
+
+
+def student(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(given[name] for name in ("hidden", "lm_head_weight", "lm_head_bias"))
+
+
+def listed(rows: int = N, vocabulary: int = V, most: int = 4) -> dict[str, Tensor]:
+    ids, logps = some_ids(rows, vocabulary, most, 11)
+    return {"teacher_ids": ids, "teacher_logps": logps}
+
+
+def without_teacher(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x for name, x in given.items() if not name.startswith("teacher")}
+
+
+TEACHERS: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "whole": case, "listed": lambda: {**without_teacher(case()), **listed()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", TEACHERS)
+@pytest.mark.parametrize("name", list(BY_NAME))
+@pytest.mark.parametrize("reduction", ["token-mean", "none"])
+def test_gradcheck(backend: str, form: str, name: str, reduction: str) -> None:
+    given = TEACHERS[form]()
+    weights = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 1.0]).double()
+
+    def loss(*leaves: Tensor) -> Tensor:
+        call = {**given, **dict(zip(("hidden", "lm_head_weight", "lm_head_bias"), leaves, strict=True))}
+        return linear_distill_loss(
+            **call, divergence=name, softcap=4.0, weights=weights, reduction=reduction, backend=backend
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, student(given), atol=1e-7)
+
+
+def test_reverse_is_the_policy_losss_exact_kl_and_the_two_add_up() -> None:
+    given = case()
+    torch.manual_seed(0)
+    tokens, a, mask = torch.randint(V, (N,)), torch.randn(N), torch.tensor([1, 1, 0, 1, 1, 1]).bool()
+    head = {"lm_head_bias": given["lm_head_bias"]}
+    reference = {"ref_hidden": given["teacher_hidden"], "ref_lm_head_weight": given["teacher_lm_head_weight"]}
+    config = LossConfig(kl="full", kl_coef=0.3)
+    both = linear_prefix_loss(*student(given)[:2], tokens, a, mask=mask, **head, **reference, config=config)
+    policy = linear_prefix_loss(*student(given)[:2], tokens, a, mask=mask, **head)
+    teacher = linear_distill_loss(**given, mask=mask)
+    torch.testing.assert_close(teacher.divergence, both.kl, rtol=1e-10, atol=1e-12)
+    got = torch.autograd.grad(policy.loss + 0.3 * teacher.loss, student(given))
+    for g, w in zip(got, torch.autograd.grad(both.loss, student(given)), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", list(BY_NAME))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_that_one_side_cannot_have(backend: str, name: str, dtype: torch.dtype) -> None:
+    logits, teacher = randn(4, V, seed=1, dtype=dtype), randn(4, V, seed=2, dtype=dtype)
+    logits[0, 1] = teacher[1, 1] = -INF
+    logits[2, :5], teacher[2, 5:] = -INF, -INF  # nothing in common
+    infinite = {"reverse": [False, True, True, False], "forward": [True, False, True, False]}.get(name, [False] * 4)
+    leaf = logits.clone().requires_grad_()
+    out = distill_loss(leaf, teacher_logits=teacher, divergence=name, backend=backend)
+    assert (out.divergence == INF).tolist() == infinite
+    assert not out.divergence.isnan().any()
+    assert float(out.loss.detach()) == INF if any(infinite) else out.loss.isfinite()
+    out.loss.backward()
+    assert leaf.grad.isfinite().all()
+    assert leaf.grad[3].any()
+    assert not leaf.grad[torch.tensor(infinite)].any()
+    # a list: an id of which the teacher is sure, and one that it never has
+    ids, logps = torch.tensor([[0, 1]] * 4), torch.tensor([[0.0, -INF]] * 4)
+    out = distill_loss(logits, teacher_ids=ids, teacher_logps=logps, divergence=name, backend=backend)
+    assert not out.divergence.isnan().any()
+    # the third row cannot have the token that is sure
+    assert (out.divergence == INF).tolist() == {
+        "reverse": [True] * 4, "forward": [False, False, True, False],
+    }.get(name, [False] * 4)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_does_not_count_is_never_looked_at(backend: str) -> None:
+    given = case()
+    mask, weights = torch.tensor([1, 1, 0, 1, 1, 1]).bool(), torch.tensor([1.0, 0, 1, 1, 1, 1])
+    clean = linear_distill_loss(**given, mask=mask, weights=weights, backend=backend)
+    want = torch.autograd.grad(clean.loss, student(given))
+    for name in ("hidden", "teacher_hidden"):
+        given[name] = given[name].detach().clone()
+        given[name][1:3] = math.nan
+    given["hidden"].requires_grad_()
+    out = linear_distill_loss(**given, mask=mask, weights=weights, backend=backend)
+    got = torch.autograd.grad(out.loss, student(given))
+    torch.testing.assert_close(out.loss, clean.loss, rtol=0, atol=0)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=0, atol=0)
+    assert out.divergence[1:3].tolist() == [0, 0]
+    assert out.metrics["scored_tokens"] == 5
+    assert out.metrics["learning_tokens"] == 4
+    torch.testing.assert_close(out.metrics["divergence"], out.divergence.sum() / 4)
+    torch.testing.assert_close(out.metrics["loss"], out.loss.detach())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", TEACHERS)
+def test_nothing_to_learn_is_a_loss_of_0_with_gradients_of_0(backend: str, form: str) -> None:
+    given = TEACHERS[form]()
+    out = linear_distill_loss(**given, weights=torch.zeros(N), backend=backend)
+    out.loss.backward()
+    assert float(out.loss.detach()) == 0
+    assert all(not x.grad.any() for x in student(given))
+
+
+@pytest.mark.parametrize("form", TEACHERS)
+def test_chunks_and_blocks_do_not_change_it(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = TEACHERS[form]()
+    whole = linear_distill_loss(**given, divergence="jsd")
+    want = torch.autograd.grad(whole.loss, student(given))
+    monkeypatch.setenv("PREFIXLOSS_MEMORY", str(2 * 8 * V * 2))  # two rows
+    monkeypatch.setattr(softmax, "_BLOCK", V)  # one row
+    out = linear_distill_loss(**given, divergence="jsd")
+    for g, w in zip(torch.autograd.grad(out.loss, student(given)), want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(out.divergence, whole.divergence, rtol=1e-12, atol=1e-14)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any result of an operation has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("form", TEACHERS)
+@pytest.mark.parametrize("reduction", ["token-mean", "none"])
+def test_no_tensor_of_all_tokens_and_the_vocabulary(form: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, vocabulary = 256, 512
+    given = case(torch.float32, rows, vocabulary)
+    if form == "listed":
+        given = {**without_teacher(given), **listed(rows, vocabulary)}
+    monkeypatch.setenv("PREFIXLOSS_MEMORY", str(4 * 2 * 4 * vocabulary * 8))
+    with Largest() as largest:
+        linear_distill_loss(**given, divergence="jsd", reduction=reduction).loss.sum().backward()
+    # heads have 512 x 5 elements, chunks 52 rows at most
+    assert 0 < largest.elements <= rows * vocabulary // 4
+
+
+def test_a_listed_teacher_at_its_limits() -> None:
+    """1,024 ids a row beside one; rows that list nothing say nothing."""
+    vocabulary = 2048
+    logits = randn(3, vocabulary, seed=0)
+    ids, logps = some_ids(3, vocabulary, 1024, 5)
+    ids[1, 1:], ids[2] = -1, -1
+    ids[1, 0] = 7
+    logps[1, 0] = math.log(0.3)
+    _, values = definition(logits, {"ids": ids, "logps": logps}, divergence="forward")
+    for teacher in ({"teacher_ids": ids, "teacher_logps": logps}, packed(ids, logps)):
+        out = distill_loss(logits, **teacher, divergence="forward")
+        torch.testing.assert_close(out.divergence, values, rtol=1e-9, atol=1e-12)
+        assert out.divergence[2] == 0
+
+
+@pytest.mark.parametrize("start", ["hidden", "logits"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_half_precision_is_computed_in_float32(start: str, dtype: torch.dtype, name: str) -> None:
+    given = case(dtype)
+    head = student(given)
+    plain = [x.detach().double().requires_grad_() for x in head]
+    teacher = (given["teacher_hidden"].double() @ given["teacher_lm_head_weight"].double().T).to(dtype)
+    logits = (head[0].detach().double() @ head[1].detach().double().T).to(dtype).requires_grad_()
+    if start == "hidden":
+        out, leaves = linear_distill_loss(**given, divergence=name), head
+        teacher = given["teacher_hidden"].double() @ given["teacher_lm_head_weight"].double().T
+        expected, values = definition(plain[0] @ plain[1].T + plain[2], {"logits": teacher}, divergence=name)
+    else:
+        out, leaves = distill_loss(logits, teacher_logits=teacher, divergence=name), (logits,)
+        plain = [logits.detach().double().requires_grad_()]
+        expected, values = definition(plain[0], {"logits": teacher}, divergence=name)
+    assert out.loss.dtype == out.divergence.dtype == torch.float32
+    # float32 sums of terms of size 1; gradients are rounded to their dtype once
+    torch.testing.assert_close(out.divergence.double(), values.detach(), rtol=1e-5, atol=2e-6)
+    for leaf, g, w in zip(
+        leaves, torch.autograd.grad(out.loss, leaves), torch.autograd.grad(expected, plain), strict=True
+    ):
+        assert g.dtype == leaf.dtype
+        torch.testing.assert_close(g.double(), w, rtol=max(1e-5, torch.finfo(dtype).eps), atol=2e-6)
+
+
+def test_small_float16_gradients_survive_until_the_loss_scale_arrives() -> None:
+    logits = randn(N, V, seed=0).half().requires_grad_()
+    out = distill_loss(logits, teacher_logits=randn(N, V, seed=1).half(), normalizer=1e7)
+    (got,) = torch.autograd.grad(out.loss * 1e7, logits)
+    plain = logits.detach().double().requires_grad_()
+    expected, _ = definition(plain, {"logits": randn(N, V, seed=1).half()}, normalizer=1.0)
+    (want,) = torch.autograd.grad(expected, plain)
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["token-mean", "none"])
+def test_a_kept_graph_may_be_gone_through_again_and_a_second_derivative_is_refused(reduction: str) -> None:
+    given = case()
+    loss = linear_distill_loss(**given, reduction=reduction).loss.sum()
+    first = torch.autograd.grad(loss, student(given), retain_graph=True)
+    again = torch.autograd.grad(3 * loss, student(given), retain_graph=True)
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(3 * a, b)
+    with pytest.raises(RuntimeError, match="create_graph: got True"):
+        torch.autograd.grad(loss, student(given), create_graph=True)
+    plain = linear_distill_loss(**given, reduction=reduction, backend="reference").loss.sum()
+    assert torch.autograd.grad(plain, student(given), create_graph=True)[0].requires_grad
+
+
+def test_a_frozen_head_and_the_teacher_get_no_gradient() -> None:
+    given = case()
+    given["lm_head_weight"].requires_grad_(False)
+    given["teacher_hidden"].requires_grad_()
+    linear_distill_loss(**given).loss.backward()
+    assert given["hidden"].grad.any()
+    assert given["lm_head_weight"].grad is None
+    assert given["teacher_hidden"].grad is None
+
+
+def test_compiled_around_it_nothing_changes() -> None:
+    given = case()
+    names = ("hidden", "lm_head_weight", "lm_head_bias")
+
+    def loss(*leaves: Tensor) -> Tensor:
+        return linear_distill_loss(**{**given, **dict(zip(names, leaves, strict=True))}, divergence="jsd").loss * 2
+
+    want = torch.autograd.grad(loss(*student(given)), student(given))
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="eager")
+    for _ in range(2):
+        for g, w in zip(torch.autograd.grad(compiled(*student(given)), student(given)), want, strict=True):
+            torch.testing.assert_close(g, w, rtol=0, atol=0)
+
+
+def test_under_autocast_it_is_still_float32() -> None:
+    given = case(torch.float32)
+    plain = linear_distill_loss(**given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear_distill_loss(**given).divergence, plain.divergence)
+
+
+def test_a_longer_teacher_where_the_padding_is_named() -> None:
+    given = case()
+    longer = randn(V + 3, E, seed=4)
+    out = linear_distill_loss(**{**given, "teacher_lm_head_weight": longer}, vocab_size=V)
+    cut = linear_distill_loss(**{**given, "teacher_lm_head_weight": longer[:V]})
+    torch.testing.assert_close(out.loss, cut.loss, rtol=0, atol=0)
+
+
+# --- from the first error on
+
+
+def test_weights_begin_at_the_first_error() -> None:
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 1, 1]]).bool()
+    first_error = torch.tensor([1, -1, 2])
+    weights = advantages.from_first_error(first_error, mask, mask)
+    assert weights.tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]
+    assert weights.dtype == torch.float32
+    offsets = torch.tensor([0, 5, 10, 15])
+    assert advantages.from_first_error(first_error, mask.reshape(-1), mask.reshape(-1), offsets).tolist() == (
+        weights.reshape(-1).tolist()
+    )
+    given = case(rows=15)
+    rows = {name: given[name].detach().reshape(3, 5, -1) for name in ("hidden", "teacher_hidden")}
+    out = linear_distill_loss(**{**given, **rows}, mask=mask, weights=weights)
+    assert (out.divergence != 0).tolist() == (weights != 0).tolist()
+    # over all scored tokens, as the policy loss divides
+    torch.testing.assert_close(out.loss.detach(), out.divergence.sum() / 11)
+
+
+@pytest.mark.parametrize(
+    ("first_error", "message"),
+    [
+        (torch.tensor([5, -1]), r"first_error: got 5 for response 0, expected an index below the response's length, 3"),
+        (torch.tensor([-2, -1]), "first_error: got -2 for response 0"),
+        (torch.tensor([1]), r"first_error: got shape \[1\], expected \[B\] = \[2\]"),
+        (torch.tensor([1.0, 2.0]), "first_error: got float32"),
+    ],
+)
+def test_a_first_error_that_cannot_be_is_named(first_error: Tensor, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        advantages.from_first_error(first_error, torch.zeros(2, 3))
+
+
+# --- errors
+
+
+def no_teacher(**changes: Any) -> dict[str, Any]:
+    return {"teacher_hidden": None, "teacher_lm_head_weight": None, **changes}
+
+
+IDS, LOGPS = torch.tensor([[0, 1]] * N), torch.full((N, 2), -1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"divergence": "js"}, ValueError, "divergence: got 'js', expected one of \"reverse\""),
+        ({"divergence": ["jsd"]}, ValueError, "divergence: got"),
+        ({"beta": 0.0}, ValueError, "beta: got 0.0, expected a number between 0 and 1"),
+        ({"beta": math.nan}, ValueError, "beta: got nan"),
+        ({"temperature": 0.0}, ValueError, "temperature: got 0.0"),
+        ({"teacher_temperature": -1.0}, ValueError, "teacher_temperature: got -1.0"),
+        ({"softcap": -2.0}, ValueError, "softcap: got -2.0"),
+        ({"reduction": "group-token-mean"}, ValueError, "reduction: got 'group-token-mean'"),
+        ({"reduction": "seq-mean-token-mean"}, ValueError, "without cu_seqlens"),
+        ({"normalizer": 0.0}, ValueError, "normalizer: got 0.0"),
+        ({"backend": "cuda"}, ValueError, "backend: got 'cuda'"),
+        ({"hidden": torch.zeros(N)}, ValueError, r"hidden: got shape \[6\], expected \[B, T, D\] or \[N, D\]"),
+        ({"hidden": torch.zeros(N, D, dtype=torch.int64)}, TypeError, "hidden: got int64"),
+        ({"lm_head_weight": torch.zeros(V, D + 1)}, ValueError, "lm_head_weight: got shape"),
+        ({"mask": torch.ones(N + 1)}, ValueError, "mask: got shape"),
+        ({"weights": torch.ones(N, 1)}, ValueError, "weights: got shape"),
+        ({"weights": torch.ones(N, dtype=torch.int64)}, TypeError, "weights: got int64"),
+        ({"weights": torch.full((N,), math.inf)}, ValueError, "weights: got inf at position 0"),
+        ({"vocab_size": V + 1}, ValueError, "vocab_size: got 10 with 9 columns"),
+        ({"teacher_hidden": None}, ValueError, "teacher_hidden: got None, expected either teacher_hidden and"),
+        ({"teacher_lm_head_weight": None}, ValueError, "teacher_lm_head_weight: got None"),
+        (no_teacher(), ValueError, "teacher_hidden: got None"),
+        ({"teacher_ids": IDS, "teacher_logps": LOGPS}, ValueError, "teacher_hidden: got a second teacher"),
+        ({"teacher_hidden": torch.zeros(N - 1, E)}, ValueError, "teacher_hidden: got shape"),
+        ({"teacher_lm_head_weight": torch.zeros(V + 1, E)}, ValueError, "weight: got a vocabulary of 10"),
+        (no_teacher(teacher_ids=IDS), ValueError, "teacher_logps: got None"),
+        (no_teacher(teacher_lm_head_bias=torch.zeros(V), teacher_ids=IDS, teacher_logps=LOGPS), ValueError, "second"),
+        (no_teacher(teacher_ids=IDS.float(), teacher_logps=LOGPS), TypeError, "teacher_ids: got float32"),
+        (no_teacher(teacher_ids=IDS[:2], teacher_logps=LOGPS), ValueError, "teacher_ids: got shape"),
+        (no_teacher(teacher_ids=IDS, teacher_logps=LOGPS[:, :1]), ValueError, "teacher_logps: got shape"),
+        (no_teacher(teacher_ids=IDS + V, teacher_logps=LOGPS), ValueError, "teacher_ids: got 9 at position 0"),
+        (no_teacher(teacher_ids=IDS - 2, teacher_logps=LOGPS), ValueError, "teacher_ids: got -2 at position 0"),
+        (no_teacher(teacher_ids=IDS * 0, teacher_logps=LOGPS), ValueError, "got 0 at position 0, expected each"),
+        (no_teacher(teacher_ids=IDS, teacher_logps=-LOGPS), ValueError, "teacher_logps: got 1.0 at position 0"),
+        (no_teacher(teacher_ids=IDS, teacher_logps=LOGPS * math.nan), ValueError, "teacher_logps: got nan"),
+        (no_teacher(teacher_ids=IDS, teacher_logps=LOGPS / 4), ValueError, "add up to 1.5576 at position 0"),
+        (
+            no_teacher(teacher_ids=IDS, teacher_logps=LOGPS, teacher_temperature=2.0), ValueError,
+            "teacher_temperature: got 2.0, expected None",
+        ),
+        (
+            no_teacher(teacher_ids=IDS[0], teacher_logps=LOGPS[0], teacher_offsets=torch.tensor([0, 2])), ValueError,
+            r"teacher_offsets: got shape \[2\], expected \[N \+ 1\] = \[7\]",
+        ),
+        (
+            no_teacher(teacher_ids=IDS[0], teacher_logps=LOGPS[0], teacher_offsets=torch.tensor([0, 2, 1, 2, 2, 2, 2])),
+            ValueError, "teacher_offsets: got offsets from 0 to 2, expected increasing ones",
+        ),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {name: x.detach() for name, x in case(torch.float32).items()}
+    with pytest.raises(error, match=message):
+        linear_distill_loss(**{**given, **changes})
+
+
+def test_errors_of_logits() -> None:
+    logits = torch.zeros(N, V)
+    with pytest.raises(ValueError, match="teacher_logits: got None, expected either teacher_logits, or teacher_ids"):
+        distill_loss(logits)
+    with pytest.raises(ValueError, match="teacher_logits: got a vocabulary of 10"):
+        distill_loss(logits, teacher_logits=torch.zeros(N, V + 1))
+    with pytest.raises(ValueError, match="teacher_logits: got shape"):
+        distill_loss(logits, teacher_logits=torch.zeros(N + 1, V))
+    with pytest.raises(RuntimeError, match="vmap: got a call inside it"):
+        torch.func.vmap(lambda x: distill_loss(x[None], teacher_logits=x[None]).loss)(logits)
+
+
+def test_wrong_values_at_tokens_outside_the_mask_are_never_looked_at() -> None:
+    ids, logps, mask = IDS.clone(), LOGPS.clone(), torch.ones(N).bool()
+    ids[2], logps[2], mask[2] = V + 5, 7.0, False
+    out = distill_loss(torch.zeros(N, V), teacher_ids=ids, teacher_logps=logps, mask=mask)
+    assert out.divergence[2] == 0
+    assert out.loss.isfinite()

@@ -1,0 +1,120 @@
+"""The maths detector where it once accused right steps: each text beside a neighbour with a real error."""
+
+import pytest
+
+from prefixloss.detect.maths.detector import Maths
+
+MATHS = Maths(seconds=60)
+
+
+def step(*steps: str, problem: str = "", answer: str | None = None) -> int | None:
+    result = MATHS.detect(problem, steps, answer)
+    assert not result.reason.startswith("failed"), result
+    return result.step
+
+
+PAIRS = [
+    # neighbouring formulas do not multiply, subtract or run together
+    (r"\[ y = \frac{16}{6} = \frac{8}{3} \] \[ x = 5 \]", r"\[ y = \frac{16}{6} = \frac{8}{2} \] \[ x = 5 \]"),
+    (r"\( 3 + 5 = 8 \) \( x = 5 \)", r"\( 3 + 5 = 9 \) \( x = 5 \)"),
+    (r"$$ 3 + 5 = 8 $$ $$ (x - 1) = 5 $$", r"$$ 3 + 5 = 7 $$ $$ (x - 1) = 5 $$"),
+    ("$3 + 5 = 8$ $-2 + 7 = 5$", "$3 + 5 = 8$ $-2 + 7 = 9$"),
+    ("$3$ + $5$ = $8$", "$3$ + $5$ = $9$"),
+    # what touches a number may be a part of it
+    ("2,5 + 1 = 3", "2.5 + 1 = 3"),
+    (r"E(6,3) - \frac63 = 2 - 2 = 0", r"\frac63 - \frac63 = 2 - 1 = 0"),
+    ("(1, 2) - 3 + 4 = 0", "3 + 4 = 0"),
+    ("1,00,000 + 50,000 = 1,50,000", "1,00,000 + 50,000 = 1,60,000"),
+    (r"\frac{2}{9} = 0.\overline{2}", r"\frac{2}{9} = 0.\overline{3}"),
+    (r"\frac{1}{6} = 0.1\overline{6}", r"\frac{1}{6} = 0.1\overline{7}"),
+    # what stands beside a number may say what it is
+    ("2023 \u00f7 4 = 505 remainder 3", "2023 \u00f7 4 = 505"),
+    ("17 / 5 = 3 R 2", "17 / 5 = 3"),
+    ("17 / 5 = 3, with a remainder of 2", "17 / 5 = 3, with two left"),
+    (r"17 \div 5 = 3 \text{ (quotient)}", r"17 \div 5 = 3"),
+    ("31^2 is 600 greater than 19^2", "31^2 is 600"),
+    ("The units digit of 16^17 is 6", "So 16^17 is 6"),
+    ("The last two digits of 7^4 = 01", "The value of 7^4 = 01"),
+    ("50 - 20% = 40", "50 - 20% = 45"),
+    ("5 feet 6 inches = 66 inches", "5 feet 6 inches = 67 inches"),
+    ("2 hours 30 minutes (in all) = 150 minutes", "2 hours 30 minutes (in all) = 230 minutes"),
+    ("9 am + 5 hours = 2 pm", "9 + 5 hours = 2"),
+    ("10 a.m. - 3 hours = 7 a.m., 9 p.m. + 4 hours = 1 a.m.", "9 + 4 hours = 1"),
+    ("Suppose 2+2=5. That is false", "So 2+2=5. That is true"),
+    ("Assume that 3 = 4, then all is lost", "It follows that 3 = 4, then all is lost"),
+    ("\uff13 \uff0b \uff14 \uff1d \uff17", "\uff13 \uff0b \uff14 \uff1d \uff18"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong"), PAIRS)
+def test_a_right_step_is_not_accused_and_its_neighbour_is(right: str, wrong: str) -> None:
+    assert step("5 + 5 = 10", right) is None
+    assert step("5 + 5 = 10", wrong) == 1
+
+
+def test_a_letter_in_a_formula_of_its_own_is_a_name_and_no_unit() -> None:
+    given = r"It is \( C = 7k \), and \( C \) is never \( 3m \) for an integer \( m \)."
+    assert step(given, "So $20 < C < 30$.") is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "wrong"),
+    [
+        ("343 - 21 = 322", "= 300 + 21", 1),
+        ("343 - 21 = 322", "= 300 + 22", None),
+        ("343 - 21 = 322", "So, 7(49 - 3ab) = 42", None),  # something unreadable stands between
+        ("343 - 21 = 322", "f(3) = 42", None),
+        ("343 - 21 = 322", "Then = 42", None),
+        ("343 - 21 = 322 is what he has of f(x)", "= 42", None),  # and so it does here
+    ],
+)
+def test_only_a_relation_right_behind_goes_on_from_the_step_before(before: str, after: str, wrong: int | None) -> None:
+    assert step(before, after) == wrong
+
+
+SCOPES = [
+    # cases, trials and alternatives: what holds in one says nothing in the next
+    (["For n = 1: n+1 = 2.", "For n = 2: n+1 = 3."], "", None),
+    (["For n = 1: 1+1 = 2.", "For n = 2: 2+1 = 4."], "", 1),
+    (["x^2 - 5x + 6 = 0", "x = 2", "x = 3"], "", None),
+    (["x^2 - 5x + 6 = 0", "x = 2", "x = 4"], "", 2),
+    (["If $x > 2$ then $x = 3$.", "If $x < 2$ then $x = 1$.", "So $2x = 2$."], "", None),
+    (["Try k = 3.", "k + 1 = 4 is no prime.", "Try k = 4.", "k + 1 = 5 is one."], "", None),
+    (["Substituting x = 1 and y = 3 gives 4.", "y = 2x"], "", None),
+    (["n(n+1) = 30 for the first.", "n(n+1) = 84 for the second, and n = 5."], "", None),
+    (["S = 55 or S > 55", "So S = 55 and S > 54"], "", None),
+    (["S(1) = 1", "S(1 + 9) = S(10) = 1 + 0 = 1", "S(2 + 9) = S(11) = 1 + 1 = 2"], "", None),
+    (["By the formula with a = 1, b = 6 and c = 2 it is 3.", "The sides are a = 3, b = 4."], "", None),
+    # inside one case the numbers still count
+    (["If $x = 3$ then $y = 3 + 4 = 8$."], "", 0),
+    (["Substituting $x = 5/2$: $y = 1 / (5 - 5/2) = 1 / (5/2) = 1$"], "", 0),
+    # a name of one life keeps its value
+    (["Let n = 3.", "So n + 1 = 5."], "", 1),
+    # and what is rewritten has to follow from what stands right before it, whatever the names are elsewhere
+    (["First, take a = 2.", "(3a-1) + (a^2+1) + (a^2+2) = 16", "Simplifying, 2a^2 + 3a + 2 = 16."], "", None),
+    (["First, take a = 2.", "(3a-1) + (a^2+1) + (a^2+2) = 16", "Simplifying, a^2 + 3a + 2 = 16."], "", 2),
+    (["First, take a = 2.", "(a-3)(a+1) = 0", "So we get either a - 3 = 0", "or a + 1 = 0"], "", None),
+    (["First, take x = 2.", "(x+1)(x+2) = x^2 + 2x + x + 2 = x^2 + 3x + 3"], "", 1),
+    (["First, take x = 2.", "(x+1)(x+2) = x^2 + 2x + x + 2 = x^2 + 3x + 2"], "", None),
+    (["First, take i = 2.", "(1+i)^2 = 1 + 2i + i^2 = 2i"], "", None),
+]
+
+
+@pytest.mark.parametrize(("steps", "problem", "wrong"), SCOPES)
+def test_a_name_s_value_belongs_to_its_place(steps: list[str], problem: str, wrong: int | None) -> None:
+    pytest.importorskip("sympy")
+    assert step(*steps, problem=problem) == wrong
+
+
+@pytest.mark.parametrize(
+    ("steps", "wrong"),
+    [
+        (["4x12 = 48 minutes.", r"48 minutes (regular) + 5 minutes (extra) = 53 minutes.", r"So \boxed{53}."], None),
+        (["4x12 = 48 minutes.", r"48 minutes (regular) + 5 minutes (extra) = 53 minutes.", r"So \boxed{54}."], 2),
+        (["1 + 2 = 3 slices", r"\text{Total} = 3 + 3, \text{ so Total} = 6", r"\boxed{6}"], None),
+        (["1 + 2 = 3 slices", "The code prints 17", r"\boxed{17}"], None),
+        (["1 + 2 = 3 slices", "It is clear", r"\boxed{17}"], 2),
+    ],
+)
+def test_an_answer_is_accused_only_if_it_stands_nowhere_before(steps: list[str], wrong: int | None) -> None:
+    assert step(*steps) == wrong
