@@ -159,10 +159,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dual_clip": numbers({"one": 1.0}), "alpha": SHARES, "weight": SHARES, "shorten": SHORTENS,
     **dict.fromkeys(("keep", "beta", "gamma", "kl_coef", "entropy_coef"), numbers({})),
     **dict.fromkeys(("clip_low", "clip_high", "divergence_cap", "row_tolerance"), numbers({"negative": -0.1})),
-<<<<<<< HEAD
     **dict.fromkeys(("gradient_tolerance", "head_gradient_tolerance"), numbers({"negative": -0.1, "a name": "all"})),
-=======
->>>>>>> kernels
     **dict.fromkeys(("sapo_tau", "sampler_bounds", "vespo_positive", "vespo_other"), PAIRS),
     **dict.fromkeys(("objective", "ratio_level", "reduction", "stats", "sampler_correction", "kl"), NAMES),
 }  # fmt: skip
