@@ -17,12 +17,14 @@ from prefixloss.io.files import write_whole
 
 from .files import write_json
 from .speed import record as records
-from .speed.cases import Case, count_of, custom_cases, default_cases, head_of, methods_for, quick_cases
+from .speed.cases import DTYPES, Case, count_of, custom_cases, default_cases, head_of, methods_for, quick_cases
+from .speed.clock import Clock
+from .speed.distill import Pair, measure
 from .speed.harness import GIB, Bench, GoneError, Limits, bench_on
 from .speed.headline import headline
 from .speed.methods import NAMES
 from .speed.record import FormatError, Record
-from .speed.table import grids, made_on, markdown, show, show_grid
+from .speed.table import distilled, grids, made_on, markdown, show, show_grid
 
 app = typer.Typer(
     help="Time, memory and error of prefixloss beside PyTorch, TRL, Liger, Cut Cross-Entropy and bare products.",
@@ -153,6 +155,32 @@ def table(
         show(record, wide_console(), short)
 
 
+@app.command()
+def distill(
+    head: Annotated[str, typer.Option(help="D x V, or a model's head by its name.")] = "512x16384",
+    tokens: Annotated[str, typer.Option(help="2048, 16k, ...")] = "1024",
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "float32",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each method.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [cuda where there is one]")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")] = None,
+) -> None:
+    """Distillation beside plain PyTorch, TRL's and Liger's: times in turns, and a call's peak memory."""
+    try:
+        shape, count = head_of(head), count_of(tokens)
+    except ValueError as error:
+        raise _fail(f"--head or --tokens: {error}") from None
+    if dtype not in DTYPES:
+        raise _fail(f"--dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
+    torch.set_num_threads(threads)
+    where = torch.device(_device(device))
+    data = Pair.random(where, count, shape.width, shape.vocabulary, getattr(torch, dtype))
+    rows = measure(data, rounds, Clock(where))
+    show_grid(distilled(rows, f"Distillation: {shape.name}, {count:,} tokens, {dtype}"), wide_console())
+    if json_file:
+        _write(json_file, {"head": shape._asdict(), "tokens": count, "dtype": dtype, "threads": threads, "rows": rows})
+
+
 def _put(path: Path, text: str) -> None:
     """Between the marks; nothing is written where they are not there."""
     try:
@@ -247,7 +275,7 @@ def _read(file: Path) -> Record:
         raise _fail(str(error)) from None
 
 
-def _write(path: Path, record: Record) -> None:
+def _write(path: Path, record: Any) -> None:
     try:
         write_json(path, record)
     except OSError as error:

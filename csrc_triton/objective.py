@@ -10,18 +10,22 @@ import triton.language as tl
 
 from .maths import expm1
 
+# what has a device form here; torch makes the loss of all others
+POLICIES = ("clip", "cispo", "sapo", "reinforce", "topr")
+CORRECTIONS = ("tis", "icepop")
+DIVERGENCES = ("k1", "k2", "k3", "full")
 LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
 
 class ObjectiveKind(NamedTuple):
     """What the kernel is compiled for."""
 
-    policy: str  # "clip" | "cispo" | "sapo" | "reinforce" | "topr"
+    policy: str  # one of POLICIES
     off_policy: bool  # old_logps were given
     ratio_cap: bool
     dual_clip: bool
-    sampler: str  # "" | "tis" | "icepop"
-    kl: str  # "" | "k1" | "k2" | "k3" | "full"
+    sampler: str  # "" or one of CORRECTIONS
+    kl: str  # "" or one of DIVERGENCES
     kl_penalty: bool
     kl_importance: bool
     entropy_bonus: bool

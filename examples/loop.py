@@ -2,7 +2,7 @@
 
 A tiny Llama learns chained arithmetic, first from written solutions, then by RL. It is the algorithm of
 `prefixloss train` without its files, processes and options, to be copied: for your own model and task change
-`tiny_policy`, `chains`, `check` and `find`. It needs the extra "rl", no GPU, and about 4 minutes on one CPU core:
+`tiny_policy`, `chains`, `check` and `find`. It needs the extra "rl", no GPU, and some minutes on one CPU core:
 
     python examples/loop.py
     python examples/loop.py --updates 10 --warm-steps 200
@@ -140,16 +140,18 @@ def main() -> None:
     model, tokenizer = policy.model, policy.tokenizer
     warm_start(model, tokenizer, options.warm_steps)
     held_out = chains(0, 0, options.held_out, held_out=True)
-    print(f"after the warm start: pass@1 {pass_at_1(model, tokenizer, held_out):.1%}")
+    print(f"after the warm start: pass@1 {pass_at_1(model, tokenizer, held_out):.1%}", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4, betas=(0.9, 0.99), weight_decay=0.0)
+    rising = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)  # Adam's first steps are the wildest
     for number in range(options.updates):
         problems = [p for p in chains(1, PROMPTS * number, PROMPTS) for _ in range(GROUP)]
         batch, texts = sample(model, tokenizer, problems)
         correct = check(problems, texts)
         first_error = find(tokenizer, problems, batch, texts, correct)
         loss = update(model, optimizer, batch, weigh(batch, correct, first_error))
+        rising.step()
         print(f"update {number + 1}: reward {sum(correct) / len(correct):.1%}, loss {loss:.4f}", flush=True)
-    print(f"after {options.updates} updates: pass@1 {pass_at_1(model, tokenizer, held_out):.1%}")
+    print(f"after {options.updates} updates: pass@1 {pass_at_1(model, tokenizer, held_out):.1%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,13 @@ one response is judged is a group of one, and one without any gets 0.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -318,3 +322,88 @@ def from_first_error(
     check.responses(lengths=layout.lengths("first_error"), first_error=first_error.long())
     begins = first_error[layout.response_of_token("first_error")]
     return (layout.scored & (begins >= 0) & (layout.rank() >= begins)).float().reshape(like.shape)
+
+
+# ---- by name, for command lines, registries and trainers ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known of a batch of responses: [B] each, as in this module's functions; None where it is not known.
+
+    rewards: None takes `correct` for them. mean_step_scores: None takes the share of right steps.
+    """
+
+    correct: Tensor
+    lengths: Tensor
+    group_ids: Tensor
+    first_error: Tensor | None = None
+    rewards: Tensor | None = None
+    prompt_lengths: Tensor | None = None
+    right_steps: Tensor | None = None
+    total_steps: Tensor | None = None
+    mean_step_scores: Tensor | None = None
+    judged: Tensor | None = None
+
+
+def _neutral_grpo(
+    rewards: Tensor,
+    group_ids: Tensor,
+    correct: Tensor,
+    first_error: Tensor,
+    *,
+    std: bool = True,
+    judged: Tensor | None = None,
+) -> TokenAdvantages:
+    """GRPO, 0 on the good prefix of wrong responses."""
+    return neutral_prefix(grpo(rewards, group_ids, std=std, judged=judged), correct, first_error, judged=judged)
+
+
+BY_NAME: dict[str, Callable[..., Tensor | TokenAdvantages]] = {
+    "vppo": vppo,
+    "grpo": grpo,
+    "dr-grpo": partial(grpo, std=False),
+    "cliff": cliff,
+    "neutral_prefix": _neutral_grpo,
+    "rts": rts,
+    "mixed": mixed,
+}
+# other spellings that are taken
+ALIASES = {"neutral": "neutral_prefix"}
+# what `assign` makes of the rest where it is not given
+_DERIVED = {"rewards": "correct", "mean_step_scores": "right_steps"}
+
+
+def named(argument: str, name: Any, names: Collection[str] = tuple(BY_NAME)) -> str:
+    """The name as the table has it, or the error for the argument: `names` are expected."""
+    found = ALIASES.get(name, name) if isinstance(name, str) else name
+    if found not in names:
+        check.fail(argument, repr(name), " | ".join(map(repr, names)))
+    return str(found)
+
+
+def _arguments(name: str) -> set[str]:
+    """The fields of `Outcome` that a function of the table takes."""
+    return set(inspect.signature(BY_NAME[name]).parameters) & set(Outcome.__dataclass_fields__)
+
+
+def needs(name: str) -> set[str]:
+    """Beside outcomes, lengths and groups: the fields of `Outcome` without which this one cannot be had."""
+    asked = {_DERIVED.get(field, field) for field in _arguments(name)}
+    return asked - {"correct", "lengths", "group_ids", "judged", "prompt_lengths"}
+
+
+def splits(name: str) -> bool:
+    """Whether the tokens before a first error get an advantage of their own."""
+    return "first_error" in _arguments(name)
+
+
+def assign(name: str, outcome: Outcome, **options: Any) -> Tensor | TokenAdvantages:
+    """Advantages by name: one of `BY_NAME`, given what of the outcome it takes, with its own options."""
+    name = named("advantage", name)
+    known = {**vars(outcome)}
+    if outcome.rewards is None:
+        known["rewards"] = outcome.correct.float()
+    if outcome.mean_step_scores is None and outcome.right_steps is not None and outcome.total_steps is not None:
+        known["mean_step_scores"] = outcome.right_steps / outcome.total_steps.clamp(min=1)
+    return BY_NAME[name](**{field: known[field] for field in _arguments(name)}, **options)

@@ -33,6 +33,7 @@ try:
 
     from prefixloss._bench import commands as bench
     from prefixloss.detect import commands as detect
+    from prefixloss.detect import prm_commands as prm
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("prefixloss"):
         raise
@@ -49,6 +50,7 @@ app = typer.Typer(
 
 
 app.add_typer(detect.app, name="detect")
+app.add_typer(prm.app, name="prm")
 app.add_typer(bench.app, name="bench")
 
 
@@ -75,7 +77,10 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Run to go on with, with its own settings.")] = None,
     advantage: Annotated[str | None, option("advantage", f"One of {', '.join(ADVANTAGES)}.")] = None,
     detector: Annotated[
-        str | None, option("detector", f"Finds first wrong steps, instead of the built-in check: {EXPECTED}.")
+        str | None, option("detector", f"Finds first wrong steps, instead of the built-in check: rollouts, {EXPECTED}.")
+    ] = None,
+    rollouts: Annotated[
+        int | None, option("rollouts", "Continuations from each prefix, with --detector rollouts.")
     ] = None,
     threshold: Annotated[
         float | None, option("threshold", "A detector's finds with less confidence count as none.")

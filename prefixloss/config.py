@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from numbers import Integral, Real
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
 
 from prefixloss import check
+from prefixloss.maths import corrections, kl, objectives, reductions
+from prefixloss.maths.objectives import View
+from prefixloss.maths.trial import Traits, tried
 
-# every name that an option may have, here alone: checks, registries and tests read them
-Objective = Literal["clip", "cispo", "sapo", "reinforce", "topr"]
 RatioLevel = Literal["token", "sequence"]
-SamplerCorrection = Literal["tis", "icepop"]
-KL = Literal["k1", "k2", "k3", "full"]
-Reduction = Literal["token-mean", "group-token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "none"]
 Stats = Literal["learning", "scored"]
 
 
-def unknown(option: str, name: Any) -> NoReturn:
-    """The end of every choice by name: a name that a piece of code does not know never falls through to another's."""
-    raise ValueError(f"{option}: got {name!r}, expected a name that this back-end knows")
+def _one_of(names: Collection[str], *more: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda v: isinstance(v, str) and (v in names or v in more), " | ".join(map(repr, (*names, *more)))
 
 
-def _one_of(*names: str | None) -> tuple[Callable[[Any], bool], str]:
-    return lambda v: (v is None or isinstance(v, str)) and v in names, " | ".join(map(repr, names))
+def _function_or(rule: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], bool], str]:
+    accepts, wants = rule
+    return lambda v: accepts(v) or objectives.is_function(v), f"{wants}, or a function of (logp, given)"
 
 
 def _number(low: float, *, above: bool = False) -> tuple[Callable[[Any], bool], str]:
@@ -37,9 +39,9 @@ def _number(low: float, *, above: bool = False) -> tuple[Callable[[Any], bool], 
     )
 
 
-def _or_none(rule: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], bool], str]:
+def _or_none(rule: tuple[Callable[[Any], bool], str], link: str = " or ") -> tuple[Callable[[Any], bool], str]:
     accepts, wants = rule
-    return lambda v: v is None or accepts(v), f"None or {wants}"
+    return lambda v: v is None or accepts(v), f"None{link}{wants}"
 
 
 def _pair(low: float, *, above: bool, ordered: bool) -> tuple[Callable[[Any], bool], str]:
@@ -84,30 +86,40 @@ def _value(word: str) -> Any:
     return word
 
 
+def _or_auto(rule: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], bool], str]:
+    accepts, wants = rule
+    return lambda v: (isinstance(v, str) and v == "auto") or accepts(v), f"'auto' or {wants}"
+
+
 _any_number = (check.is_number, "a finite number, in float32's range")
 _flag = (lambda v: isinstance(v, bool), "True or False")
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "objective": _one_of(*get_args(Objective)),
+    "objective": _function_or(_one_of(objectives.BY_NAME)),
     "clip_low": _number(0),
     "clip_high": _number(0),
     "ratio_cap": _or_none(_number(0, above=True)),
     "dual_clip": _or_none(_number(1, above=True)),
     "sapo_tau": _pair(0, above=True, ordered=False),
-    "ratio_level": _one_of(*get_args(RatioLevel)),
-    "sampler_correction": _one_of(None, *get_args(SamplerCorrection)),
+    "vespo_positive": _pair(0, above=True, ordered=False),
+    "vespo_other": _pair(0, above=True, ordered=False),
+    "divergence_cap": _number(0),
+    "ratio_level": _one_of(get_args(RatioLevel)),
+    "sampler_correction": _or_none(_one_of(corrections.BY_NAME), " | "),
     "sampler_bounds": _pair(0, above=False, ordered=True),
-    "kl": _one_of(None, *get_args(KL)),
+    "kl": _or_none(_one_of(kl.BY_NAME, kl.FULL), " | "),
     "kl_coef": _any_number,
     "kl_importance": _flag,
     "entropy_coef": _any_number,
-    "reduction": _one_of(*get_args(Reduction)),
+    "reduction": _one_of(reductions.BY_NAME),
     "max_length": _or_none(_positive_int()),
     "temperature": _number(0, above=True),
     "softcap": _or_none(_number(0, above=True)),
     "logit_scale": _number(0, above=True),
-    "stats": _one_of(*get_args(Stats)),
+    "stats": _one_of(get_args(Stats)),
     "row_tolerance": _number(0),
+    "gradient_tolerance": _or_auto(_number(0)),
+    "head_gradient_tolerance": _or_auto(_number(0)),
     "chunk_tokens": _or_none(_positive_int()),
 }
 
@@ -116,18 +128,29 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 class LossConfig:
     """What the loss computes. Every value is checked on construction (ValueError naming the field).
 
-    Per-token objective, with rho = exp(logp - old_logp) and advantage A (formulas: `prefixloss.backends.reference`):
-        objective: "clip" (PPO, GRPO, DAPO), "cispo", "sapo", "reinforce" or "topr".
-        clip_low, clip_high: "clip" keeps rho inside [1 - clip_low, 1 + clip_high]. For "cispo", `clip_high` is the cap
+    Per-token objective, with rho = exp(logp - old_logp) and advantage A:
+        objective: a name of `prefixloss.maths.objectives`, where formulas and papers stand: "clip" (PPO, GRPO, DAPO),
+            "cispo", "sapo", "reinforce", "topr", "gmpo", "vespo", "dppo-tv" or "dppo-kl"; or a function
+            f(logp, given) -> loss of each token, [n] like logp, in plain torch and differentiable in logp (and
+            given.entropy, given.kl). `given` is
+            `prefixloss.maths.objectives.View`. The function is tried once on made-up tokens: where it uses
+            `given.response`, the log-probs of whole responses come first; where its loss and derivatives are 0 for an
+            advantage of 0, such tokens do not learn. It must treat every token alike, whatever else is in the tensor.
+        clip_low, clip_high: "clip" keeps rho inside [1 - clip_low, 1 + clip_high], "gmpo" log rho inside [-clip_low,
+            clip_high] (0.4 both in its paper). For "cispo", `clip_high` is the cap
             on rho itself, at least 1: 5.0 is usual, as in TRL, and the default 0.2 is refused.
         ratio_cap: two-sided clip ("clip" only): rho is capped at this first.
         dual_clip: "clip" only: for A < 0 the loss is at most -dual_clip * A.
         sapo_tau: the temperatures of "sapo" for A > 0 and for A <= 0.
+        vespo_positive, vespo_other: k and lambda of "vespo" for A >= 0 and for A < 0.
+        divergence_cap: of "dppo-tv" and "dppo-kl".
         ratio_level: "token", or "sequence" for GSPO in its token form.
         sampler_correction: weights the policy term by q = exp(old_logp - sampler_logp): "tis" caps q at
-            sampler_bounds[1], "icepop" drops tokens whose q lies outside sampler_bounds.
+            sampler_bounds[1], "icepop" drops tokens whose q lies outside sampler_bounds
+            (`prefixloss.maths.corrections`).
     Penalties:
-        kl, kl_coef: the estimator of KL(policy || reference) and its weight. "k1" has zero expected gradient on policy,
+        kl, kl_coef: the estimator of KL(policy || reference), "k1", "k2" or "k3" (`prefixloss.maths.kl`), and its
+            weight. "k1" has zero expected gradient on policy,
             so as a loss term it only adds noise; "full" is the exact sum over the vocabulary.
         kl_importance: multiply the KL term by rho (before any cap); the gradient flows through both. With ratio_level
             "sequence" rho is the token form here as everywhere: its value is the response's, and its gradient is each
@@ -142,35 +165,45 @@ class LossConfig:
             every token in the mask.
         row_tolerance: 0 is exact. Above 0, tokens whose logit gradient is surely at most this times the largest one
             (in L1 norm, by bounds on both) leave the backward.
+        gradient_tolerance, head_gradient_tolerance: 0 is exact. Above 0, the smallest entries of a token's logit
+            gradient leave the product for the gradient of the hidden states, or those for the head and its bias: in
+            Euclidean norm at most this times the root mean square of the norms of its chunk's rows. "auto" is a quarter
+            of what rounding to the gradient's dtype costs. Meaning and price: `prefixloss.backends.torch.entries`. Only
+            backend="torch" leaves anything out, from hidden states; metrics["gradient_left_out"] says how much.
         chunk_tokens: tokens per chunk; None: by a memory budget (`prefixloss.backends.memory`). A number is also a
             promise: a token's log-prob, entropy, KL and gradient (of its hidden state or logits) then have the same
             bits alone, at any place in any batch and under any mask, given the same weight in the loss (`normalizer`).
             For that every product has this many rows, rounded up to 16, however few tokens there are: the cost of a
             call is that of whole chunks. The head's gradient is a sum over tokens: the same from run to run, not more.
-            Left out: `row_tolerance`, which looks at all tokens, `tp_group`, and `backend="torch"` on a GPU. For
+            Left out: the tolerances, which look at other tokens, `tp_group`, and `backend="torch"` on a GPU. For
             kernels on a GPU it holds where the vendor's library sums all rows of a product alike.
     """
 
-    objective: Objective = "clip"
+    objective: str | Callable[[Tensor, View], Tensor] = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
     ratio_cap: float | None = None
     dual_clip: float | None = None
     sapo_tau: tuple[float, float] = (1.0, 1.05)
+    vespo_positive: tuple[float, float] = (2.0, 3.0)
+    vespo_other: tuple[float, float] = (3.0, 2.0)
+    divergence_cap: float = 0.15
     ratio_level: RatioLevel = "token"
-    sampler_correction: SamplerCorrection | None = None
+    sampler_correction: str | None = None
     sampler_bounds: tuple[float, float] = (0.0, 2.0)
-    kl: KL | None = None
+    kl: str | None = None
     kl_coef: float = 0.0
     kl_importance: bool = False
     entropy_coef: float = 0.0
-    reduction: Reduction = "token-mean"
+    reduction: str = "token-mean"
     max_length: int | None = None
     temperature: float = 1.0
     softcap: float | None = None
     logit_scale: float = 1.0
     stats: Stats = "learning"
     row_tolerance: float = 0.0
+    gradient_tolerance: float | Literal["auto"] = 0.0
+    head_gradient_tolerance: float | Literal["auto"] = 0.0
     chunk_tokens: int | None = None
 
     @property
@@ -182,7 +215,12 @@ class LossConfig:
     @classmethod
     def decoded(cls, text: str) -> LossConfig:
         """The options from `encoded`."""
-        return cls(**{name: _value(word) for name, word in (pair.split("=") for pair in text.split())})
+        options = {name: _value(word) for name, word in (pair.split("=") for pair in text.split())}
+        return cls(**{**options, "objective": objectives.function_of(options["objective"])})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        object.__setattr__(self, "_encoded", self._all_encoded())  # a function has another key in another process
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -195,32 +233,64 @@ class LossConfig:
             wants = "a number >= 1: there it is the cap on the ratio itself, as in TRL, and 5.0 is usual"
             check.fail("clip_high", f'{self.clip_high!r} for objective="cispo"', wants)
         # once, here: a compiler may take the numbers of an object that it is given for variables
-        object.__setattr__(self, "_encoded", " ".join(map(self._encoded_field, fields(self))))
+        object.__setattr__(self, "_encoded", self._all_encoded())
         if self.kl is None and self.kl_coef != 0:
             warnings.warn(f"kl_coef={self.kl_coef!r} has no effect: kl is None", stacklevel=3)
 
+    def _all_encoded(self) -> str:
+        return " ".join(map(self._encoded_field, fields(self)))
+
     def _encoded_field(self, field: Any) -> str:
         value = getattr(self, field.name)
+        if callable(value):
+            value = objectives.key_of(value)
         return f"{field.name}={f'{value[0]},{value[1]}' if isinstance(value, (tuple, list)) else value}"
+
+    def traits(self, like: Tensor, recorded: tuple[bool, ...]) -> Traits:
+        """What the objective does. like, recorded: see `prefixloss.maths.trial.tried`."""
+        if isinstance(self.objective, str):
+            return Traits(objectives.BY_NAME[self.objective].by_response, silent=True)
+        return Traits(*_traits_of(self.encoded, str(like.device), str(like.dtype), *recorded))
+
+    @property
+    def exact_kl(self) -> bool:
+        """Whether the KL is the sum over the vocabulary, which needs the reference's logits."""
+        return self.kl == kl.FULL
 
     @property
     def penalises_kl(self) -> bool:
         return self.kl is not None and self.kl_coef != 0
 
     @property
+    def penalised(self) -> bool:
+        """Whether every scored token has a gradient, whatever its advantage."""
+        return self.penalises_kl or self.entropy_coef != 0
+
+    @property
     def sequence_ratio(self) -> bool:
         """Whether a response has one ratio."""
-        if self.ratio_level == "sequence":
-            return True
-        if self.ratio_level == "token":
-            return False
-        unknown("ratio_level", self.ratio_level)
+        return self.ratio_level == "sequence"
+
+    @property
+    def summed(self) -> reductions.Reduction:
+        """The reduction itself."""
+        return reductions.BY_NAME[self.reduction]
 
     @property
     def shows_every_scored(self) -> bool:
         """Whether the results are of every token in the mask, not of the learning ones alone."""
-        if self.stats == "scored":
-            return True
-        if self.stats == "learning":
-            return False
-        unknown("stats", self.stats)
+        return self.stats == "scored"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # under compilation it is tried while the graph is made
+def _traits_of(options: str, device: str, dtype: str, *recorded: bool) -> tuple[bool, bool]:
+    by_response, silent = _tried(options, device, dtype, recorded)
+    return by_response, silent
+
+
+@lru_cache(maxsize=256)
+def _tried(options: str, device: str, dtype: str, recorded: tuple[bool, ...]) -> Traits:
+    config = LossConfig.decoded(options)
+    like = torch.empty(0, device=device, dtype=getattr(torch, dtype.removeprefix("torch.")))
+    assert callable(config.objective)
+    return tried(config.objective, like, recorded, config.entropy_coef != 0, config.exact_kl)

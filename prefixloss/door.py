@@ -6,14 +6,16 @@ vocabulary and gather a DTensor.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from prefixloss import check
+from prefixloss.backends import kept as kept_columns
 from prefixloss.backends import memory, reference
 from prefixloss.backends.columns import Columns, Shard
 from prefixloss.backends.problem import Backend, Distil, Head, HeadLoss, HeadStatistics, LogitLoss, by_rows
@@ -22,8 +24,18 @@ from prefixloss.config import LossConfig
 from prefixloss.inputs import distillation
 from prefixloss.inputs.batch import Batch, TokenInputs
 from prefixloss.inputs.distillation import Distillation, GivenTeacher, Teacher, TokensToDistil
+from prefixloss.inputs.kept import Kept, kept_sets
 from prefixloss.inputs.layout import Layout
 from prefixloss.maths.precision import accumulation_dtype
+
+
+class Replay(NamedTuple):
+    """Kept sets as the caller gave them, and where the padding of the vocabulary begins."""
+
+    ids: Any
+    offsets: Any
+    vocab_size: int | None
+
 
 # hidden states [.., D], a head [V, D], perhaps a DTensor, and a bias [V] or None, as the caller gave them
 GivenHead = tuple[Any, Any, Any]
@@ -48,7 +60,7 @@ def head_loss(
     given: GivenHead, ref_given: GivenHead, inputs: TokenInputs, config: LossConfig, tp_group: Any,
     vocab_size: int | None, most: int | None,
 ) -> HeadLoss:  # fmt: skip
-    head, exact = _head(given, inputs.tokens, tp_group), config.kl == "full"
+    head, exact = _head(given, inputs.tokens, tp_group), config.exact_kl
     dtype = accumulation_dtype(head.hidden, head.weight)
     columns = _columns(tp_group, len(head.weight), vocab_size, inputs.tokens, dtype, 1 + exact)
     needed = {"ref_hidden": ref_given[0], "ref_lm_head_weight": ref_given[1]}
@@ -56,7 +68,7 @@ def head_loss(
     made = _reference_head(ref_given, head, inputs.tokens.shape, tp_group) if exact else None
     most = _most_tokens(most, inputs.mask, batch, config)
     made = None if made is None else _unpadded(made, columns)
-    return HeadLoss(_unpadded(head, columns), made, batch, config, columns, most)
+    return HeadLoss(_unpadded(head, columns), made, batch, config, columns, most, batch.weights.new_zeros(()))
 
 
 def logit_loss(
@@ -66,7 +78,7 @@ def logit_loss(
     check.logits("logits", logits, inputs.tokens)
     if inplace:
         check.overwritable(logits)
-    exact = config.kl == "full"
+    exact = config.exact_kl
     dtype = accumulation_dtype(logits)
     columns = _columns(tp_group, logits.shape[-1], vocab_size, inputs.tokens, dtype, 1 + exact)
     batch = inputs.checked(config, dtype, columns.vocabulary, {"ref_logits": ref_logits})
@@ -79,7 +91,7 @@ def logit_loss(
         check.device("ref_logits", ref_logits, logits.device)
         check.same_vocabulary("ref_logits", ref_logits.shape[-1], logits.shape[-1])
         made = columns.logits(ref_logits.detach())
-    return LogitLoss(columns.logits(logits), made, batch, config, columns, inplace)
+    return LogitLoss(columns.logits(logits), made, batch, config, columns, inplace, batch.weights.new_zeros(()))
 
 
 def head_statistics(
@@ -95,7 +107,72 @@ def head_statistics(
     if most is not None:
         check.most_tokens("max_scored_tokens", most, layout.scored)
         most = int(most)
-    return HeadStatistics(_unpadded(head, columns), None, ids, layout.scored, config, columns, most)
+    left_out = torch.zeros((), dtype=dtype, device=ids.device)
+    return HeadStatistics(_unpadded(head, columns), None, ids, layout.scored, config, columns, most, left_out)
+
+
+# --- sampling replay: what is asked of a head, or of logits, is asked of the kept columns' logits
+
+
+def kept_loss(
+    given: GivenHead, ref_given: GivenHead, inputs: TokenInputs, config: LossConfig, replay: Replay, plain: bool
+) -> LogitLoss:
+    head, exact, shape = _head(given, inputs.tokens, None), config.exact_kl, inputs.tokens.shape
+    layout = Layout.of(shape, inputs.tokens.device, inputs.mask, inputs.cu_seqlens)
+    kept, inputs = _replayed(replay, inputs, layout, len(head.weight))
+    needed = {"ref_hidden": ref_given[0], "ref_lm_head_weight": ref_given[1]}
+    columns = Columns(kept.ids.shape[1])
+    batch = inputs.checked(config, accumulation_dtype(head.hidden, head.weight), columns.vocabulary, needed)
+    made = None
+    if exact:
+        reference = _reference_head(ref_given, head, shape, None)
+        made = kept_columns.of_head(reference, kept, layout.scored, plain=False).detach()
+    logits = kept_columns.of_head(head, kept, layout.scored, plain)
+    return LogitLoss(logits, made, batch, config, columns, False, batch.weights.new_zeros(()))
+
+
+def kept_logit_loss(
+    logits: Tensor, ref_logits: Tensor | None, inputs: TokenInputs, config: LossConfig, replay: Replay
+) -> LogitLoss:
+    check.logits("logits", logits, inputs.tokens)
+    layout = Layout.of(inputs.tokens.shape, inputs.tokens.device, inputs.mask, inputs.cu_seqlens)
+    kept, inputs = _replayed(replay, inputs, layout, logits.shape[-1])
+    columns = Columns(kept.ids.shape[1])
+    batch = inputs.checked(config, accumulation_dtype(logits), columns.vocabulary, {"ref_logits": ref_logits})
+    made = None
+    if config.exact_kl:
+        assert ref_logits is not None
+        check.logits("ref_logits", ref_logits, inputs.tokens)
+        check.same_vocabulary("ref_logits", ref_logits.shape[-1], logits.shape[-1])
+        made = kept_columns.of_logits(by_rows(ref_logits).detach(), kept, layout.scored)
+    chosen = kept_columns.of_logits(by_rows(logits), kept, layout.scored)
+    return LogitLoss(chosen, made, batch, config, columns, False, batch.weights.new_zeros(()))
+
+
+def replay_of(
+    kept_ids: Any, kept_offsets: Any, tp_group: Any, vocab_size: int | None, inplace: bool = False
+) -> Replay | None:
+    """None without kept sets."""
+    if kept_ids is None:
+        if kept_offsets is not None:
+            check.fail("kept_ids", "None with kept_offsets", "a tensor [M]")
+        return None
+    if tp_group is not None:
+        check.fail("kept_ids", "kept sets with tp_group", "a head that is whole on every process")
+    if inplace:
+        check.fail("inplace", "True with kept_ids", "False: most of the gradient is 0 there")
+    return Replay(kept_ids, kept_offsets, vocab_size)
+
+
+def _replayed(replay: Replay, inputs: TokenInputs, layout: Layout, columns: int) -> tuple[Kept, TokenInputs]:
+    """The kept sets, and the inputs with the tokens' places in them for their ids."""
+    if replay.vocab_size is not None:
+        check.vocab_size(replay.vocab_size, columns, None)
+    vocabulary = columns if replay.vocab_size is None else int(replay.vocab_size)
+    tokens = inputs.tokens
+    layout.check_token_ids(tokens.reshape(-1), vocabulary)
+    kept = kept_sets(replay.ids, replay.offsets, tokens, layout, vocabulary)
+    return kept, dataclasses.replace(inputs, tokens=kept.places.reshape(tokens.shape))
 
 
 # --- heads and vocabularies
@@ -149,8 +226,7 @@ def _most_tokens(given: int | None, mask: Tensor | None, batch: Batch, config: L
     if given is not None:
         check.most_tokens("max_learning_tokens", given, batch.layout.scored if every_scored else batch.computed)
         return int(given)
-    penalised = config.penalises_kl or config.entropy_coef != 0
-    return batch.tokens.shape[0] if mask is None and (every_scored or penalised) else None
+    return batch.tokens.shape[0] if mask is None and (every_scored or config.penalised) else None
 
 
 # --- the choice of a back-end

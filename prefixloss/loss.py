@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prefixloss import check, door
+from prefixloss.backends.problem import HeadLoss, LogitLoss
 from prefixloss.config import LossConfig
-from prefixloss.inputs.batch import Batch, TokenInputs, TokenValues
+from prefixloss.inputs.batch import TokenInputs, TokenValues
 from prefixloss.inputs.token_advantages import TokenAdvantages
 from prefixloss.maths.metrics import metrics
 
@@ -63,6 +64,8 @@ def linear_prefix_loss(
     max_learning_tokens: int | None = None,
     vocab_size: int | None = None,
     cp_group: Any = None,
+    kept_ids: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
 ) -> LossOutput:
     """The policy loss from hidden states and an LM head, without ever holding [N, V].
 
@@ -94,6 +97,10 @@ def linear_prefix_loss(
             loss is its share: the shares, and their gradients, add up to the whole. Metrics are of the part alone.
         backend: "auto" | "triton" | "torch" | "reference" (`prefixloss.backends.reference` is the plainest form).
             "auto" takes the Triton kernels on CUDA, ROCm and XPU, plain torch elsewhere and for float64.
+        kept_ids, kept_offsets: for a sampler that drew from a part of the vocabulary (top-k, top-p): int64 [.., K] like
+            `tokens` with one axis more (-1: unused), or packed [M] with offsets int64 [N + 1]. All log-probs,
+            entropies, KLs and gradients are then those of the softmax over the kept ids, and only their columns of the
+            head are computed. Not with tp_group.
         max_learning_tokens: an upper bound on the learning tokens (on all scored ones with stats="scored" or
             ratio_level="sequence"). With it nothing waits for the device, so that a CUDA graph can hold the call; a
             bound that is too low makes the loss NaN there.
@@ -113,9 +120,15 @@ def linear_prefix_loss(
         tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer, cp_group
     )
     reference = (ref_hidden, ref_lm_head_weight, ref_lm_head_bias)
-    asked = door.head_loss(given, reference, inputs, config, tp_group, vocab_size, max_learning_tokens)
+    replay = door.replay_of(kept_ids, kept_offsets, tp_group, vocab_size)
+    if replay is None:
+        asked = door.head_loss(given, reference, inputs, config, tp_group, vocab_size, max_learning_tokens)
+        with _as_given(hidden):
+            return _output(chosen.head_loss(asked), asked, tokens.shape)
+    check.tensor("hidden", hidden, "float")
     with _as_given(hidden):
-        return _output(chosen.head_loss(asked), asked.batch, config, tokens.shape)
+        kept = door.kept_loss(given, reference, inputs, config, replay, plain=backend == "reference")
+        return _output(chosen.logit_loss(kept), kept, tokens.shape)
 
 
 def prefix_loss(
@@ -137,6 +150,8 @@ def prefix_loss(
     backend: str = "auto",
     vocab_size: int | None = None,
     cp_group: Any = None,
+    kept_ids: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
 ) -> LossOutput:
     """The policy loss from logits [B, T, V] or [N, V]; everything else as in `linear_prefix_loss`.
 
@@ -155,9 +170,13 @@ def prefix_loss(
     inputs = TokenInputs(
         tokens, advantages, mask, cu_seqlens, old_logps, sampler_logps, ref_logps, group_ids, normalizer, cp_group
     )
-    asked = door.logit_loss(logits, ref_logits, inputs, config, inplace, tp_group, vocab_size)
+    replay = door.replay_of(kept_ids, kept_offsets, tp_group, vocab_size, inplace)
+    if replay is not None:
+        asked = door.kept_logit_loss(logits, ref_logits, inputs, config, replay)
+    else:
+        asked = door.logit_loss(logits, ref_logits, inputs, config, inplace, tp_group, vocab_size)
     with _as_given(logits):
-        return _output(chosen.logit_loss(asked), asked.batch, config, tokens.shape)
+        return _output(chosen.logit_loss(asked), asked, tokens.shape)
 
 
 def linear_logps(
@@ -176,13 +195,16 @@ def linear_logps(
     max_scored_tokens: int | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
+    gradient_tolerance: float | Literal["auto"] = 0.0,
+    head_gradient_tolerance: float | Literal["auto"] = 0.0,
 ) -> LogpOutput:
     """Log-probs (and entropies) of `tokens`, differentiable, for trainers that keep their own loss.
 
     hidden: [B, T, D] or [N, D]; lm_head_weight: [V, D]; tokens, mask: [B, T] or [N]. Results are float32 (float64 for
     float64 input), 0 outside the mask. The backward skips every token whose incoming gradients are exactly 0.
     max_scored_tokens: an upper bound on the tokens in the mask, with which nothing waits for the device (and the
-    backward skips none of them; a bound that is too low makes everything NaN). chunk_tokens as in `LossConfig`.
+    backward skips none of them; a bound that is too low makes everything NaN). chunk_tokens and the tolerances as in
+    `LossConfig`.
     tp_group, vocab_size and errors as in `linear_prefix_loss`.
     """
     given = (hidden, lm_head_weight, lm_head_bias)
@@ -194,6 +216,8 @@ def linear_logps(
         logit_scale=logit_scale,
         entropy_coef=1.0 if entropy else 0.0,
         chunk_tokens=chunk_tokens,
+        gradient_tolerance=gradient_tolerance,
+        head_gradient_tolerance=head_gradient_tolerance,
     )
     chosen = door.backend(backend, tokens, given, config, tp_group)
     asked = door.head_statistics(given, tokens, mask, config, tp_group, vocab_size, max_scored_tokens)
@@ -207,13 +231,13 @@ def _as_given(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _output(result: tuple[Tensor, TokenValues], batch: Batch, config: LossConfig, shape: torch.Size) -> LossOutput:
-    total, values = result
+def _output(result: tuple[Tensor, TokenValues], asked: HeadLoss | LogitLoss, shape: torch.Size) -> LossOutput:
+    (total, values), batch, config = result, asked.batch, asked.config
     return LossOutput(
         loss=total.reshape(shape) if config.reduction == "none" else total,
         logps=values.logp.reshape(shape),
         entropy=values.entropy.reshape(shape),
         kl=values.kl.reshape(shape),
         learning=batch.learning.reshape(shape).clone(),  # it may be the caller's mask
-        metrics=metrics(config, batch, values, total.detach()),
+        metrics={**metrics(config, batch, values, total.detach()), "gradient_left_out": asked.left_out},
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefixloss import check
-from prefixloss.config import LossConfig, unknown
+from prefixloss.config import LossConfig
 from prefixloss.inputs.layout import Layout
 
 # in place of a count of 0: a denominator that adds nothing to other micro-batches' counts
@@ -46,26 +46,24 @@ def global_normalizer(
         check.fail("group", "no process group in this process", "torch.distributed.init_process_group() before")
     counts = cp_group is None or torch.distributed.get_rank(cp_group) == 0
     layout = Layout.of(tokens.shape, tokens.device, mask, cu_seqlens)
-    argument = f'reduction="{config.reduction}"'
-    if config.reduction == "token-mean":
+    reduction, argument = config.summed, f'reduction="{config.reduction}"'
+    if reduction.per is None:
+        count = 1 / torch.distributed.get_world_size(group)
+    elif reduction.per == "tokens":
         count = float(layout.scored.sum())
-    elif config.reduction == "group-token-mean":
+    elif reduction.per == "groups":
         if group_ids is None:
             check.fail("group_ids", "None", f"int64 [B], since {argument}")
         assert group_ids is not None
         check.tensor("group_ids", group_ids, "integer")
         check.shape("group_ids", group_ids, (layout.responses("group_ids"),), "[B]")
         count = float(_own_groups(group_ids if counts else group_ids[:0], group))
-    elif config.reduction == "none":
-        count = 1 / torch.distributed.get_world_size(group)
-    elif config.reduction in ("seq-mean-token-mean", "seq-mean-token-sum", "constant"):
-        count = float(layout.responses(argument)) if counts else 0.0
-        if config.reduction == "constant":
-            if config.max_length is None:
-                check.fail("max_length", "None", f"a number of tokens, since {argument}")
-            count *= config.max_length or 1
     else:
-        unknown("reduction", config.reduction)
+        count = float(layout.responses(argument)) if counts else 0.0
+    if reduction.times_max_length:
+        if config.max_length is None:
+            check.fail("max_length", "None", f"a number of tokens, since {argument}")
+        count *= config.max_length or 1
     total = torch.tensor(count, dtype=torch.float64, device=tokens.device)
     torch.distributed.all_reduce(total, group=group)
     total.clamp_(min=_NOTHING)

@@ -18,6 +18,13 @@ from prefixloss import check
 Segmenter = Literal["markers", "blank-lines", "lines", "sentences"]
 SEGMENTERS: tuple[Segmenter, ...] = get_args(Segmenter)
 
+# what asks a model for steps that can be cut and for an answer that can be checked
+INSTRUCTION = """Solve the problem in numbered steps. Start each step with "Step 1:", "Step 2:" and so on, and leave a \
+blank line between steps. Write every calculation as an equality such as 3*4=12. End with the answer in \\boxed{{}}.
+
+Problem: {question}
+"""
+
 # "Step 3", "**Step 3: ...**", "## Step 3"; else a numbered list: "3.", "3)", "**3.**"
 _STEP = re.compile(r"^[*#_> \t]*step[ \t]+([0-9]{1,6})\b", re.MULTILINE | re.IGNORECASE)
 _NUMBER = re.compile(r"^[*#_> \t]*([0-9]{1,6})[.)](?=[*_]*(?:[ \t]|$))", re.MULTILINE)

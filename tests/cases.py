@@ -11,12 +11,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefixloss import LossConfig, TokenAdvantages, linear_prefix_loss, prefix_loss
-from prefixloss.config import KL, Objective, RatioLevel, Reduction, SamplerCorrection, Stats
+from prefixloss._kernels.objective import POLICIES
+from prefixloss.config import RatioLevel, Stats
+from prefixloss.maths import corrections, reductions
+from prefixloss.maths import kl as estimators
 
 NAN = float("nan")
-# every name there is: a new one is tested without being asked for
-OBJECTIVES, KLS, REDUCTIONS = get_args(Objective), get_args(KL), get_args(Reduction)
-CORRECTIONS, RATIO_LEVELS, STATS = get_args(SamplerCorrection), get_args(RatioLevel), get_args(Stats)
+# every name there is: a new one is tested without being asked for. The others' objectives are in test_new_objectives
+OBJECTIVES, REDUCTIONS, CORRECTIONS = POLICIES, tuple(reductions.BY_NAME), tuple(corrections.BY_NAME)
+KLS, RATIO_LEVELS, STATS = (*estimators.BY_NAME, estimators.FULL), get_args(RatioLevel), get_args(Stats)
 METRICS = (
     "scored_tokens",
     "learning_tokens",
@@ -211,7 +214,7 @@ def pick_options(rng: random.Random, per_response: bool) -> dict[str, Any]:
         "entropy_coef": rng.choice((0.0, 0.0, 0.1)),
         "stats": rng.choice(STATS),
         "chunk_tokens": rng.choice((None, 1, 2, 3, 64)),
-        "reduction": rng.choice(REDUCTIONS if per_response else ("token-mean", "none")),
+        "reduction": rng.choice([r for r in REDUCTIONS if per_response or not reductions.BY_NAME[r].per_response]),
         "ratio_level": rng.choice(("token", "token", "sequence") if per_response else ("token",)),
     }
     if rng.random() < 0.3:
@@ -322,7 +325,7 @@ def random_case(seed: int) -> Case:  # noqa: PLR0912, PLR0915  (one draw after a
     if "sampler_correction" in options:
         base = logps if case.old_logps is None else case.old_logps
         case.sampler_logps = base + normal(*shape, scale=0.5)
-    if options.get("kl") in ("k1", "k2", "k3"):
+    if options.get("kl") in estimators.BY_NAME:
         case.ref_logps = logps + normal(*shape, scale=0.5)
     if per_response and (options["reduction"] == "group-token-mean" or rng.random() < 0.3):
         case.group_ids = torch.tensor([rng.choice((-7, 3, 10**12)) for _ in range(batch)])

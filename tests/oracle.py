@@ -71,6 +71,9 @@ DEFAULTS: dict[str, Any] = {
     "ratio_cap": None,
     "dual_clip": None,
     "sapo_tau": (1.0, 1.05),
+    "vespo_positive": (2.0, 3.0),
+    "vespo_other": (3.0, 2.0),
+    "divergence_cap": 0.15,
     "ratio_level": "token",
     "sampler_correction": None,
     "sampler_bounds": (0.0, 2.0),
@@ -135,7 +138,9 @@ def advantages_of(case: Case, scored: list[bool], response: list[int]) -> tuple[
     return values, inside
 
 
-def objective_term(opt: dict[str, Any], adv: float, ratio: Tensor, logp: Tensor) -> Tensor:
+def objective_term(  # noqa: PLR0911  (one a name)
+    opt: dict[str, Any], adv: float, ratio: Tensor, logp: Tensor, old: Tensor | float = 0.0
+) -> Tensor:
     """The loss of one token, before the sampler's weight, the KL and the entropy."""
     if adv == 0.0:
         return logp * 0.0
@@ -157,7 +162,36 @@ def objective_term(opt: dict[str, Any], adv: float, ratio: Tensor, logp: Tensor)
     if name == "topr":
         weight = 1.0 if adv > 0 else ratio.detach().clamp(0, 1)
         return -weight * adv * logp
+    if name.startswith("dppo"):
+        p, q = math.exp(float(logp)), math.exp(float(old))
+        distance = abs(p - q)
+        if name == "dppo-kl":
+            distance = q * math.log(q / p) + ((1 - q) * math.log((1 - q) / (1 - p)) if q < 1 and p < 1 else 0.0)
+        further = (p > q) if adv > 0 else (p <= q)
+        return -ratio * adv * (0.0 if further and distance > opt["divergence_cap"] else 1.0)
     raise AssertionError(name)
+
+
+def response_terms(opt: dict[str, Any], adv: list[float], logp: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+    """The losses of one response's scored tokens, for objectives that look at all of it."""
+    if opt["objective"] == "gmpo":
+        held = []
+        for a, x, y in zip(adv, logp, old, strict=True):
+            held.append((x - y).clamp(max=opt["clip_high"]) if a >= 0 else (x - y).clamp(min=-opt["clip_low"]))
+        mean = sum(held, torch.zeros(())) / len(held)
+        return [-mean.exp() * a for a in adv]
+    if opt["objective"] == "vespo":
+        total = sum(min(max(float(x.detach() - y), -20.0), 20.0) for x, y in zip(logp, old, strict=True))
+        total = min(max(total, math.log(1e-8)), 20.0)
+        terms = []
+        for a, x in zip(adv, logp, strict=True):
+            k, decay = opt["vespo_positive"] if a >= 0 else opt["vespo_other"]
+            terms.append(-math.exp(decay) * math.exp(total) ** k * math.exp(-decay * math.exp(total)) * a * x)
+        return terms
+    raise AssertionError(opt["objective"])
+
+
+WHOLE = ("gmpo", "vespo")
 
 
 def kl_term(name: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -209,12 +243,22 @@ def solve(case: Case) -> Result:  # noqa: PLR0912, PLR0915  (METHOD's order, top
 
     has_kl = kl is not None and opt["kl_coef"] != 0
     learning = [scored[n] and (adv[n] != 0 or has_kl or opt["entropy_coef"] != 0) for n in range(count)]
+    policy: dict[int, Tensor] = {}
+    if opt["objective"] in WHOLE:
+        for b in range(batch):
+            of_b = [n for n in range(count) if response[n] == b and scored[n]]
+            # a response without any advantage has no loss, and nobody computes it
+            seen = any(adv[n] != 0 for n in of_b)
+            for n in of_b:
+                learning[n] = learning[n] or seen
+            made = response_terms(opt, *([x[n] for n in of_b] for x in (adv, logp, old))) if of_b else []
+            policy |= dict(zip(of_b, made, strict=True))
     terms: list[Tensor] = []
     for n in range(count):
         if not scored[n]:
             terms.append(torch.zeros((), dtype=torch.float64))
             continue
-        term = objective_term(opt, adv[n], ratio[n], logp[n])
+        term = policy[n] if n in policy else objective_term(opt, adv[n], ratio[n], logp[n], old[n])
         if opt["sampler_correction"] is not None:
             q = math.exp(float(old[n]) - float(flat(case.sampler_logps)[n]))
             low, high = opt["sampler_bounds"]
@@ -325,7 +369,10 @@ def held_back(opt: dict[str, Any], adv: float, ratio: float) -> str:
         return "high" if adv > 0 and ratio > opt["clip_high"] else ""
     if name == "topr":  # min(rho, 1) for A < 0
         return "high" if adv < 0 and ratio > 1 else ""
-    if name in ("sapo", "reinforce"):
+    if name == "gmpo":
+        low, high = adv < 0 and ratio < math.exp(-opt["clip_low"]), adv > 0 and ratio > math.exp(opt["clip_high"])
+        return "low" if low else "high" if high else ""
+    if name in ("sapo", "reinforce", "vespo", "dppo-tv", "dppo-kl"):
         return ""
     raise AssertionError(name)
 

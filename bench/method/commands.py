@@ -36,7 +36,9 @@ def tree(out: Where = DIRECTORY, runs: Annotated[int, typer.Option(help="Runs a 
 
 @app.command()
 def train(
-    experiments: Annotated[list[str] | None, typer.Argument(help="compare, inflation, alpha, noise. [all]")] = None,
+    experiments: Annotated[
+        list[str] | None, typer.Argument(help=f"Of {', '.join(method_runs.EXPERIMENTS)}. [all]")
+    ] = None,
     out: Where = DIRECTORY,
     work: Annotated[Path, typer.Option(help="Where the warm starts are kept.")] = Path("runs/method"),
     workers: Annotated[int, typer.Option(min=1, help="Processes, with a thread each.")] = 2,
@@ -60,6 +62,8 @@ def train(
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool, Progress(console=Console(stderr=True)) as progress:
         seeds = sorted({seed for _, seed in todo})
+        if any(condition.taught for condition, _ in todo):
+            pool.submit(method_runs.teacher, work).result()
         starts = dict(zip(seeds, pool.map(method_runs.warm, seeds, [work] * len(seeds)), strict=True))
         bar = progress.add_task("runs", total=len(todo))
         for finished in as_completed([pool.submit(method_runs.run, c, seed, starts[seed]) for c, seed in todo]):

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from prefixloss.io.files import write_whole
+from prefixloss.io.files import write_whole, write_whole_directory
 from prefixloss.rl import task, train
 from prefixloss.rl.checkpoint import Stop
 from prefixloss.rl.config import Config
@@ -29,7 +29,7 @@ from prefixloss.rl.optimise import Stepper
 from prefixloss.rl.policy import Policy, tiny_policy
 from prefixloss.rl.report import Report
 from prefixloss.rl.rollouts import Checked, Sampled
-from prefixloss.rl.start import frozen, open_problems, warm_start
+from prefixloss.rl.start import frozen, open_problems, open_teacher, warm_start
 
 # a sixth of the demo's rollouts: a run takes about a minute on one core
 SMALL = Config(updates=40, prompts=16, eval_every=10, eval_problems=64, eval_samples=8, k=4, lr_warmup=10)
@@ -119,6 +119,11 @@ class Condition:
     judge: Judge = exact
 
     @property
+    def taught(self) -> bool:
+        """Whether there is a teacher."""
+        return "distill_from" in self.options
+
+    @property
     def key(self) -> str:
         """What the run does, whatever it is called: equal runs of two comparisons are made once."""
         options = {**{"advantage": "vppo", "alpha": SMALL.alpha, "shorten": SMALL.shorten}, **self.options}
@@ -129,7 +134,7 @@ class Condition:
 
 
 # seeds of each comparison
-SEEDS = {"compare": 10, "inflation": 5, "alpha": 5, "noise": 5}
+SEEDS = {"compare": 10, "inflation": 5, "alpha": 5, "noise": 5, "teacher": 10}
 EXPERIMENTS: dict[str, list[Condition]] = {
     "compare": [
         Condition("VPPO"),
@@ -154,31 +159,54 @@ EXPERIMENTS: dict[str, list[Condition]] = {
         ),
         Condition("GRPO", {"advantage": "grpo"}),
     ],
+    "teacher": [
+        Condition("VPPO"),
+        Condition("GRPO", {"advantage": "grpo"}),
+        Condition("VPPO, teacher from the first error", {"distill_from": "first-error"}),
+        Condition("teacher alone, from the first error", {"advantage": "none", "distill_from": "first-error"}),
+        Condition("teacher alone, wrong responses", {"advantage": "none", "distill_from": "wrong"}),
+        Condition("teacher alone, all responses", {"advantage": "none", "distill_from": "all"}),
+    ],
 }
+# the teacher: another model of the policy's size, on written solutions for longer
+STRONGER = replace(SMALL, seed=1000, warm_steps=1500, warm_loss=0.03)
 
 
 def warm(seed: int, directory: Path) -> Path:
     """The policy that all runs of a seed start from, made once."""
     path = directory / f"warm-{seed}.pt"
     if not path.exists():
-        config = replace(SMALL, seed=seed)
-        torch.manual_seed(seed)
-        policy = tiny_policy(config.hidden_size, config.layers)
-        problems, _ = open_problems(config)
-        warm_start(policy, config, problems, Report(Console(quiet=True)), Stop())
-        write_whole(path, partial(torch.save, policy.model.state_dict()))
+        write_whole(path, partial(torch.save, _started(replace(SMALL, seed=seed)).model.state_dict()))
     return path
+
+
+def teacher(directory: Path) -> Path:
+    """The directory of the teacher that all taught runs have, made once."""
+    path = directory / "teacher"
+    if not path.exists():
+        write_whole_directory(path, _started(STRONGER).save)
+    return path
+
+
+def _started(config: Config) -> Policy:
+    """A new policy after its time on written solutions."""
+    torch.manual_seed(config.seed)
+    policy = tiny_policy(config.hidden_size, config.layers)
+    problems, _ = open_problems(config)
+    warm_start(policy, config, problems, Report(Console(quiet=True)), Stop())
+    return policy
 
 
 def run(condition: Condition, seed: int, start: Path, base: Config = SMALL) -> dict[str, Any]:
     """One training run: a curve with a point an evaluation, the rest means over the updates since the last one."""
     began = time.perf_counter()
     torch.set_num_threads(1)
-    config = replace(base, seed=seed, **condition.options)
+    beside: dict[str, Any] = {"teacher": str(teacher(start.parent))} if condition.taught else {}
+    config = replace(base, seed=seed, **beside, **condition.options)
     problems, held_out = open_problems(config)
     policy = tiny_policy(config.hidden_size, config.layers)
     policy.model.load_state_dict(torch.load(start, weights_only=True))
-    reference = frozen(policy)
+    reference, taught_by = frozen(policy), open_teacher(config, policy, "cpu")
     stepper = Stepper.adamw(config, policy.model)
     steps: list[float] = []  # that the responses of an update have, on average
     judge = condition.judge(seed)
@@ -193,7 +221,7 @@ def run(condition: Condition, seed: int, start: Path, base: Config = SMALL) -> d
         torch.manual_seed(1_000_003 * seed + number)
         first = config.warm_steps * config.warm_batch + (number - 1) * config.prompts
         batch = problems(first, config.prompts)
-        metrics = train.learn(config, policy, reference, stepper, batch, check)
+        metrics = train.learn(config, policy, reference, stepper, batch, check, teacher=taught_by)
         since.append({"steps": steps[-1], **{name: metrics[name] for name in ("reward", "length", "kl")}})
         if number % config.eval_every == 0 or number == config.updates:
             means = {name: statistics.fmean(point[name] for point in since) for name in since[0]}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,10 @@ def write(directory: Path, tree: dict[str, Any], runs: Sequence[Run]) -> str:
     """Writes the pictures and results.md into the directory; returns the latter's text."""
     done = [name for name in method_runs.EXPERIMENTS if complete(name, runs)]
     pictures = {"tree": draw_tree(tree)}
-    draw = {"compare": draw_curves, "inflation": draw_inflation, "alpha": draw_alpha, "noise": draw_noise}
+    draw: dict[str, Callable[[Sequence[Run]], Figure]] = {
+        "compare": partial(draw_curves, name="compare"), "inflation": draw_inflation, "alpha": draw_alpha,
+        "noise": draw_noise, "teacher": partial(draw_curves, name="teacher"),
+    }  # fmt: skip
     pictures |= {name: draw[name](runs) for name in done}
     for name, figure in pictures.items():
         image = BytesIO()
@@ -95,11 +99,13 @@ _TITLES = {
     "inflation": "Steps a response, when every true equation counts as a right step",
     "alpha": "The value of a good prefix",
     "noise": "A detector that errs",
+    "teacher": "A teacher beside the advantages, and alone",
 }
 # columns of differences in pass@1, seed by seed: what they are called, to which condition, with which sign
 _GAPS = {
     "compare": [("pass@1 over GRPO", "GRPO", 1), ("VPPO over it", "VPPO", -1)],
     "noise": [("pass@1 over GRPO", "GRPO", 1)],
+    "teacher": [("pass@1 over VPPO", "VPPO", 1)],
 }
 
 
@@ -195,14 +201,14 @@ def _curves(ax: Any, runs: Sequence[Run], name: str, metric: str, scale: float, 
     ax.set_xlabel("updates")
 
 
-def draw_curves(runs: Sequence[Run]) -> Figure:
+def draw_curves(runs: Sequence[Run], name: str) -> Figure:
     figure, axes = _figure(2, height=3.9)
     for ax, k in zip(axes, (1, method_runs.SMALL.k), strict=True):
-        _curves(ax, runs, "compare", f"pass@{k}", 100, from_start=True)
+        _curves(ax, runs, name, f"pass@{k}", 100, from_start=True)
         ax.axhline(0, color="0.4", linewidth=0.8)
         ax.set_ylabel(f"held-out pass@{k}: gain (percentage points)")
     axes[0].legend(frameon=False, fontsize=8)
-    seeds = method_runs.SEEDS["compare"]
+    seeds = method_runs.SEEDS[name]
     figure.suptitle(f"Built-in task: gain since the common start, {seeds} seeds, 95 % intervals", fontsize=11)
     return figure
 

@@ -28,7 +28,8 @@ class HeadStatistics:
     """Log-probs, entropies and, with a reference, exact KLs of the tokens in wanted, bool [N].
 
     tokens: int64 [N]. columns: which part of the vocabulary the heads are. most: an upper bound on the wanted tokens,
-    with which nothing may wait for the device.
+    with which nothing may wait for the device. left_out: 0-d, where a back-end writes which share of the gradient it
+    left out, if any, once the gradient is made.
     """
 
     head: Head
@@ -38,6 +39,7 @@ class HeadStatistics:
     config: LossConfig
     columns: Columns
     most: int | None
+    left_out: Tensor
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,12 @@ class HeadLoss:
     config: LossConfig
     columns: Columns
     most: int | None
+    left_out: Tensor
 
     def statistics(self, wanted: Tensor) -> HeadStatistics:
         """What the loss is made of, if it is made in two stages."""
         return HeadStatistics(
-            self.head, self.reference, self.batch.tokens, wanted, self.config, self.columns, self.most
+            self.head, self.reference, self.batch.tokens, wanted, self.config, self.columns, self.most, self.left_out
         )
 
 
@@ -71,6 +74,7 @@ class LogitLoss:
     config: LossConfig
     columns: Columns
     inplace: bool
+    left_out: Tensor
 
     @property
     def gradient_later(self) -> bool:

@@ -1,21 +1,24 @@
 """backend="reference": the loss in its plainest form. Read this file to know what is computed.
 
 It runs in float64 when the input does (half precision is computed in float32), holds all the logits of the scored
-tokens at once, and leaves every derivative to autograd. The other back-ends are tested against it; it shares no formula
-with them. Letters: n scored tokens, V vocabulary.
+tokens at once, and leaves every derivative to autograd. The other back-ends are tested against it; it shares with them
+what a token's loss is (`prefixloss.maths.objective`) and nothing of how they get there. Letters: n scored tokens, V
+vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from prefixloss.backends.problem import HeadLoss, HeadStatistics, LogitLoss, by_rows
 from prefixloss.backends.two_stages import Statistics
-from prefixloss.config import LossConfig, unknown
-from prefixloss.inputs.batch import Batch, TokenValues
+from prefixloss.config import LossConfig
+from prefixloss.inputs.batch import Batch, Given, TokenValues
+from prefixloss.maths.objective import NONE, token_log_ratio, token_losses
 from prefixloss.maths.precision import accumulation_dtype
 
 
@@ -96,101 +99,53 @@ def exact_kl(scores: Tensor, ref_scores: Tensor) -> Tensor:
     return (log_p.exp() * log_ratio).sum(1)
 
 
-def policy_loss(config: LossConfig, a: Tensor, logp: Tensor, log_ratio: Tensor) -> Tensor:
-    """The objective of each token; a = advantage, log_ratio = log rho. See `LossConfig` for the papers' names."""
-    if config.objective == "clip":
-        # -min(rho A, clip(rho) A), the bounds in log space so that a huge rho makes no inf * 0 in the gradient
-        low = math.log1p(-config.clip_low) if config.clip_low < 1 else -math.inf
-        log_rho = log_ratio if config.ratio_cap is None else log_ratio.clamp(max=math.log(config.ratio_cap))
-        for_good = log_rho.clamp(max=math.log1p(config.clip_high))
-        for_bad = log_rho.clamp(min=low)
-        if config.dual_clip is not None:
-            for_bad = for_bad.clamp(max=math.log(config.dual_clip))
-        return -a * torch.exp(torch.where(a >= 0, for_good, for_bad))
-    if config.objective == "cispo":
-        return -torch.exp(log_ratio.detach()).clamp(max=config.clip_high) * a * logp
-    if config.objective == "sapo":
-        tau = torch.where(a > 0, a.new_tensor(config.sapo_tau[0]), config.sapo_tau[1])
-        rho = torch.exp(log_ratio.clamp(max=50))  # the sigmoid is 1 long before
-        return -(4 / tau) * torch.sigmoid(tau * (rho - 1)) * a
-    if config.objective == "topr":
-        return -torch.where(a > 0, 1.0, torch.exp(log_ratio.detach()).clamp(max=1)) * a * logp
-    if config.objective == "reinforce":
-        return -a * logp
-    unknown("objective", config.objective)
+def mean_log_ratio(config: LossConfig, batch: Batch, rows: Tensor, logp: Tensor, given: Given) -> Tensor | None:
+    """log s of GSPO for each scored token: the mean over its response's; None where each token has its own."""
+    if not config.sequence_ratio:
+        return None
+    log_ratio = token_log_ratio(given, logp.detach())
+    response = batch.layout.response_of_token("ratio_level")[rows]
+    log_s = torch.zeros_like(logp)
+    for i in response.unique():
+        log_s[response == i] = log_ratio[response == i].mean()
+    return log_s
 
 
-def sampler_weight(config: LossConfig, q: Tensor) -> Tensor:
-    """q = exp(old_logp - sampler_logp), capped or, outside its bounds, 0."""
-    low, high = config.sampler_bounds
-    if config.sampler_correction == "tis":
-        return q.clamp(max=high)
-    if config.sampler_correction == "icepop":
-        return torch.where((q >= low) & (q <= high), q, 0.0)
-    unknown("sampler_correction", config.sampler_correction)
+class _Plain:
+    """What an objective may ask of responses: a response at a time. response: of each scored token, [n]."""
 
+    def __init__(self, response: Tensor) -> None:
+        self.response = response
 
-def kl_estimate(config: LossConfig, d: Tensor) -> Tensor:
-    """KL(policy || reference) from d = ref_logp - logp."""
-    if config.kl == "k1":
-        return -d
-    if config.kl == "k2":
-        return d**2 / 2
-    if config.kl == "k3":
-        return torch.expm1(d) - d
-    unknown("kl", config.kl)
+    def _each(self, of_one: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i in self.response.unique():
+            out = torch.where(self.response == i, of_one(x[self.response == i]), out)
+        return out
 
+    def sum(self, x: Tensor) -> Tensor:
+        return self._each(torch.sum, x)
 
-def token_losses(
-    config: LossConfig, batch: Batch, rows: Tensor, logp: Tensor, entropy: Tensor, full_kl: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, ratio and KL of each scored token, [n] each."""
-    given = batch.given.at(rows)
-    old_logps = logp.detach() if given.old_logps is None else given.old_logps
-    log_ratio = logp - old_logps
-    if config.sequence_ratio:
-        # GSPO's token form: the value of s, the gradient of each token's own log-prob
-        response = batch.layout.response_of_token("ratio_level")[rows]
-        log_s = torch.zeros_like(logp)
-        for i in response.unique():
-            log_s[response == i] = log_ratio[response == i].detach().mean()
-        log_ratio = log_s + logp - logp.detach()
-    if config.sampler_correction is None:
-        loss = policy_loss(config, given.advantages, logp, log_ratio)
-    else:
-        assert given.sampler_logps is not None
-        weight = sampler_weight(config, torch.exp((old_logps - given.sampler_logps).detach()))
-        # a dropped token counts 0 even if its own ratio overflows
-        loss = weight * policy_loss(config, given.advantages, logp, torch.where(weight == 0, 0.0, log_ratio))
+    def mean(self, x: Tensor) -> Tensor:
+        return self._each(torch.mean, x)
 
-    kl = torch.zeros_like(logp)
-    if config.kl == "full":
-        assert full_kl is not None
-        kl = full_kl
-    elif config.kl is not None:
-        assert given.ref_logps is not None
-        kl = kl_estimate(config, given.ref_logps - logp)
-    if config.penalises_kl:
-        loss = loss + config.kl_coef * (torch.exp(log_ratio) * kl if config.kl_importance else kl)
-    if config.entropy_coef != 0:
-        loss = loss - config.entropy_coef * entropy
-    return loss, torch.exp(log_ratio), kl
+    def max(self, x: Tensor) -> Tensor:
+        return self._each(torch.max, x)
 
 
 def reduce(config: LossConfig, batch: Batch, rows: Tensor, losses: Tensor) -> Tensor:
     """The losses of the scored tokens as one number; [N] for "none". `batch.denominator` may be the caller's."""
-    if config.reduction == "none":
+    reduction = config.summed
+    if reduction.by_token:
         return losses.new_zeros(len(batch.tokens)).index_copy(0, rows, losses / batch.denominator)
-    if config.reduction in ("group-token-mean", "seq-mean-token-mean"):
-        of_token = batch.layout.response_of_token("reduction")[rows]
-        if config.reduction == "group-token-mean":
-            assert batch.group_ids is not None
-            of_token = batch.group_ids[of_token]
-        means = [losses[of_token == unit].mean() for unit in of_token.unique()]
-        return sum(means, losses[:0].sum()) / batch.denominator
-    if config.reduction in ("token-mean", "seq-mean-token-sum", "constant"):
+    if reduction.mean_within is None:
         return losses.sum() / batch.denominator
-    unknown("reduction", config.reduction)
+    of_token = batch.layout.response_of_token("reduction")[rows]
+    if reduction.mean_within == "group":
+        assert batch.group_ids is not None
+        of_token = batch.group_ids[of_token]
+    means = [losses[of_token == unit].mean() for unit in of_token.unique()]
+    return sum(means, losses[:0].sum()) / batch.denominator
 
 
 def _loss(
@@ -205,7 +160,10 @@ def _loss(
     full_kl = None
     if ref_logits is not None:
         full_kl = exact_kl(scores, distribution_scores(config, ref_logits))
-    losses, ratio, kl = token_losses(config, batch, rows, logp, entropy, full_kl)
+    given = batch.given.at(rows)
+    log_ratio = mean_log_ratio(config, batch, rows, logp, given)
+    responses = _Plain(batch.layout.response_of_token("objective")[rows]) if batch.by_response else NONE
+    losses, ratio, kl = token_losses(config, given, logp, entropy, full_kl, log_ratio, responses)
     losses = torch.where(batch.computed[rows], losses, 0.0)
     total = reduce(config, batch, rows, losses)
 

@@ -1,22 +1,22 @@
 """The loss from statistics that exist already: for options whose coefficients are known only once all rows are.
 
 A back-end makes the statistics and, later, turns the gradient that arrives at them into the logits' gradient; what
-lies between is a few operations on [N], here. Needed for a ratio over the whole response, a tolerance relative to the
-largest gradient, and losses per token that the caller weights.
+lies between is a few operations on [N], here. Needed for a ratio over the whole response, an objective that looks at
+whole responses, a tolerance relative to the largest gradient, and losses per token that the caller weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prefixloss.backends.autograd import first_order
+from prefixloss.backends.responses import LaidOut
 from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Batch, Given, TokenValues
-from prefixloss.maths.objective import token_log_ratio, token_terms
+from prefixloss.maths.objective import NONE, token_log_ratio, token_losses
 
 
 class Statistics(NamedTuple):
@@ -27,8 +27,8 @@ class Statistics(NamedTuple):
     kl: Tensor | None
 
 
-def needed_by(config: LossConfig) -> bool:
-    return config.sequence_ratio or config.row_tolerance > 0 or config.reduction == "none"
+def needed_by(config: LossConfig, batch: Batch) -> bool:
+    return batch.by_response or config.sequence_ratio or config.row_tolerance > 0 or config.summed.by_token
 
 
 def loss(statistics: Callable[[Tensor], Statistics], batch: Batch, config: LossConfig) -> tuple[Tensor, TokenValues]:
@@ -48,13 +48,19 @@ def loss(statistics: Callable[[Tensor], Statistics], batch: Batch, config: LossC
     log_ratio = None
     if config.sequence_ratio:
         log_ratio = _mean_log_ratio(batch, given, logp.detach())
+
     # what does not learn has no gradient whatever its values, NaN included
-    learned = [None if x is None else torch.where(batch.learning, x, x.detach()) for x in (logp, entropy, exact_kl)]
-    token_loss, ratio, kl = _TokenLoss.apply(config, given, log_ratio, *learned)
+    def learned(x: Tensor) -> Tensor:
+        return torch.where(batch.learning, x, x.detach())
+
+    followed = learned(logp), learned(entropy), None if exact_kl is None else learned(exact_kl)
+    responses = LaidOut(batch.layout) if batch.by_response else NONE
+    token_loss, ratio, kl = token_losses(config, given, *followed, log_ratio, responses)
+    token_loss = torch.where(needed, token_loss, 0.0)
     weighted = token_loss * batch.weights / batch.denominator
     shown = (token_loss, logp, entropy, kl, ratio)
     values = TokenValues(*(torch.where(batch.computed, x.detach(), 0.0) for x in shown))
-    return weighted if config.reduction == "none" else weighted.sum(), values
+    return weighted if config.summed.by_token else weighted.sum(), values
 
 
 def _mean_log_ratio(batch: Batch, given: Given, logp: Tensor) -> Tensor:
@@ -63,31 +69,3 @@ def _mean_log_ratio(batch: Batch, given: Given, logp: Tensor) -> Tensor:
     total = batch.layout.sum_by_response(token_log_ratio(given, logp), argument)
     mean = total / batch.layout.lengths(argument).clamp(min=1)
     return mean[batch.layout.response_of_token(argument)]
-
-
-class _TokenLoss(torch.autograd.Function):
-    """Statistics [N] to token losses [N], through the derivatives that `objective` gives."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        config: LossConfig,
-        given: Given,
-        log_ratio: Tensor | None,
-        logp: Tensor,
-        entropy: Tensor,
-        exact_kl: Tensor | None,
-    ) -> Any:
-        terms = token_terms(config, given, logp, entropy, exact_kl, log_ratio)
-        ctx.save_for_backward(terms.d_logp, terms.d_kl if isinstance(terms.d_kl, Tensor) else None)
-        ctx.d_entropy = terms.d_entropy
-        kl = terms.kl.clone()  # an output must not be an input
-        ctx.mark_non_differentiable(terms.ratio, kl)
-        return terms.loss, terms.ratio, kl
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        d_logp, d_kl = ctx.saved_tensors
-        d_entropy = grad * ctx.d_entropy if ctx.d_entropy != 0 else None
-        return None, None, None, grad * d_logp, d_entropy, None if d_kl is None else grad * d_kl

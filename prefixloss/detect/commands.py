@@ -7,13 +7,14 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
 from prefixloss.detect import tables
@@ -58,11 +59,11 @@ def annotate(
     batch_size: BatchSize = 64,
 ) -> None:
     """Add steps, first_error (from 0, null for none), reason and confidence to each line."""
-    chosen, records = _opened(detector, file, form, steps)
-    lines = _Lines(out)
+    chosen, records = opened(detector, file, form, steps)
+    lines = Lines(out)
     found: list[FirstError] = []
     stopped = False
-    with _progress(len(records)) as tick, _interruptible():
+    with progress(len(records)) as tick, interruptible():
         try:
             for batch in detected(chosen, records, answers=True, batch_size=batch_size):
                 lines.write(map(_annotated, records[len(found) : len(found) + len(batch)], batch))
@@ -84,16 +85,16 @@ def annotate(
         raise typer.Exit(130)
 
 
-class _Lines:
+class Lines:
     """The annotated lines, handed over as they are found: whatever ends the command, what was done is there."""
 
     def __init__(self, out: Path | None) -> None:
         try:
             self.file = None if out is None else Growing(out)
         except FileExistsError:
-            raise _fail(f"--out: {out}.part is left from a run that did not end; move it away or delete it") from None
+            raise fail(f"--out: {out}.part is left from a run that did not end; move it away or delete it") from None
         except OSError as error:
-            raise _fail(f"cannot write {out}: {error.strerror}") from None
+            raise fail(f"cannot write {out}: {error.strerror}") from None
 
     def write(self, lines: Iterable[dict[str, Any]]) -> None:
         """To the file; to standard output where there is none, or where it cannot be written any more."""
@@ -127,7 +128,7 @@ class _Lines:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """A job that is told to end, by SIGTERM, is interrupted as by Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -168,15 +169,15 @@ def eval_(
     """Measure detectors against human labels of the first wrong step: how often they are right, how sure they are when
     they are, and what they cost."""
     if form not in LABELLED:
-        raise _fail(f"--format: got {form!r}, expected one with labels: {', '.join(LABELLED)}")
-    opened = [(_detector(name), name) for name in detector or ["auto"]]
+        raise fail(f"--format: got {form!r}, expected one with labels: {', '.join(LABELLED)}")
+    opened = [(detector_of(name), name) for name in detector or ["auto"]]
     sources = _sources(files, form, by)
-    _check_writable(json_file)
-    _check_writable(picture)
+    check_can_write(json_file)
+    check_can_write(picture)
     if picture and find_spec("matplotlib") is None:
-        raise _fail("--picture: needs matplotlib, which comes with prefixloss[rl]")
+        raise fail("--picture: needs matplotlib, which comes with prefixloss[rl]")
     rows = []
-    with _progress(len(opened) * sum(map(len, sources.values()))) as advance:
+    with progress(len(opened) * sum(map(len, sources.values()))) as advance:
         for chosen, name in opened:
             for source, records in sources.items():
                 scores = evaluate(
@@ -198,9 +199,9 @@ def _sources(files: Sequence[Path], form: str, by: str | None) -> dict[str, list
     """The records of each file, or of each value of a key."""
     sources: dict[str, list[Record]] = {}
     for file in files:
-        for record in _records(file, form, "markers"):
+        for record in records_of(file, form, "markers"):
             if by is not None and by not in record.source:
-                raise _fail(f"--by: got {by!r}, but a line of {file} has no such key")
+                raise fail(f"--by: got {by!r}, but a line of {file} has no such key")
             sources.setdefault(file.name if by is None else str(record.source[by]), []).append(record)
     return sources
 
@@ -221,41 +222,41 @@ def _show(rows: list[tables.Row], sources: dict[str, list[Record]], errors: bool
             tables.show_errors(console, sources[row.source], row.scores)
 
 
-def _opened(detector: str, file: Path, form: str, steps: str) -> tuple[Detector, list[Record]]:
+def opened(detector: str, file: Path, form: str, steps: str) -> tuple[Detector, list[Record]]:
     """Everything that can be wrong with the arguments is found here, before any work."""
     if form not in FORMS:
-        raise _fail(f"--format: got {form!r}, expected one of {', '.join(FORMS)}")
+        raise fail(f"--format: got {form!r}, expected one of {', '.join(FORMS)}")
     if steps not in SEGMENTERS:
-        raise _fail(f"--steps: got {steps!r}, expected one of {', '.join(SEGMENTERS)}")
-    return _detector(detector), _records(file, form, steps)
+        raise fail(f"--steps: got {steps!r}, expected one of {', '.join(SEGMENTERS)}")
+    return detector_of(detector), records_of(file, form, steps)
 
 
-def _detector(name: str) -> Detector:
+def detector_of(name: str) -> Detector:
     try:
         return by_name(name)
     except ValueError as error:
-        raise _fail(f"--{error}") from None
+        raise fail(f"--{error}") from None
 
 
-def _records(file: Path, form: str, steps: str) -> list[Record]:
+def records_of(file: Path, form: str, steps: str) -> list[Record]:
     try:
         return read_records(file, form, steps)  # type: ignore[arg-type]
     except FormatError as error:
-        raise _fail(str(error)) from None
+        raise fail(str(error)) from None
 
 
-def _fail(message: str) -> typer.Exit:
+def fail(message: str) -> typer.Exit:
     typer.echo(f"prefixloss: {visible(message)}", err=True)
     return typer.Exit(2)
 
 
-def _check_writable(path: Path | None) -> None:
+def check_can_write(path: Path | None) -> None:
     """Before the work, not after it."""
     try:
         if path is not None:
             check_writable(path)
     except OSError as error:
-        raise _fail(f"cannot write {path}: {error.strerror}") from None
+        raise fail(f"cannot write {path}: {error.strerror}") from None
 
 
 @contextmanager
@@ -263,12 +264,25 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _fail(f"cannot write {path}: {error.strerror}") from None
+        raise fail(f"cannot write {path}: {error.strerror}") from None
+
+
+@dataclass(frozen=True)
+class Ticks:
+    """A progress bar, to be told how much was done. expect: how much there is, where that is known only later."""
+
+    bar: Progress
+    task: TaskID
+
+    def __call__(self, count: int) -> None:
+        self.bar.advance(self.task, count)
+
+    def expect(self, total: int) -> None:
+        self.bar.update(self.task, total=total)
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Any]:
+def progress(total: int | None, what: str = "detecting") -> Iterator[Ticks]:
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("detecting", total=total)
-        yield lambda count: progress.advance(task, count)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield Ticks(bar, bar.add_task(what, total=total))

@@ -38,7 +38,7 @@ class Batch:
 
     tokens: int64 [N]. given: advantages and recorded log-probs, [N] each. weights [N] and denominator (0-d): the
     reduction. learning, computed, in_prefix: bool [N]: tokens that may have a gradient, tokens whose statistics are
-    reported, tokens of a good prefix.
+    reported, tokens of a good prefix. by_response: whether the objective looks at whole responses.
     """
 
     layout: Layout
@@ -50,6 +50,7 @@ class Batch:
     learning: Tensor
     computed: Tensor
     in_prefix: Tensor
+    by_response: bool = False
 
 
 class TokenValues(NamedTuple):
@@ -121,8 +122,17 @@ class TokenInputs:
         layout.check_finite("advantages", given.advantages)
         weights, denominator = token_weights(config, layout, self.group_ids, self.normalizer, dtype)
 
-        penalised = config.penalises_kl or config.entropy_coef != 0
-        learning = layout.scored if penalised else layout.scored & (advantages != 0)
+        there = tuple(x is not None for x in (given.old_logps, given.sampler_logps, given.ref_logps))
+        traits = config.traits(given.advantages, there)
+        if traits.by_response:
+            layout.starts("objective")
+        learning = layout.scored
+        if not config.penalised and traits.silent:
+            learning = learning & (given.advantages != 0)
+            if traits.by_response:
+                # a token's loss may follow any token of its response
+                of_response = layout.sum_by_response(learning.float(), "objective") > 0
+                learning = layout.scored & of_response[layout.response_of_token("objective")]
         return Batch(
             layout=layout,
             tokens=self.tokens.reshape(-1).long().contiguous(),
@@ -133,6 +143,7 @@ class TokenInputs:
             learning=learning,
             computed=layout.scored if config.shows_every_scored else learning,
             in_prefix=in_prefix,
+            by_response=traits.by_response,
         )
 
     def _logps(self, name: str, layout: Layout, dtype: torch.dtype) -> Tensor | None:
@@ -167,16 +178,17 @@ class TokenInputs:
 def _check_needed_data(config: LossConfig, given: dict[str, Any], exact_reference: tuple[str, ...]) -> None:
     """The arguments that the options call for. `given` maps names to values; `exact_reference` are for kl="full"."""
     needs: list[tuple[str, str]] = []
-    if config.kl not in (None, "full"):
+    if config.exact_kl:
+        needs += [(name, f'kl="{config.kl}"') for name in exact_reference]
+    elif config.kl is not None:
         needs.append(("ref_logps", f'kl="{config.kl}"'))
-    if config.kl == "full":
-        needs += [(name, 'kl="full"') for name in exact_reference]
     if config.sampler_correction is not None:
         needs.append(("sampler_logps", f'sampler_correction="{config.sampler_correction}"'))
-    if config.reduction == "group-token-mean":
-        needs.append(("group_ids", 'reduction="group-token-mean"'))
+    argument = f'reduction="{config.reduction}"'
+    if config.summed.per_group:
+        needs.append(("group_ids", argument))
     for name, why in needs:
         if given[name] is None:
             check.fail(name, "None", f"a value, since {why}")
-    if config.reduction == "constant" and given["normalizer"] is None and config.max_length is None:
-        check.fail("max_length", "None", 'a value, since reduction="constant" without a normalizer')
+    if config.summed.times_max_length and given["normalizer"] is None and config.max_length is None:
+        check.fail("max_length", "None", f"a value, since {argument} without a normalizer")

@@ -42,9 +42,7 @@ class Layout:
         if len(shape) == 2:
             offsets: Tensor | None = torch.arange(shape[0] + 1, device=device) * shape[1]
         else:
-            offsets = (
-                None if cu_seqlens is None else _in_bounds(cu_seqlens.to(device=device, dtype=torch.int64), tokens)
-            )
+            offsets = None if cu_seqlens is None else in_bounds(cu_seqlens.to(device=device, dtype=torch.int64), tokens)
         return cls(scored, offsets, group)
 
     @property
@@ -76,7 +74,7 @@ class Layout:
         first = -before[starts[:-1]]
         if self.group is not None:
             rank = torch.distributed.get_rank(self.group)
-            first = first + self._of_all(before[starts].diff())[:rank].sum(0)
+            first = first + self.of_all(before[starts].diff())[:rank].sum(0)
         return before[:-1] + first[self.response_of_token("advantages")]
 
     def place(self, position: int) -> str:
@@ -119,9 +117,9 @@ class Layout:
         return self._summed(self.scored.sum())
 
     def _summed(self, values: Tensor) -> Tensor:
-        return values if self.group is None else self._of_all(values).sum(0)
+        return values if self.group is None else self.of_all(values).sum(0)
 
-    def _of_all(self, values: Tensor) -> Tensor:
+    def of_all(self, values: Tensor) -> Tensor:
         """Every process's values, [processes, ...], in the order of their ranks."""
         rank, size = torch.distributed.get_rank(self.group), torch.distributed.get_world_size(self.group)
         places = values.new_zeros(size, *values.shape)
@@ -130,7 +128,7 @@ class Layout:
         return places
 
 
-def _in_bounds(offsets: Tensor, tokens: int) -> Tensor:
+def in_bounds(offsets: Tensor, tokens: int) -> Tensor:
     """Offsets that were checked, as they are; else made such that wrong ones lead to no read out of bounds."""
     if check.readable(offsets):
         return offsets

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefixloss.config import LossConfig, unknown
+from prefixloss.config import LossConfig
 from prefixloss.inputs.layout import Layout
 
 
@@ -18,37 +18,34 @@ def token_weights(
 ) -> tuple[Tensor, Tensor]:
     """Weights [N] and the 0-d denominator: loss = sum(weights * token losses) / denominator.
 
-    The denominator counts what the batch has of the reduction's units: scored tokens ("token-mean"), groups
-    ("group-token-mean"), responses ("seq-mean-*"), B * max_length ("constant"), or 1 ("none"). `normalizer` replaces
-    it, so that micro-batches and ranks, each passing the count of the whole batch, add up to the whole batch's loss.
+    The denominator counts what the batch has of the reduction's units (`prefixloss.maths.reductions`). `normalizer`
+    replaces it, so that micro-batches and ranks, each passing the count of the whole batch, add up to the whole batch's
+    loss.
     """
-    reduction = config.reduction
-    argument = f'reduction="{reduction}"'
-    weights = layout.scored.to(dtype)
     denominator: Tensor | float
-    if reduction == "token-mean":
-        denominator = layout.scored_tokens().clamp(min=1)
-    elif reduction == "group-token-mean":
+    reduction, argument = config.summed, f'reduction="{config.reduction}"'
+    weights = layout.scored.to(dtype)
+    if reduction.per_group:
         assert group_ids is not None
         group, groups = _groups(group_ids)
+    if reduction.mean_within == "group":
         # counts are whole numbers, so their sum does not depend on its order
         tokens = torch.zeros_like(group).index_add_(0, group, layout.lengths(argument))
         weights = weights / tokens.clamp(min=1)[group][layout.response_of_token(argument)]
-        denominator = groups
-    elif reduction in ("seq-mean-token-mean", "seq-mean-token-sum", "constant"):
-        if reduction == "seq-mean-token-mean":
-            weights = weights / layout.lengths(argument).clamp(min=1)[layout.response_of_token(argument)]
-        # not asked for where it is given: packed tokens may come without their responses
-        denominator = 1.0 if normalizer is not None else max(1, layout.responses(argument))
-        if reduction == "constant" and normalizer is None:
-            assert config.max_length is not None
-            denominator = denominator * config.max_length
-    elif reduction == "none":
-        denominator = 1.0
-    else:
-        unknown("reduction", reduction)
+    elif reduction.mean_within == "response":
+        weights = weights / layout.lengths(argument).clamp(min=1)[layout.response_of_token(argument)]
     if normalizer is not None:
+        # nothing is counted: packed tokens may come without their responses
         denominator = normalizer.detach() if isinstance(normalizer, Tensor) else float(normalizer)
+    elif reduction.per == "tokens":
+        denominator = layout.scored_tokens().clamp(min=1)
+    elif reduction.per == "groups":
+        denominator = groups
+    else:
+        denominator = 1.0 if reduction.per is None else max(1, layout.responses(argument))
+    if reduction.times_max_length and normalizer is None:
+        assert config.max_length is not None
+        denominator = denominator * config.max_length
     if not isinstance(denominator, Tensor):
         # filled on the device: a copy from the host would have to wait
         return weights, torch.full((), denominator, dtype=dtype, device=weights.device)

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from prefixloss import check
-from prefixloss.config import LossConfig, Objective, RatioLevel, SamplerCorrection
+from prefixloss.config import LossConfig, RatioLevel
 from prefixloss.integrations import installed
 from prefixloss.integrations.token_loss import clip_high, head_of_logps, logged, put, token_advantages
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 
 # OpenRLHF's names and ours
 _RATIO_LEVELS: dict[str, RatioLevel] = {"ppo": "token", "gspo": "sequence"}
-_CORRECTIONS: dict[str, SamplerCorrection] = {"mask": "icepop", "clip": "tis"}
+_CORRECTIONS: dict[str, str] = {"mask": "icepop", "clip": "tis"}
 
 
 class PolicyLoss(nn.Module):
@@ -51,7 +51,7 @@ class PolicyLoss(nn.Module):
         is_correction_gating: str = "ratio",
         is_correction_threshold: Sequence[float] = (0.5, 5.0),
         *,
-        objective: Objective = "clip",
+        objective: str = "clip",
     ) -> None:
         super().__init__()
         for name, value, known in (
@@ -144,9 +144,7 @@ def compute_advantages(
     return experiences
 
 
-def patch(
-    objective: Objective = "clip", estimator: str = "vppo", head: bool = True, **options: Any
-) -> Callable[[], None]:
+def patch(objective: str = "clip", estimator: str = "vppo", head: bool = True, **options: Any) -> Callable[[], None]:
     """Puts the loss, the advantages and, with `head`, the log-probs into OpenRLHF. Returns what undoes it.
 
     options: of the estimator. `--algo.advantage.no_std_norm` is for neutral_prefix; vppo has an option `std` of its

@@ -22,15 +22,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor
 
-from prefixloss.config import LossConfig, Objective
+from prefixloss.config import LossConfig
 from prefixloss.integrations import installed
-from prefixloss.integrations.token_loss import clip_high, gradient_shared, logged, put, shared_by_many, token_advantages
+from prefixloss.integrations.token_loss import (
+    ESTIMATORS,
+    clip_high,
+    gradient_shared,
+    logged,
+    put,
+    shared_by_many,
+    token_advantages,
+)
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 from prefixloss.loss import linear_logps
+from prefixloss.maths import objectives
 
 
 def policy_loss(
@@ -41,7 +50,7 @@ def policy_loss(
     loss_mask: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     *,
-    objective: Objective = "clip",
+    objective: str = "clip",
 ) -> tuple[Tensor, dict[str, float]]:
     """A policy loss in SkyRL's signature, registered as prefix_clip, prefix_cispo, ...; tensors [B, T].
 
@@ -134,7 +143,7 @@ def patch_head() -> Callable[[], None]:
 
 
 def register(**options: Any) -> None:
-    """Adds the losses and the estimators "vppo", "cliff" and "neutral_prefix", once; options: of the estimators.
+    """Adds the losses and the estimators of `token_loss.ESTIMATORS`, once; options: of the estimators.
 
     ImportError: SkyRL is missing or older than 0.3.
     """
@@ -144,11 +153,8 @@ def register(**options: Any) -> None:
         PolicyLossRegistry,
     )
 
-    losses = {f"prefix_{name}": partial(policy_loss, objective=name) for name in get_args(Objective)}
-    estimators = {
-        name: partial(advantage_estimator, estimator=name, options=options)
-        for name in ("vppo", "cliff", "neutral_prefix")
-    }
+    losses = {f"prefix_{name}": partial(policy_loss, objective=name) for name in objectives.BY_NAME}
+    estimators = {name: partial(advantage_estimator, estimator=name, options=options) for name in ESTIMATORS}
     for registry, ours in ((PolicyLossRegistry, losses), (AdvantageEstimatorRegistry, estimators)):
         for name in ours.keys() - set(registry.list_available()):
             registry.register(name, ours[name])

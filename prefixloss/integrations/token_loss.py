@@ -18,15 +18,18 @@ from torch import Tensor
 from prefixloss import advantages as credit
 from prefixloss import check
 from prefixloss.backends import two_stages
-from prefixloss.config import LossConfig, Objective
+from prefixloss.config import LossConfig
 from prefixloss.detect.choose import by_name
 from prefixloss.inputs.batch import TokenInputs
 from prefixloss.inputs.token_advantages import TokenAdvantages
-from prefixloss.integrations.models.heads import unwrapped
+from prefixloss.integrations.models.heads import SCALES, SOFTCAPS, unwrapped
 from prefixloss.loss import linear_logps
 from prefixloss.maths.metrics import metrics
 from prefixloss.maths.precision import accumulation_dtype
 from prefixloss.steps import Segmenter, step_tokens
+
+# what a trainer of others' can have: those that need no more than outcomes and first errors, and use the latter
+ESTIMATORS = tuple(name for name in credit.BY_NAME if credit.needs(name) <= {"first_error"} and credit.splits(name))
 
 
 class PolicyLoss(NamedTuple):
@@ -59,7 +62,7 @@ def policy_loss(
     check.config(config, LossConfig)
     check.tensor("logps", logps, "float")
     check.rows("logps", logps)
-    if config.kl == "full":
+    if config.exact_kl:
         check.fail("kl", "'full'", "'k1', 'k2' or 'k3': the exact KL needs logits, and these are log-probs")
     if entropy is not None:
         check.tensor("entropy", entropy, "float")
@@ -88,7 +91,7 @@ def policy_loss(
     )
 
 
-def clip_high(objective: Objective, epsilon: float) -> float:
+def clip_high(objective: str, epsilon: float) -> float:
     """`LossConfig.clip_high` for a trainer whose upper bound on the ratio is 1 + epsilon, whatever the objective.
 
     verl, SkyRL, slime and OpenRLHF mean that; TRL's epsilon_high is like ours, for "cispo" the bound itself.
@@ -157,24 +160,20 @@ def token_advantages(
 
     A score of NaN is no verdict: that response gets 0 everywhere and is no part of its group's baseline.
 
-    estimator: "vppo", "cliff" or "neutral_prefix" (GRPO, 0 on good prefixes), with their options in
+    estimator: one of `ESTIMATORS` ("neutral_prefix" is GRPO with 0 on good prefixes), with its options in
     `prefixloss.advantages`. Trainers do not hand over the prompts' lengths: `shorten` is 0 unless set.
     """
+    estimator = credit.named("estimator", estimator, ESTIMATORS)
     judged = ~scores.isnan()
     correct, first_error = outcomes(torch.where(judged, scores, 0))
     first_error = torch.where(lengths > 0, first_error, -1)  # a response that a trainer has masked altogether
     numbers = np.unique(np.asarray(group_labels), return_inverse=True)[1]
     group_ids = torch.as_tensor(numbers, dtype=torch.int64, device=scores.device)
-    options = {**options, "judged": judged}
-    if estimator == "vppo":
-        return credit.vppo(correct, lengths, first_error, group_ids, **{"shorten": 0, **options})
-    if estimator == "cliff":
-        return credit.cliff(correct, lengths, first_error, group_ids, **options)
-    if estimator == "neutral_prefix":
-        by_response = credit.grpo(correct.float(), group_ids, **options)
-        return credit.neutral_prefix(by_response, correct, first_error, judged=judged)
-    check.fail("estimator", repr(estimator), "'vppo' | 'cliff' | 'neutral_prefix'")
-    raise AssertionError
+    outcome = credit.Outcome(correct, lengths, group_ids, first_error, judged=judged)
+    defaults = {"shorten": 0} if estimator == "vppo" else {}
+    made = credit.assign(estimator, outcome, **{**defaults, **options})
+    assert isinstance(made, TokenAdvantages)
+    return made
 
 
 def first_error_of(
@@ -223,8 +222,8 @@ def head_of_logps(
     """
     inner = unwrapped(model)
     head = inner.get_output_embeddings()
-    after = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-    if hasattr(head, "base_layer") or any(getattr(inner.config, name, None) not in (None, 1) for name in after):
+    changed = any(getattr(inner.config, name, None) not in (None, 1) for name in (*SOFTCAPS, *SCALES))
+    if hasattr(head, "base_layer") or changed:
         check.fail("model", type(inner).__name__, "one whose logits are its head's, without an adapter on it")
     before = vars(head).get("forward")
     made: list[Tensor] = []

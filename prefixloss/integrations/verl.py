@@ -31,14 +31,17 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefixloss import check
-from prefixloss.config import LossConfig, Objective
+from prefixloss.config import LossConfig
 from prefixloss.integrations import installed
+from prefixloss.integrations.token_loss import (
+    ESTIMATORS as NAMES,
+)
 from prefixloss.integrations.token_loss import (
     clip_high,
     first_error_of,
@@ -51,6 +54,7 @@ from prefixloss.integrations.token_loss import (
 )
 from prefixloss.integrations.token_loss import policy_loss as loss_of
 from prefixloss.loss import linear_logps
+from prefixloss.maths import objectives
 
 
 def policy_loss(
@@ -62,7 +66,7 @@ def policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
     *,
-    objective: Objective = "clip",
+    objective: str = "clip",
 ) -> tuple[Tensor, dict[str, float]]:
     """A policy loss in verl's signature, registered as prefix_clip, prefix_cispo, ...; tensors [B, T].
 
@@ -86,7 +90,7 @@ def policy_loss(
     return out.loss, {"actor/pg_clipfrac": seen.pop("clip_ratio")} | {f"actor/{k}": v for k, v in seen.items()}
 
 
-def _loss_config(objective: Objective, config: Any, reduction: Any) -> LossConfig:
+def _loss_config(objective: str, config: Any, reduction: Any) -> LossConfig:
     low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
     high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
     return LossConfig(
@@ -258,8 +262,8 @@ def _first_error(tokenizer: Any, item: Any, **options: Any) -> int:
     )
 
 
-POLICY_LOSSES = {name: partial(policy_loss, objective=name) for name in get_args(Objective)}
-ESTIMATORS = {name: partial(advantage_estimator, estimator=name) for name in ("vppo", "cliff", "neutral_prefix")}
+POLICY_LOSSES = {name: partial(policy_loss, objective=name) for name in objectives.BY_NAME}
+ESTIMATORS = {name: partial(advantage_estimator, estimator=name) for name in NAMES}
 
 # verl only loads an entry point: whoever imports this with verl at hand wants it registered
 if find_spec("verl") is not None:

@@ -1,21 +1,42 @@
-"""What one token contributes: its loss and the loss's derivatives. The maths of every objective stands here, once.
+"""What one token contributes: its policy loss, KL penalty and entropy bonus, and the derivatives of their sum.
 
 Every policy loss touches the model only through a token's log-prob, its entropy and its KL. So the gradient of a
 token's logits is three coefficients times three fixed rows:
     dL/dz = d_logp * (onehot - p) + d_entropy * dH/dz + d_kl * dKL/dz
-`prefixloss.backends.reference` has the same formulas in their plainest form, for autograd; tests hold the two equal.
+and the coefficients are derivatives of a function of a few numbers, which autograd makes. The formulas stand in
+`objectives`, `kl` and `corrections`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prefixloss.config import LossConfig, unknown
+from prefixloss import check
+from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Given
+from prefixloss.maths import corrections, objectives
+from prefixloss.maths import kl as estimators
+from prefixloss.maths.derivatives import known, ratio_of, recording
+from prefixloss.maths.objectives import Responses, View, with_options
+from prefixloss.maths.trial import called
+
+
+class _NoResponses:
+    """In place of responses, where a function has been found not to ask for them."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        wants = "one that asks for them whatever its values are, or never"
+        check.fail("objective", "a function that asks for given.response for some values only", wants)
+        raise AssertionError
+
+    mean = max = sum
+
+
+NONE = _NoResponses()
 
 
 class Terms(NamedTuple):
@@ -23,10 +44,51 @@ class Terms(NamedTuple):
 
     loss: Tensor
     d_logp: Tensor
-    d_entropy: Tensor | float
-    d_kl: Tensor | float  # with respect to the exact KL; the derivatives of k1, k2, k3 are part of d_logp
+    d_entropy: Tensor | None
+    d_kl: Tensor | None  # with respect to the exact KL; the derivatives of k1, k2, k3 are part of d_logp
     ratio: Tensor
     kl: Tensor
+
+
+def token_losses(
+    config: LossConfig,
+    given: Given,
+    logp: Tensor,
+    entropy: Tensor,
+    exact_kl: Tensor | None,
+    log_ratio: Tensor | None = None,
+    responses: Responses = NONE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss before any reduction, ratio and KL of each token, [n], differentiable in logp, entropy and exact_kl.
+
+    logp, entropy, exact_kl (None unless kl="full"): [n]. log_ratio: the response's mean log ratio, for GSPO. responses:
+    where the tokens are those of whole responses.
+    """
+    watch = None if isinstance(config.objective, str) else _Watch(responses is not NONE)
+    if watch is not None:
+        logp, entropy = watch.of("logp", logp), watch.of("entropy", entropy)
+        exact_kl = None if exact_kl is None else watch.of("kl", exact_kl)
+    ratio = ratio_of(logp, torch.exp(token_log_ratio(given, logp) if log_ratio is None else log_ratio))
+    seen = entropy if config.entropy_coef != 0 else None
+    recorded = (given.advantages, given.old_logps, given.sampler_logps, given.ref_logps)
+    loss = policy_losses(config, logp, View(*recorded, ratio, seen, exact_kl, responses))
+    loss = loss if watch is None else watch.result(loss)
+    if config.sampler_correction is not None:
+        weight = sampler_weights(config, given, logp)
+        # a dropped token counts 0 even if its own loss overflowed
+        loss = torch.where(weight == 0, 0.0, weight * loss)
+    kl, slope = divergences(config, given, logp, exact_kl)
+    if config.penalises_kl:
+        penalty = kl
+        if config.kl_importance:
+            # d (rho k) / d logp = rho (dk / d logp + k), where an infinite rho makes no difference of infinities
+            penalty = ratio * kl if slope is None else known(logp, ratio * kl, ratio * (slope + kl))
+        loss = loss + config.kl_coef * penalty
+    if config.entropy_coef != 0:
+        loss = loss - config.entropy_coef * entropy
+    # a scored token that the policy cannot produce has no finite log-prob: never a silent 0
+    impossible = torch.where(logp.detach() > -math.inf, 0.0, math.nan).to(logp.dtype)
+    return loss + known(logp, impossible, impossible), ratio, kl
 
 
 def token_terms(
@@ -35,34 +97,24 @@ def token_terms(
     logp: Tensor,
     entropy: Tensor,
     exact_kl: Tensor | None,
-    log_ratio: Tensor | None = None,
+    *,
+    derivatives: bool = True,
 ) -> Terms:
-    """logp, entropy, exact_kl (None unless kl="full"): [n]. log_ratio: the response's mean log ratio, for GSPO."""
-    ratio = torch.exp(log_ratio if log_ratio is not None else token_log_ratio(given, logp))
-    loss, d_logp = _policy(config, given.advantages, logp, ratio)
-    if config.sampler_correction is not None:
-        weight = _sampler_weight(config, given, logp)
-        # a dropped token counts 0 even if its own loss overflowed
-        loss, d_logp = (torch.where(weight == 0, 0.0, weight * x) for x in (loss, d_logp))
-
-    kl, dk_dlogp = torch.zeros_like(logp), torch.zeros_like(logp)
-    d_kl: Tensor | float = 0.0
-    if config.kl is not None:
-        kl, dk_dlogp = _kl(config, given, logp, exact_kl)
-    if config.penalises_kl:
-        # with importance the term is rho k, and d rho / d logp = rho
-        scale = config.kl_coef * ratio if config.kl_importance else torch.full_like(logp, config.kl_coef)
-        loss = loss + scale * kl
-        d_logp = d_logp + scale * (dk_dlogp + kl if config.kl_importance else dk_dlogp)
-        d_kl = scale if config.kl == "full" else 0.0
-    if config.entropy_coef != 0:
-        loss = loss - config.entropy_coef * entropy
-
-    # a scored token that the policy cannot produce has no finite log-prob: never a silent 0
-    finite = logp > -math.inf
-    nan = logp.new_full((), math.nan)
-    loss, d_logp = torch.where(finite, loss, nan), torch.where(finite, d_logp, nan)
-    return Terms(loss, d_logp, -config.entropy_coef, d_kl, ratio, kl)
+    """The numbers of `token_losses`, detached, and its derivatives (0 without `derivatives`)."""
+    if not derivatives:
+        loss, ratio, kl = token_losses(config, given, logp, entropy, exact_kl)
+        return Terms(loss, torch.zeros_like(logp), None, None, ratio, kl)
+    wanted = (True, config.entropy_coef != 0, exact_kl is not None and config.penalises_kl)
+    with recording():
+        values = (logp, entropy, exact_kl)
+        x = [v.detach().requires_grad_() if v is not None and w else v for v, w in zip(values, wanted, strict=True)]
+        loss, ratio, kl = token_losses(config, given, *x)  # type: ignore[arg-type]
+        leaves = [v for v, w in zip(x, wanted, strict=True) if w]
+        made: Any = torch.autograd.grad(loss, leaves, torch.ones_like(loss), materialize_grads=True)  # type: ignore[arg-type]
+    slopes = iter(made)
+    d_logp, d_entropy, d_kl = (next(slopes) if w else None for w in wanted)
+    assert d_logp is not None
+    return Terms(loss.detach(), d_logp, d_entropy, d_kl, ratio.detach(), kl.detach())
 
 
 def token_log_ratio(given: Given, logp: Tensor) -> Tensor:
@@ -70,83 +122,82 @@ def token_log_ratio(given: Given, logp: Tensor) -> Tensor:
     return torch.zeros_like(logp) if given.old_logps is None else logp - given.old_logps
 
 
-def clipped(config: LossConfig, advantages: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens that the objective's own bounds on the ratio hold back, below and above: bool [n] each.
+def policy_losses(config: LossConfig, logp: Tensor, given: View) -> Tensor:
+    """The objective's loss of each token, before weights and penalties."""
+    if not isinstance(config.objective, str):
+        return called(config.objective, logp, given).to(logp.dtype)
+    loss = objectives.BY_NAME[config.objective].loss
+    return loss(logp, given, **with_options(loss, config))
 
-    "clip": below for A < 0, above for A > 0, where the bound ends the gradient. "cispo" caps every ratio; as in TRL and
-    Liger those with A > 0 count, which the cap keeps from being raised further. "topr" caps for A < 0 alone. "sapo" and
-    "reinforce" have no bound. ratio_cap and dual_clip do not count.
+
+class _Watch:
+    """A caller's function, whose derivatives have to be finite where its losses, and the gradients they get, are.
+
+    The tensors handed to the function are copies that tell of their gradients.
     """
-    never = torch.zeros_like(ratio, dtype=torch.bool)
-    if config.objective == "clip":
-        low = (advantages < 0) & (ratio < 1 - config.clip_low)
-        return low, (advantages > 0) & (ratio > 1 + config.clip_high)
-    if config.objective == "cispo":
-        return never, (advantages > 0) & (ratio > config.clip_high)
-    if config.objective == "topr":
-        return never, (advantages < 0) & (ratio > 1)
-    if config.objective in ("sapo", "reinforce"):
-        return never, never
-    unknown("objective", config.objective)
+
+    def __init__(self, by_response: bool) -> None:
+        self.by_response = by_response
+        self.fine: Tensor | None = None
+
+    def of(self, name: str, x: Tensor) -> Tensor:
+        if not x.requires_grad or torch.compiler.is_compiling():
+            return x
+        mine = x.clone()
+
+        def finite(grad: Tensor) -> None:
+            if self.fine is None or not check.readable(grad):
+                return
+            wrong = self.fine & ~grad.isfinite()
+            if bool(wrong.any()):
+                at = int(wrong.nonzero()[0])
+                got = f"a derivative of {float(grad[at])} by {name} at {name} = {float(x.detach()[at])}"
+                check.fail("objective", got, "a finite one where the loss is")
+
+        mine.register_hook(finite)
+        return mine
+
+    def result(self, loss: Tensor) -> Tensor:
+        """The losses, which tell of the gradients that they get."""
+        if loss.requires_grad and not torch.compiler.is_compiling():
+            finite = loss.detach().isfinite()
+
+            def got(grad: Tensor) -> None:
+                self.fine = finite & grad.isfinite()
+                if self.by_response:  # any other token's may have come over
+                    self.fine = self.fine & self.fine.all()
+
+            loss.register_hook(got)
+        return loss
 
 
-def _policy(config: LossConfig, advantages: Tensor, logp: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """The objective's loss and d loss / d logp. Where a bound holds the ratio the derivative is exactly 0."""
-    a = advantages
-    if config.objective == "clip":
-        # -min(rho A, clip(rho) A) = -A min(rho, 1 + high) for A >= 0, -A max(rho, 1 - low) for A < 0
-        bounded = ratio if config.ratio_cap is None else ratio.clamp(max=config.ratio_cap)
-        below = bounded.clamp(max=1 + config.clip_high)
-        above = bounded.clamp(min=1 - config.clip_low)
-        above = above if config.dual_clip is None else above.clamp(max=config.dual_clip)
-        bounded = torch.where(a >= 0, below, above)
-        return -a * bounded, torch.where(bounded == ratio, -a * ratio, 0.0)
-    if config.objective == "cispo":
-        weight = ratio.clamp(max=config.clip_high)
-        return -weight * a * logp, -weight * a
-    if config.objective == "topr":
-        weight = torch.where(a > 0, 1.0, ratio.clamp(max=1))
-        return -weight * a * logp, -weight * a
-    if config.objective == "sapo":
-        positive, other = config.sapo_tau
-        tau = torch.where(a > 0, a.new_full((), positive), other)
-        gate = tau * (ratio - 1)
-        # d (4 / tau) sigmoid(tau (rho - 1)) / d logp = 4 sigmoid' rho, which tends to 0 as rho overflows
-        slope = 4 * _sigmoid(gate) * _sigmoid(-gate) * ratio.clamp(max=torch.finfo(a.dtype).max)
-        return -(4 / tau) * _sigmoid(gate) * a, -slope * a
-    if config.objective == "reinforce":
-        return -a * logp, -a
-    unknown("objective", config.objective)
+def clipped(config: LossConfig, advantages: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens that the objective's own bounds on the ratio hold back, below and above: bool [n] each."""
+    holds = objectives.BY_NAME[config.objective].holds if isinstance(config.objective, str) else None
+    held = (None, None) if holds is None else holds(advantages, ratio, **with_options(holds, config))
+    low, high = (torch.zeros_like(ratio, dtype=torch.bool) if x is None else x for x in held)
+    return low, high
 
 
-def _sigmoid(x: Tensor) -> Tensor:
-    """torch.sigmoid has other bits for the last few numbers of a tensor than for the rest; exp has not."""
-    return 1 / (1 + torch.exp(-x))
-
-
-def _sampler_weight(config: LossConfig, given: Given, logp: Tensor) -> Tensor:
-    """q = exp(old_logp - sampler_logp), capped ("tis") or 0 outside its bounds ("icepop"); a constant."""
+def sampler_weights(config: LossConfig, given: Given, logp: Tensor) -> Tensor:
+    """The policy term's weight, a constant, from q = exp(old_logp - sampler_logp)."""
+    assert config.sampler_correction is not None
     assert given.sampler_logps is not None
-    q = torch.exp((logp if given.old_logps is None else given.old_logps) - given.sampler_logps)
-    low, high = config.sampler_bounds
-    if config.sampler_correction == "tis":
-        return q.clamp(max=high)
-    if config.sampler_correction == "icepop":
-        return torch.where((q >= low) & (q <= high), q, 0.0)
-    unknown("sampler_correction", config.sampler_correction)
+    q = torch.exp((logp.detach() if given.old_logps is None else given.old_logps) - given.sampler_logps)
+    return corrections.BY_NAME[config.sampler_correction](q, *config.sampler_bounds)
 
 
-def _kl(config: LossConfig, given: Given, logp: Tensor, exact_kl: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The KL estimate and its derivative with respect to logp (0 for the exact one)."""
-    if config.kl == "full":
+def divergences(
+    config: LossConfig, given: Given, logp: Tensor, exact_kl: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """KL(policy || reference) of each token: the exact one, 0 without a reference, or an estimate, which follows logp,
+    and its slope there."""
+    if config.kl is None:
+        return torch.zeros_like(logp), None
+    if config.exact_kl:
         assert exact_kl is not None
-        return exact_kl, torch.zeros_like(logp)
+        return exact_kl, None
     assert given.ref_logps is not None
-    d = given.ref_logps - logp
-    if config.kl == "k1":
-        return -d, torch.ones_like(d)
-    if config.kl == "k2":
-        return d * d / 2, -d
-    if config.kl == "k3":
-        return torch.expm1(d) - d, -torch.expm1(d)
-    unknown("kl", config.kl)
+    estimator, d = estimators.BY_NAME[config.kl], given.ref_logps - logp
+    slope = estimator.slope(d)
+    return known(logp, estimator.value(d), slope), slope

@@ -11,18 +11,20 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
+from prefixloss import advantages
 from prefixloss.check import describe
 from prefixloss.detect.choose import by_name
+from prefixloss.detect.models.rollouts import Rollouts
 from prefixloss.maths.divergence import BY_NAME
 from prefixloss.rl import UsageError
 from prefixloss.steps import SEGMENTERS
 
-ADVANTAGES = ("vppo", "grpo", "dr-grpo", "cliff", "neutral", "rts", "mixed", "none")
+ADVANTAGES = (*advantages.BY_NAME, "none")
 DISTIL_FROM = ("first-error", "wrong", "all")
 _COUNTS = (
     *("updates", "prompts", "group", "max_tokens", "epochs", "minibatches", "micro_prompts", "save_every"),
     *("eval_every", "eval_problems", "eval_samples", "k"),
-    *("hidden_size", "layers", "warm_batch", "min_steps", "max_steps"),
+    *("rollouts", "hidden_size", "layers", "warm_batch", "min_steps", "max_steps"),
 )
 _MOST = 10**9  # of any count: more is a mistake, and none of what counts with it would fail with a clear message
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", type(None): "null"}
@@ -54,6 +56,7 @@ class Config:
     # credit
     advantage: str = "vppo"
     detector: str | None = None  # of first wrong steps, see `prefixloss.detect.choose`; None: the built-in check
+    rollouts: int = 8  # continuations from each prefix, where the detector is "rollouts", the policy itself
     threshold: float = 0.0  # confidence from 0 to 1, below which a detector's find counts as none
     steps: str = "markers"  # how a detector's steps are cut
     alpha: float = 0.5
@@ -110,14 +113,16 @@ class Config:
             self._expect(name, 0 < getattr(self, name) < math.inf, "a number above 0")
         for name in ("clip", "kl_coef", "distill_coef"):
             self._expect(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
-        self._expect("advantage", self.advantage in ADVANTAGES, f"one of {', '.join(ADVANTAGES)}")
+        self._expect(
+            "advantage", self.advantage in (*ADVANTAGES, *advantages.ALIASES), f"one of {', '.join(ADVANTAGES)}"
+        )
         self._expect("distill_from", self.distill_from in DISTIL_FROM, f"one of {', '.join(DISTIL_FROM)}")
         self._expect("divergence", self.divergence in BY_NAME, f"one of {', '.join(BY_NAME)}")
         self._expect("advantage", self.advantage != "none" or self.teacher, "--teacher with it, or nothing is learned")
         self._expect("steps", self.steps in SEGMENTERS, f"one of {', '.join(SEGMENTERS)}")
         if self.detector is not None:
             try:
-                by_name(self.detector)
+                by_name(self.detector, rollouts=Rollouts("policy"))
             except ValueError as error:
                 raise SettingError("detector", str(error).removeprefix("detector: ")) from None
         self._expect("threshold", 0 <= self.threshold <= 1, "a number from 0 to 1")

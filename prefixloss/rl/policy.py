@@ -20,16 +20,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from prefixloss.integrations.models.heads import refuse_quantised
+from prefixloss.integrations.models.heads import LogitMap, refuse_quantised
 from prefixloss.rl import UsageError
 from prefixloss.rl.rollouts import Sampled
-from prefixloss.steps import decode, token_boundaries
-
-INSTRUCTION = """Solve the problem in numbered steps. Start each step with "Step 1:", "Step 2:" and so on, and leave a \
-blank line between steps. Write every calculation as an equality such as 3*4=12. End with the answer in \\boxed{{}}.
-
-Problem: {question}
-"""
+from prefixloss.steps import INSTRUCTION, decode, token_boundaries
 
 
 class Policy:
@@ -40,15 +34,13 @@ class Policy:
 
     def __init__(self, model: Any, tokenizer: Any, instruction: str = "{question}\n") -> None:
         self.model, self.tokenizer, self.instruction = model.eval(), tokenizer, instruction
+        model.config.prefixloss_instruction = instruction  # saved with it, for whoever has it go on
         self.decoder = model.get_decoder()
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         head = model.get_output_embeddings()
         self.weight: Tensor = head.weight
         self.bias: Tensor | None = getattr(head, "bias", None)
-        config = model.config.get_text_config()
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
-        self.logit_scale = float(scale or 1.0) / float(divisor or 1.0)
+        self.softcap, self.logit_scale = LogitMap.usual(model.config)
         # a model's own sampling defaults (top-p, penalties) would make samples come from another distribution
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = tokenizer.eos_token_id if ends is None else ends

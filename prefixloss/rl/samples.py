@@ -32,6 +32,7 @@ def write_samples(
         tokens = pieces(policy.tokenizer, sampled.tokens[i][sampled.mask[i]].tolist())
         spans = split(text, by)
         line: dict[str, Any] = {"problem": problem.question, "steps": [span.of(text) for span in spans]}
+        line["answer"] = problem.answer
         line |= {"correct": bool(checked.correct[i]), "first_error": None, "tokens": tokens}
         first = int(checked.first_error[i])
         if first >= 0 and spans:

@@ -20,6 +20,7 @@ from prefixloss import (
     linear_prefix_loss,
 )
 from prefixloss.detect.choose import by_name
+from prefixloss.detect.models.rollouts import OwnRollouts, sampler_of
 from prefixloss.rl import run, task
 from prefixloss.rl.config import Config
 from prefixloss.rl.metrics import Learned, metrics_of
@@ -28,6 +29,8 @@ from prefixloss.rl.policy import Policy, token_at
 from prefixloss.rl.report import Report
 from prefixloss.rl.rollouts import Checked, Sampled
 from prefixloss.steps import split
+
+ROUNDS = 16  # of a search by rollouts: enough for any number of steps
 
 Judge = Callable[[Config, Policy, list[task.Problem], Sampled], Checked]
 Credit = Tensor | TokenAdvantages
@@ -61,7 +64,7 @@ def find(
     pairs = list(zip(problems, sampled.texts, strict=True))
     finished = sampled.finished.tolist()
     wrong = [i for i, right in enumerate(correct) if finished[i] and not right]
-    found = dict(zip(wrong, first_wrong_steps(config, [pairs[i] for i in wrong]), strict=True))
+    found = dict(zip(wrong, first_wrong_steps(config, policy, [pairs[i] for i in wrong]), strict=True))
     rows: list[tuple[int, int, int]] = []
     for i, right in enumerate(correct):
         if right:
@@ -76,12 +79,12 @@ def find(
     return Checked(torch.tensor(correct, device=policy.device), first_error, right_steps, total_steps, reasons)
 
 
-def first_wrong_steps(config: Config, pairs: list[tuple[task.Problem, str]]) -> list[task.Steps]:
+def first_wrong_steps(config: Config, policy: Policy, pairs: list[tuple[task.Problem, str]]) -> list[task.Steps]:
     """By the detector, or by the built-in check."""
     if config.detector is None:
         return [task.check_steps(problem, text) for problem, text in pairs]
     spans = [split(text, config.steps) for _, text in pairs]  # type: ignore[arg-type]
-    found = by_name(config.detector).detect_batch(
+    found = by_name(config.detector, rollouts=own_rollouts(config, policy)).detect_batch(
         [problem.question for problem, _ in pairs],
         [[span.of(text) for span in cut] for cut, (_, text) in zip(spans, pairs, strict=True)],
         [problem.answer for problem, _ in pairs],
@@ -94,6 +97,13 @@ def first_wrong_steps(config: Config, pairs: list[tuple[task.Problem, str]]) -> 
     ]
 
 
+def own_rollouts(config: Config, policy: Policy) -> OwnRollouts:
+    """The policy goes on from its own prefixes."""
+    size = config.prompts * config.group
+    sampler = sampler_of(policy.model, policy.tokenizer, policy.instruction, config.max_tokens, 1.0, size, config.seed)
+    return OwnRollouts(sampler, samples=config.rollouts, budget=ROUNDS * config.rollouts)
+
+
 def judge(config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled) -> Checked:
     """Check, then find."""
     return find(config, policy, problems, sampled, check(problems, sampled))
@@ -104,23 +114,20 @@ def judge(config: Config, policy: Policy, problems: list[task.Problem], sampled:
 
 def weigh(config: Config, checked: Checked, sampled: Sampled, group_ids: Tensor) -> Credit:
     """An advantage a response, or two of them split at the first wrong step."""
-    correct, error, lengths = checked.correct, checked.first_error, sampled.mask.sum(1)
-    rewards, right, steps = correct.float(), checked.right_steps, checked.total_steps
+    if config.advantage == "none":
+        return torch.zeros(len(checked.correct), device=checked.correct.device)
+    outcome = advantages.Outcome(
+        checked.correct,
+        sampled.mask.sum(1),
+        group_ids,
+        first_error=checked.first_error,
+        prompt_lengths=sampled.prompt_lengths,
+        right_steps=checked.right_steps,
+        total_steps=checked.total_steps,
+    )
     cut: Any = config.shorten
-    prompts = {"prompt_lengths": sampled.prompt_lengths, "alpha": config.alpha, "shorten": cut}
-    by_name: dict[str, Callable[[], Credit]] = {
-        "vppo": lambda: advantages.vppo(correct, lengths, error, group_ids, **prompts),
-        "cliff": lambda: advantages.cliff(correct, lengths, error, group_ids),
-        "rts": lambda: advantages.rts(correct, right, steps, group_ids),
-        "mixed": lambda: advantages.mixed(rewards, right / steps.clamp(min=1), group_ids),
-        "grpo": lambda: advantages.grpo(rewards, group_ids),
-        "dr-grpo": lambda: advantages.grpo(rewards, group_ids, std=False),
-        "neutral": lambda: advantages.neutral_prefix(advantages.grpo(rewards, group_ids), correct, error),
-        "none": lambda: torch.zeros_like(rewards),
-    }
-    if config.advantage not in by_name:
-        raise ValueError(f"advantage: got {config.advantage!r}, expected one that credit is assigned by here")
-    return by_name[config.advantage]()
+    options = {"alpha": config.alpha, "shorten": cut} if config.advantage == "vppo" else {}
+    return advantages.assign(config.advantage, outcome, **options)
 
 
 def lessons(config: Config, checked: Checked, sampled: Sampled, group_ids: Tensor) -> Tensor:

@@ -141,7 +141,9 @@ def test_equal_runs_of_two_comparisons_are_one():
     assert keys["compare"]["VPPO"] == keys["alpha"]["0.5"] == keys["noise"]["none"]
     assert keys["compare"]["GRPO"] == keys["noise"]["GRPO"]
     of_each = [key for by_name in keys.values() for key in set(by_name.values())]
-    assert len(set(of_each)) == len(of_each) - 3
+    assert keys["teacher"]["VPPO"] == keys["compare"]["VPPO"]
+    assert keys["teacher"]["GRPO"] == keys["compare"]["GRPO"]
+    assert len(set(of_each)) == len(of_each) - 5
 
 
 SHORT = replace(
@@ -160,6 +162,20 @@ def test_a_run_starts_from_its_seed_s_policy_and_repeats(tmp_path, monkeypatch):
     assert runs[0]["curve"] == runs[1]["curve"]
     assert [point["update"] for point in runs[0]["curve"]] == [0, 1, 2]
     assert runs[0]["key"] == condition.key
+
+
+def test_taught_runs_have_one_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(method_runs, "SMALL", SHORT)
+    monkeypatch.setattr(method_runs, "STRONGER", replace(SHORT, seed=7))
+    start = method_runs.warm(0, tmp_path)
+    curves = {}
+    for condition in method_runs.EXPERIMENTS["teacher"][3:]:
+        assert condition.taught
+        curves[condition.name] = method_runs.run(condition, 0, start, replace(SHORT, lr_warmup=0))["curve"]
+        assert (tmp_path / "teacher" / "config.json").exists()
+    # a policy that is never right has responses to learn from where all are its teacher's matter
+    assert [point["update"] for point in curves["teacher alone, all responses"]] == [0, 1, 2]
+    assert curves["teacher alone, all responses"][-1]["kl"] > 0
 
 
 def test_only_missing_runs_are_made_and_pictures_follow_from_the_files(tmp_path, monkeypatch):

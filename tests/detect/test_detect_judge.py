@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefixloss.detect.base import FirstError
+from prefixloss.detect.cost import spent
 from prefixloss.detect.models import endpoint
 from prefixloss.detect.models.endpoint import UnansweredError
 from prefixloss.detect.models.judge import Judge, _prompt, _read_verdict
@@ -521,3 +522,13 @@ def test_settings_that_cannot_work_are_named(name, value):
 def test_importing_the_judge_does_not_import_httpx():
     code = "import sys, prefixloss.detect.models.judge; sys.exit('httpx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_calls_and_tokens_are_counted_as_far_as_the_endpoint_says(server) -> None:
+    server.scripts["p"] = [
+        lambda s: s.reply(200, {"choices": [{"message": {"content": r"\boxed{1}"}}], "usage": {"total_tokens": 70}}),
+        says(r"\boxed{1}"),
+    ]
+    before = spent()
+    Judge(server.url, "judge-1").detect_batch(["p", "p"], [STEPS] * 2)
+    assert spent().since(before) == (2, 70)

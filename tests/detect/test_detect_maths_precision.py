@@ -70,3 +70,51 @@ def test_a_letter_in_a_formula_of_its_own_is_a_name_and_no_unit() -> None:
 )
 def test_only_a_relation_right_behind_goes_on_from_the_step_before(before: str, after: str, wrong: int | None) -> None:
     assert step(before, after) == wrong
+
+
+SCOPES = [
+    # cases, trials and alternatives: what holds in one says nothing in the next
+    (["For n = 1: n+1 = 2.", "For n = 2: n+1 = 3."], "", None),
+    (["For n = 1: 1+1 = 2.", "For n = 2: 2+1 = 4."], "", 1),
+    (["x^2 - 5x + 6 = 0", "x = 2", "x = 3"], "", None),
+    (["x^2 - 5x + 6 = 0", "x = 2", "x = 4"], "", 2),
+    (["If $x > 2$ then $x = 3$.", "If $x < 2$ then $x = 1$.", "So $2x = 2$."], "", None),
+    (["Try k = 3.", "k + 1 = 4 is no prime.", "Try k = 4.", "k + 1 = 5 is one."], "", None),
+    (["Substituting x = 1 and y = 3 gives 4.", "y = 2x"], "", None),
+    (["n(n+1) = 30 for the first.", "n(n+1) = 84 for the second, and n = 5."], "", None),
+    (["S = 55 or S > 55", "So S = 55 and S > 54"], "", None),
+    (["S(1) = 1", "S(1 + 9) = S(10) = 1 + 0 = 1", "S(2 + 9) = S(11) = 1 + 1 = 2"], "", None),
+    (["By the formula with a = 1, b = 6 and c = 2 it is 3.", "The sides are a = 3, b = 4."], "", None),
+    # inside one case the numbers still count
+    (["If $x = 3$ then $y = 3 + 4 = 8$."], "", 0),
+    (["Substituting $x = 5/2$: $y = 1 / (5 - 5/2) = 1 / (5/2) = 1$"], "", 0),
+    # a name of one life keeps its value
+    (["Let n = 3.", "So n + 1 = 5."], "", 1),
+    # and what is rewritten has to follow from what stands right before it, whatever the names are elsewhere
+    (["First, take a = 2.", "(3a-1) + (a^2+1) + (a^2+2) = 16", "Simplifying, 2a^2 + 3a + 2 = 16."], "", None),
+    (["First, take a = 2.", "(3a-1) + (a^2+1) + (a^2+2) = 16", "Simplifying, a^2 + 3a + 2 = 16."], "", 2),
+    (["First, take a = 2.", "(a-3)(a+1) = 0", "So we get either a - 3 = 0", "or a + 1 = 0"], "", None),
+    (["First, take x = 2.", "(x+1)(x+2) = x^2 + 2x + x + 2 = x^2 + 3x + 3"], "", 1),
+    (["First, take x = 2.", "(x+1)(x+2) = x^2 + 2x + x + 2 = x^2 + 3x + 2"], "", None),
+    (["First, take i = 2.", "(1+i)^2 = 1 + 2i + i^2 = 2i"], "", None),
+]
+
+
+@pytest.mark.parametrize(("steps", "problem", "wrong"), SCOPES)
+def test_a_name_s_value_belongs_to_its_place(steps: list[str], problem: str, wrong: int | None) -> None:
+    pytest.importorskip("sympy")
+    assert step(*steps, problem=problem) == wrong
+
+
+@pytest.mark.parametrize(
+    ("steps", "wrong"),
+    [
+        (["4x12 = 48 minutes.", r"48 minutes (regular) + 5 minutes (extra) = 53 minutes.", r"So \boxed{53}."], None),
+        (["4x12 = 48 minutes.", r"48 minutes (regular) + 5 minutes (extra) = 53 minutes.", r"So \boxed{54}."], 2),
+        (["1 + 2 = 3 slices", r"\text{Total} = 3 + 3, \text{ so Total} = 6", r"\boxed{6}"], None),
+        (["1 + 2 = 3 slices", "The code prints 17", r"\boxed{17}"], None),
+        (["1 + 2 = 3 slices", "It is clear", r"\boxed{17}"], 2),
+    ],
+)
+def test_an_answer_is_accused_only_if_it_stands_nowhere_before(steps: list[str], wrong: int | None) -> None:
+    assert step(*steps) == wrong

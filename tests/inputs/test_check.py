@@ -130,7 +130,7 @@ def logit_arguments() -> dict[str, Any]:
 def logp_arguments() -> dict[str, Any]:
     kept = ("hidden", "lm_head_weight", "lm_head_bias", "tokens", "mask", "backend", "tp_group", "vocab_size")
     more = {"temperature": 1.0, "softcap": 30.0, "logit_scale": 1.0, "entropy": True, "max_scored_tokens": 10}
-    more |= {"chunk_tokens": None}
+    more |= {"chunk_tokens": None, "gradient_tolerance": 0.0, "head_gradient_tolerance": 0.0}
     return {name: value for name, value in loss_arguments().items() if name in kept} | more
 
 
@@ -158,8 +158,9 @@ KINDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("softcap", "ratio_cap"), numbers({"zero": 0.0, "negative": -1.0})),
     "dual_clip": numbers({"one": 1.0}), "alpha": SHARES, "weight": SHARES, "shorten": SHORTENS,
     **dict.fromkeys(("keep", "beta", "gamma", "kl_coef", "entropy_coef"), numbers({})),
-    **dict.fromkeys(("clip_low", "clip_high", "row_tolerance"), numbers({"negative": -0.1})),
-    **dict.fromkeys(("sapo_tau", "sampler_bounds"), PAIRS),
+    **dict.fromkeys(("clip_low", "clip_high", "divergence_cap", "row_tolerance"), numbers({"negative": -0.1})),
+    **dict.fromkeys(("gradient_tolerance", "head_gradient_tolerance"), numbers({"negative": -0.1, "a name": "all"})),
+    **dict.fromkeys(("sapo_tau", "sampler_bounds", "vespo_positive", "vespo_other"), PAIRS),
     **dict.fromkeys(("objective", "ratio_level", "reduction", "stats", "sampler_correction", "kl"), NAMES),
 }  # fmt: skip
 CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
@@ -237,8 +238,8 @@ def test_the_right_calls_are_right(name: str) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_no_argument_is_left_out_of_the_table(name: str) -> None:
     function, right = CALLS[name]
-    packed = {"cu_seqlens"}  # below
-    assert set(inspect.signature(function).parameters) - packed == set(right())
+    elsewhere = {"cu_seqlens", "kept_ids", "kept_offsets"}  # below, and in test_kept
+    assert set(inspect.signature(function).parameters) - elsewhere == set(right())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,7 +2,7 @@
 with responses that span processes."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +14,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from prefixloss import LossConfig, TokenAdvantages, linear_prefix_loss, prefix_loss
-from prefixloss.config import Reduction
+from prefixloss.maths import reductions
 from prefixloss.parallel import global_normalizer
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="the processes talk through gloo")
 
 B, T, D, V = 8, 5, 6, 12
-REDUCTIONS = [name for name in get_args(Reduction) if name != "none"]  # which has no denominator
+REDUCTIONS = [name for name in reductions.BY_NAME if name != "none"]  # which has no denominator
 # sums of a few dozen float32 products in another order
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 

@@ -301,7 +301,7 @@ def test_a_trainer_runs_the_same_under_the_patch(make, tmp_path, monkeypatch):
 
 # ---- the fused loss ----------------------------------------------------------------------------------------
 
-LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo"]
+LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
 
 
 def micro_batch(trainer, seed=0, per_token=True):
@@ -381,7 +381,7 @@ def test_the_fused_loss_has_trls_value_gradient_and_metrics(loss_type, beta, tmp
     high = {"epsilon_high": 1.3} if loss_type == "cispo" else {}
     trainer = grpo(
         tmp_path, PrefixGRPOTrainer, extra={"fused_loss": True}, loss_type=loss_type, beta=beta,
-        gradient_accumulation_steps=2, delta=None if loss_type in ("cispo", "sapo") else 1.6, **high,
+        gradient_accumulation_steps=2, delta=None if loss_type in ("cispo", "sapo", "vespo") else 1.6, **high,
     )  # fmt: skip
     for seed, drop in enumerate([(), ("old_per_token_logps",), ("tool_mask",), ("importance_sampling_ratio",)]):
         inputs = {k: v for k, v in micro_batch(trainer, seed, per_token=seed != 2).items() if k not in drop}
@@ -399,6 +399,44 @@ def test_the_fused_loss_has_trls_value_gradient_and_metrics(loss_type, beta, tmp
             torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=2e-6 * float(largest))
         assert our_metrics.keys() == their_metrics.keys()
         assert our_metrics == pytest.approx(their_metrics, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"importance_sampling_level": "sequence"},
+        {"importance_sampling_level": "sequence", "loss_type": "luspo", "beta": 0.1, "delta": 1.6},
+        {"importance_sampling_level": "sequence", "loss_type": "sapo"},
+        {"importance_sampling_level": "sequence", "loss_type": "cispo", "epsilon_high": 1.3},
+        {"off_policy_mask_threshold": 0.05, "loss_type": "dapo"},
+        {"off_policy_mask_threshold": 0.05, "loss_type": "vespo"},
+        {"delta": 1.1, "beta": 0.1, "use_bias_correction_kl": True},
+    ],
+    ids=str,
+)
+def test_ratios_of_responses_off_policy_masks_and_low_caps_have_trls_value_gradient_and_metrics(
+    options, per_token, tmp_path
+):
+    trainer = grpo(
+        tmp_path, PrefixGRPOTrainer, extra={"fused_loss": True}, gradient_accumulation_steps=2,
+        **{"beta": 0.0, "loss_type": "grpo", **options},
+    )  # fmt: skip
+    inputs = micro_batch(trainer, 1, per_token=per_token)
+    if "off_policy_mask_threshold" in options:
+        inputs["sampling_per_token_logps"] = inputs["old_per_token_logps"] + 0.1
+        inputs["sampling_per_token_logps"][0, 1] = float("nan")
+    inputs.pop("importance_sampling_ratio")
+    (fused, ours, our_metrics), (plain, theirs, their_metrics) = (
+        loss_and_gradients(trainer, inputs, fused) for fused in (True, False)
+    )
+    assert plain != 0
+    assert fused == pytest.approx(plain, rel=1e-5, abs=1e-6)
+    largest = max(g.abs().max() for g in theirs.values())
+    assert largest > 0
+    for name, grad in theirs.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=2e-6 * float(largest))
+    assert our_metrics == pytest.approx(their_metrics, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
@@ -478,12 +516,8 @@ def test_learning_statistics_leave_the_loss_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"loss_type": "vespo"}, "loss_type"),
-        ({"importance_sampling_level": "sequence"}, "importance_sampling_level"),
-        ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
         ({"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
         ({"entropy_coef": 0.01}, "entropy_coef"),
-        ({"delta": 1.1}, "delta"),
         ({"loss_type": "cispo", "epsilon": 0.2}, "epsilon_high"),
     ],
 )

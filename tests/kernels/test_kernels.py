@@ -35,6 +35,10 @@ from prefixloss._kernels.scale import launch_scale
 from prefixloss.backends.problem import Head
 from prefixloss.backends.triton import problems
 from prefixloss.backends.triton.chunks import HeadChunks, Wanted
+from prefixloss.inputs.batch import Given
+from prefixloss.maths import corrections
+from prefixloss.maths.derivatives import ratio_of
+from prefixloss.maths.objectives import View
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # for a GPU or the emulator of one: its divisions and exponentials are approximate
@@ -244,7 +248,12 @@ def test_policy_takes_the_torch_form_s_branch_at_every_bound(config: LossConfig)
     block = triton.next_power_of_2(len(a))
     policy_kernel[(1,)](on_device(a), on_device(logp), on_device(ratio), out, len(a), options, kind, block)
     loss, d_logp = out.cpu()
-    want_loss, want_slope = torch_form._policy(config, a, logp, ratio)
+    leaf = logp.requires_grad_()
+    # the ratio itself, so that it is exactly at a bound
+    moving = ratio_of(leaf, ratio)
+    want = torch_form.policy_losses(config, leaf, View(a, None, None, None, moving, None, None, torch_form.NONE))
+    (want_slope,) = torch.autograd.grad(want.sum(), leaf)
+    want_loss = want.detach()
     assert torch.equal(d_logp == 0, want_slope == 0)
     # without "sapo" both are products in the same order; its sigmoid has an exp of up to 2 (20 - 1), whose error is
     # twice that, and 12 operations
@@ -256,17 +265,14 @@ def test_policy_takes_the_torch_form_s_branch_at_every_bound(config: LossConfig)
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("bounds", [(0.5, 2.0), (0.1, 1.3), (0.0, INF), (1.0, 1.0)], ids=str)
 def test_sampler_weight_is_the_torch_form_s_at_and_beside_its_bounds(
-    correction: Any, bounds: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+    correction: Any, bounds: tuple[float, float]
 ) -> None:
     config = LossConfig(sampler_correction=correction, sampler_bounds=bounds)
     q = torch.tensor([*neighbours(*bounds), 1.0, *EXTREMES])
     kind, options = problems.objective_of(config, True)
     out = outputs(1, len(q))
     weight_kernel[(1,)](on_device(q), out, len(q), options, kind, triton.next_power_of_2(len(q)))
-    given = torch_form.Given(torch.zeros_like(q), q, torch.zeros_like(q), None)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "exp", lambda x: x)  # q itself, so that it is exactly at a bound
-        want = torch_form._sampler_weight(config, given, torch.zeros_like(q))
+    want = corrections.BY_NAME[correction](q, *bounds)
     within(out[0].cpu(), want, 0.0)
 
 
@@ -279,8 +285,12 @@ def test_divergence_is_the_torch_form_s(kl: Any) -> None:
     out = outputs(2, len(d))
     divergence_kernel[(1,)](on_device(d), on_device(exact), out, len(d), kind, triton.next_power_of_2(len(d)))
     value, slope = out.cpu()
-    given = torch_form.Given(torch.zeros_like(d), None, None, d)
-    want_value, want_slope = torch_form._kl(config, given, torch.zeros_like(d), exact)
+    leaf = torch.zeros_like(d).requires_grad_()
+    want_value, _ = torch_form.divergences(config, Given(torch.zeros_like(d), None, None, d), leaf, exact)
+    want_slope = torch.zeros_like(d)
+    if not config.exact_kl:
+        (want_slope,) = torch.autograd.grad(want_value.sum(), leaf)
+        want_value = want_value.detach()
     assert torch.equal(slope == 0, want_slope == 0)
     # k3's two terms, of size |expm1(d)| and |d|, cancel near 0: expm1 errs by 14 + 2 |d| half ulps, the torch form by 2
     size = torch.expm1(d.double()).abs() + d.double().abs()
@@ -324,7 +334,7 @@ def test_token_terms_are_the_torch_form_s(objective: str) -> None:
             triton.next_power_of_2(len(a)),
         )  # fmt: skip
         loss, d_logp, d_entropy, d_kl, ratio, kl = out.cpu()
-        given = torch_form.Given(a, old if off_policy else None, sampler, finite + d)
+        given = Given(a, old if off_policy else None, sampler, finite + d)
         want = torch_form.token_terms(config, given, logp, entropy, exact if config.kl == "full" else None)
 
         impossible = logp == -INF
@@ -339,8 +349,9 @@ def test_token_terms_are_the_torch_form_s(objective: str) -> None:
         within(d_logp, want.d_logp, bound * (want.d_logp.abs().double() + 2 * penalty) + SMALLEST_NORMAL)
         within(ratio, want.ratio, bound * want.ratio)
         within(kl, want.kl, bound * (torch.expm1(d.double()).abs() + d.double().abs()))
-        within(d_entropy, torch.full_like(a, want.d_entropy), 0.0)
-        within(d_kl, torch.as_tensor(want.d_kl).expand_as(a), bound * torch.as_tensor(want.d_kl).abs())
+        want_entropy, want_kl = (torch.zeros_like(a) if x is None else x for x in (want.d_entropy, want.d_kl))
+        within(d_entropy, want_entropy, 0.0)
+        within(d_kl, want_kl, bound * want_kl.abs())
         if not config.penalises_kl:
             assert torch.equal(d_logp == 0, want.d_logp == 0)
 
@@ -599,6 +610,64 @@ def test_in_place_the_gradient_is_the_same_to_the_bit(config: LossConfig, vocabu
     assert (behind(logits) == GUARD).all()
 
 
+def in_whole_vectors(values: Tensor) -> Tensor:
+    """A copy of rows [n, V] that start at multiples of 16 elements, as a chunk's do."""
+    count, vocabulary = values.shape
+    return values.new_full((count, -(-vocabulary // 16) * 16), GUARD)[:, :vocabulary].copy_(values)
+
+
+# 5 and 11: some rows have no whole vector. 301: two blocks and a rest. 645: 4 slices, two of them behind the row's end
+@several_splits
+@pytest.mark.parametrize(
+    ("config", "dtype", "vocabulary"),
+    [(PLAIN, torch.float32, 5), (ALL, torch.bfloat16, 11), (ALL, torch.float32, 301), (PLAIN, torch.bfloat16, 645)],
+)
+def test_rows_that_start_or_end_anywhere_have_their_ends_apart(
+    config: LossConfig, dtype: torch.dtype, vocabulary: int, splits: int
+) -> None:
+    logits, ref = (random_logits(5, vocabulary, seed).to(dtype) for seed in (0, 1))
+    # targets in both ends and between them
+    ids = [0, vocabulary - 1, vocabulary // 2, 3, 2]
+    flags = [LEARNING] * 3 + [COMPUTED, LEARNING]
+    cut = Launch(32, 16 // dtype.itemsize, 1)
+
+    def problem(logits: Tensor, ref: Tensor, cut: Launch = cut, **work: bool) -> Problem:
+        return make(logits, config, ref=ref, ids=ids, flags=flags, cut=cut, **work)
+
+    plain = Run(problem(logits, ref, cut._replace(vector=1), peeled=False), splits)
+    anywhere, aligned = problem(logits, ref), problem(in_whole_vectors(logits), in_whole_vectors(ref))
+    assert (anywhere.work.aligned, anywhere.work.peeled) == (False, True)
+    assert (aligned.work.aligned, aligned.work.peeled) == (True, True)
+    # both are rounded to the gradient's dtype, bfloat16's to 2^-9
+    rounded = (2.0**-8 if dtype == torch.bfloat16 else STATISTICS) * plain.grads.double().abs().cpu() + STATISTICS
+    for dense in (anywhere, aligned):
+        for room in (torch.full_like(logits, NAN), in_whole_vectors(torch.full_like(logits, NAN))):
+            run = Run(dense, splits, room)
+            assert dense.work_on(room).stored == ((dense is aligned) == (room.stride(0) % 16 == 0))
+            within(run.stats.cpu(), plain.stats.double().cpu(), STATISTICS * (1 + plain.stats[:7].abs().max().item()))
+            within(run.grads.float().cpu(), plain.grads.double().cpu(), rounded)
+            assert (run.grads[3] == 0).all()
+
+
+@several_splits
+@pytest.mark.parametrize("vocabulary", [5, 301, 645])
+def test_in_place_rows_that_start_anywhere_have_the_same_gradient_to_the_bit(vocabulary: int, splits: int) -> None:
+    logits = random_logits(5, vocabulary)
+    problem = make(logits, ALL, ref=random_logits(5, vocabulary, 1), ids=[0, vocabulary - 1, vocabulary // 2, 3, 4],
+                   flags=[LEARNING, LEARNING, NONE, LEARNING, LEARNING])  # fmt: skip
+    apart = Run(problem, splits, torch.full_like(logits, NAN))
+    in_place = Run(problem, splits, logits)
+    assert problem.work.peeled
+    assert torch.equal(in_place.grads, apart.grads)
+
+
+def test_with_chunk_tokens_rows_that_start_anywhere_are_summed_one_by_one() -> None:
+    # or a token's bits would depend on where in the batch its row lies
+    config = dataclasses.replace(PLAIN, chunk_tokens=4)
+    assert not make(random_logits(3, 301), config).work.peeled
+    assert make(in_whole_vectors(random_logits(3, 301)), config).work.peeled
+
+
 def head_chunks(size: int, vocabulary: int, dtype: torch.dtype) -> HeadChunks:
     """Room for chunks of `size` rows whose gradients have that dtype."""
     head = Head(torch.zeros(size, 2, device=DEVICE), torch.zeros(vocabulary, 2, device=DEVICE), None)
@@ -608,7 +677,9 @@ def head_chunks(size: int, vocabulary: int, dtype: torch.dtype) -> HeadChunks:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("config", "vocabulary"), [(PLAIN, 1), (PLAIN, 256), (PLAIN, 1030), (ALL, 7), (ALL, 300)])
+@pytest.mark.parametrize(
+    ("config", "vocabulary"), [(PLAIN, 1), (PLAIN, 256), (PLAIN, 1030), (PLAIN, 1031), (ALL, 7), (ALL, 300)]
+)
 def test_narrowed_gradients_equal_those_in_a_room_apart(
     config: LossConfig, vocabulary: int, dtype: torch.dtype
 ) -> None:

@@ -1,16 +1,17 @@
-"""The coefficients of `objective`, value by value, against autograd through the plain formulas of `reference`."""
+"""The coefficients of a token's loss, value by value, against autograd through the oracle's formulas."""
 
 from __future__ import annotations
 
 import math
 from itertools import product
 
+import oracle
 import pytest
 import torch
 
 from prefixloss import LossConfig
-from prefixloss.backends.reference import policy_loss
-from prefixloss.maths.objective import Given, Terms, clipped, token_terms
+from prefixloss.inputs.batch import Given
+from prefixloss.maths.objective import Terms, clipped, token_terms
 
 # ratios on both sides of every bound used below (0.8, 1.2, 1, caps 1.1 and 3, 5) and far outside them
 RATIOS = [0.0625, 0.5, 0.79, 0.81, 1.0, 1.05, 1.15, 1.19, 1.21, 2.9, 3.1, 4.9, 5.1, 100.0]
@@ -41,7 +42,10 @@ def grid() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_policy_term_equals_autograd_of_the_plain_formula(config: LossConfig) -> None:
     logp, old, advantage = grid()
     leaf = logp.clone().requires_grad_()
-    plain = policy_loss(config, advantage, leaf, leaf - old)
+    options, ratio = vars(config), (leaf - old).exp()
+    plain = torch.stack(
+        [oracle.objective_term(options, float(a), r, x) for a, r, x in zip(advantage, ratio, leaf, strict=True)]
+    )
     (slope,) = torch.autograd.grad(plain.sum(), leaf)
     terms = token_terms(config, Given(advantage, old, None, None), logp, torch.zeros_like(logp), None)
     torch.testing.assert_close(terms.loss, plain.detach(), rtol=1e-12, atol=1e-12)

@@ -144,6 +144,17 @@ def test_a_find_below_the_threshold_is_a_wrong_answer_without_a_known_first_erro
     assert credit.prefix_lengths.tolist() == [max(first_error, 0)]
 
 
+def test_the_policy_itself_can_find_the_first_errors(policy):
+    """Its continuations are samples of its own; without a right one among them there is nothing to say."""
+    sampled = policy.written([PROBLEM.question] * 2, RESPONSES[1:3])
+    config = Config(detector="rollouts", rollouts=2, steps="lines", max_tokens=4)
+    result = train.judge(config, policy, [PROBLEM] * 2, sampled)
+    assert result.first_error.tolist() == [-1, -1]
+    assert result.reasons == ["no right answer in 2 continuations of the problem"] * 2
+    with pytest.raises(UsageError, match="--rollouts: got 0"):
+        Config(detector="rollouts", rollouts=0)
+
+
 def test_samples_show_first_errors_reasons_and_each_token_s_advantage(policy, checked, tmp_path):
     result, sampled = checked
     credit = train.weigh(Config(), *checked, torch.zeros(4, dtype=torch.int64))

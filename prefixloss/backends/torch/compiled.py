@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -17,13 +18,17 @@ from prefixloss.inputs.batch import Batch, TokenValues
 
 def head_loss(asked: HeadLoss) -> tuple[Tensor, TokenValues]:
     """See `prefixloss.backends.problem.Backend`."""
-    if two_stages.needed_by(asked.config):
+    if two_stages.needed_by(asked.config, asked.batch):
         return two_stages.loss(lambda wanted: head_statistics(asked.statistics(wanted)), asked.batch, asked.config)
-    return _fused(asked.head, asked.reference, asked.batch, asked.config)
+    total, values, left_out = _fused(asked.head, asked.reference, asked.batch, asked.config)
+    asked.left_out.copy_(left_out)
+    return total, values
 
 
 def head_statistics(asked: HeadStatistics) -> Statistics:
-    """See `prefixloss.backends.problem.Backend`."""
+    """See `prefixloss.backends.problem.Backend`. What a backward inside a graph leaves out nobody outside hears of."""
+    if asked.config.gradient_tolerance != 0 or asked.config.head_gradient_tolerance != 0:
+        asked.left_out.fill_(math.nan)
     return _statistics(asked.head, asked.reference, asked.tokens, asked.wanted, asked.config)
 
 
@@ -31,22 +36,22 @@ def logit_loss(asked: LogitLoss) -> tuple[Tensor, TokenValues]:
     """See `prefixloss.backends.problem.Backend`. Of inplace=True no use is made."""
     batch, config, tensors = asked.batch, asked.config, (by_rows(asked.logits),)
     reference = None if asked.reference is None else (by_rows(asked.reference),)
-    if asked.gradient_later or two_stages.needed_by(config):
+    if asked.gradient_later or two_stages.needed_by(config, batch):
         return two_stages.loss(
             lambda wanted: _statistics(tensors, reference, batch.tokens, wanted, config), batch, config
         )
-    return _fused(tensors, reference, batch, config)
+    return _fused(tensors, reference, batch, config)[:2]
 
 
-def _fused(tensors: Any, reference: Any, batch: Batch, config: LossConfig) -> tuple[Tensor, TokenValues]:
+def _fused(tensors: Any, reference: Any, batch: Batch, config: LossConfig) -> tuple[Tensor, TokenValues, Tensor]:
     """tensors, reference: hidden states, head and bias, or logits alone; reference or None."""
     g = batch.given
     recorded = (g.advantages, g.old_logps, g.sampler_logps, g.ref_logps)
-    total, values, *_ = operators.fused_loss(
+    total, values, *_, left_out = operators.fused_loss(
         *_three(tensors), *_three(reference), batch.tokens, batch.learning, batch.computed, *recorded, batch.weights,
         batch.denominator, config.encoded, _needs(tensors),
     )  # fmt: skip
-    return total, TokenValues(*values.detach().unbind())
+    return total, TokenValues(*values.detach().unbind()), left_out.detach()
 
 
 def _statistics(tensors: Any, reference: Any, tokens: Tensor, wanted: Tensor, config: LossConfig) -> Statistics:

@@ -69,7 +69,7 @@ def _student_rows(asked: Distil, tensors: Tensors, needs: tuple[bool, ...]) -> R
     if len(tensors) == 1:
         return LogitRows(tensors[0], transform, needs)
     buffers = 1 if asked.teacher.weight is None else 2
-    return LinearRows(Head(*tensors), transform, needs, buffers, isinstance(asked.columns, Shard))
+    return LinearRows(Head(*tensors), transform, needs, buffers, asked.columns)
 
 
 def _teacher_rows(asked: Distil) -> Rows | None:

@@ -35,15 +35,15 @@ from prefixloss.maths.softmax import Coefficients, RowStats
 
 def head_loss(asked: HeadLoss) -> tuple[Tensor, TokenValues]:
     """See `prefixloss.backends.problem.Backend`."""
-    if two_stages.needed_by(asked.config):
+    if two_stages.needed_by(asked.config, asked.batch):
         return two_stages.loss(lambda wanted: head_statistics(asked.statistics(wanted)), asked.batch, asked.config)
-    source = linear_source(asked.reference, asked.config, asked.batch.tokens, asked.columns)
+    source = linear_source(asked.reference, asked.config, asked.batch.tokens, asked.columns, asked.left_out)
     return _fused(source, asked.batch, asked.config, asked.head)
 
 
 def head_statistics(asked: HeadStatistics) -> Statistics:
     """See `prefixloss.backends.problem.Backend`."""
-    source = linear_source(asked.reference, asked.config, asked.tokens, asked.columns)
+    source = linear_source(asked.reference, asked.config, asked.tokens, asked.columns, asked.left_out)
     return _statistics(source, asked.wanted, asked.config, asked.head)
 
 
@@ -51,9 +51,9 @@ def logit_loss(asked: LogitLoss) -> tuple[Tensor, TokenValues]:
     """See `prefixloss.backends.problem.Backend`."""
     config, tensors = asked.config, (by_rows(asked.logits),)
     reference = None if asked.reference is None else by_rows(asked.reference)
-    source = logit_source(reference, asked.inplace, config, asked.batch.tokens, asked.columns)
+    source = logit_source(reference, asked.inplace, config, asked.batch.tokens, asked.columns, asked.left_out)
     # what overwrites logits waits for the backward
-    if asked.inplace or asked.gradient_later or two_stages.needed_by(config):
+    if asked.inplace or asked.gradient_later or two_stages.needed_by(config, asked.batch):
         return two_stages.loss(lambda wanted: _statistics(source, wanted, config, tensors), asked.batch, config)
     return _fused(source, asked.batch, config, tensors)
 

@@ -41,11 +41,12 @@ def _opened(
 ) -> tuple[Source, Any]:
     """Where the rows come from, and the tensors that they are made of."""
     first, weight, _ = tensors
+    left_out = first.new_zeros((), dtype=_dtype(first, weight))
     if weight is None:
-        return logit_source(reference[0], False, config, ids, Columns(first.shape[1])), (first,)
+        return logit_source(reference[0], False, config, ids, Columns(first.shape[1]), left_out), (first,)
     ref_first, ref_weight, ref_bias = reference
     head = None if ref_first is None or ref_weight is None else Head(ref_first, ref_weight, ref_bias)
-    return linear_source(head, config, ids, Columns(len(weight))), tensors
+    return linear_source(head, config, ids, Columns(len(weight)), left_out), tensors
 
 
 def _returned(gradients: tuple[Tensor | None, ...], tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,15 +69,16 @@ def fused_loss(
     ref_bias: Tensor | None, ids: Tensor, learning: Tensor, computed: Tensor, advantages: Tensor,
     old_logps: Tensor | None, sampler_logps: Tensor | None, ref_logps: Tensor | None, weights: Tensor,
     denominator: Tensor, options: str, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss (0-d), the fields of `TokenValues` [5, N], and the gradients of first, weight and bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss (0-d), the fields of `TokenValues` [5, N], the gradients of first, weight and bias, and which share of
+    the logits' gradient was left out of them (0-d)."""
     config, tensors = decoded(options), (first, weight, bias)
     source, policy = _opened(tensors, (ref_first, ref_weight, ref_bias), ids, config)
     given = Given(advantages, old_logps, sampler_logps, ref_logps)
     nowhere = torch.zeros_like(learning)
     batch = Batch(Layout(computed, None), ids, given, weights, denominator, None, learning, computed, nowhere)
     total, values, gradients = fused_pass(source, batch, config, tuple(needs), policy)
-    return total, torch.stack(values), *_returned(gradients, tensors)
+    return total, torch.stack(values), *_returned(gradients, tensors), source.left_out
 
 
 @fused_loss.register_fake
@@ -86,11 +88,11 @@ def _(
     denominator: Any, options: str, needs: list[bool],
 ) -> Any:  # fmt: skip
     made = weights.new_empty(()), weights.new_empty(len(TokenValues._fields), weights.shape[0])
-    return *made, *gradients_like((first, weight, bias), needs)
+    return *made, *gradients_like((first, weight, bias), needs), weights.new_empty((), dtype=_dtype(first, weight))
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(*output[2:5])
     ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
     ctx.others = len(inputs) - 3
     ctx.mark_non_differentiable(*output[1:])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prefixloss.backends.autograd import graph_is_kept
-from prefixloss.backends.columns import Columns, Shard
+from prefixloss.backends.columns import Columns
 from prefixloss.backends.problem import Head
 from prefixloss.backends.torch.rows import LinearRows, LogitRows, Rows
 from prefixloss.config import LossConfig
@@ -26,7 +26,8 @@ from prefixloss.maths.softmax import Coefficients, RowStats, Transform, keep_row
 class Source:
     """What makes the rows of logits: `open(tensors, needs)` for the policy, `reference` for the exact KL.
 
-    columns: all of the vocabulary, or this process's part of it.
+    columns: all of the vocabulary, or this process's part of it. left_out: 0-d, what is written there once a gradient
+    is made: which share of the logits' gradient was left out of it.
     """
 
     open: Callable[[tuple[Any, ...], tuple[bool, ...]], Rows]
@@ -36,25 +37,29 @@ class Source:
     tokens: Tensor
     chunk_tokens: int | None
     columns: Columns
+    left_out: Tensor
 
 
-def linear_source(reference: Head | None, config: LossConfig, tokens: Tensor, columns: Columns) -> Source:
+def linear_source(
+    reference: Head | None, config: LossConfig, tokens: Tensor, columns: Columns, left_out: Tensor
+) -> Source:
     """Rows from hidden states [N, D], a head [V, D] and a bias; `reference` likewise, for the exact KL."""
     buffers, transform = 1 if reference is None else 2, transform_of(config)
-    share, chosen = isinstance(columns, Shard), config.chunk_tokens
+    tolerances, chosen = (config.gradient_tolerance, config.head_gradient_tolerance), config.chunk_tokens
     return Source(
-        lambda tensors, needs: LinearRows(tensors, transform, needs, buffers, share, chosen),
+        lambda tensors, needs: LinearRows(tensors, transform, needs, buffers, columns, tolerances, chosen),
         transform,
         None if reference is None else LinearRows(reference, transform, chosen=chosen),
         () if reference is None else reference,
         tokens,
         config.chunk_tokens or columns.rows_at_once,
         columns,
+        left_out,
     )
 
 
 def logit_source(
-    ref_logits: Tensor | None, inplace: bool, config: LossConfig, tokens: Tensor, columns: Columns
+    ref_logits: Tensor | None, inplace: bool, config: LossConfig, tokens: Tensor, columns: Columns, left_out: Tensor
 ) -> Source:
     """Rows that are logits [N, V] already; with `inplace` the last gradient asked for overwrites them."""
     transform, chunk_tokens = transform_of(config), config.chunk_tokens or columns.rows_at_once
@@ -64,9 +69,9 @@ def logit_source(
         return LogitRows(tensors[0], transform, needs, into=tensors[0] if overwritten else None)
 
     if ref_logits is None:
-        return Source(open_rows, transform, None, (), tokens, chunk_tokens, columns)
+        return Source(open_rows, transform, None, (), tokens, chunk_tokens, columns, left_out)
     reference = LogitRows(ref_logits, transform)
-    return Source(open_rows, transform, reference, (ref_logits,), tokens, chunk_tokens, columns)
+    return Source(open_rows, transform, reference, (ref_logits,), tokens, chunk_tokens, columns, left_out)
 
 
 def fused_pass(
@@ -82,7 +87,7 @@ def fused_pass(
             probs = policy.room(rows, learning)
             stats = source.columns.stats(scores, batch.tokens[rows], probs, ref_scores)
             given = batch.given.at(rows)
-            terms = token_terms(config, given, stats.logp, stats.entropy, stats.kl)
+            terms = token_terms(config, given, stats.logp, stats.entropy, stats.kl, derivatives=learning and any(grads))
             values.put(rows, TokenValues(terms.loss, stats.logp, stats.entropy, terms.kl, terms.ratio))
             if learning and any(grads):
                 coefficients = _coefficients(terms, batch.weights[rows])
@@ -141,6 +146,7 @@ def gradient_pass(
 
 def _gradients(source: Source, policy: Rows) -> tuple[Tensor | None, ...]:
     """One for each tensor the rows were made of; hidden states, which all processes have, get all of their gradient."""
+    source.left_out.fill_(policy.left_out())
     gradients = policy.gradients()
     if isinstance(policy, LinearRows):
         source.columns.sum_(gradients[0])
@@ -153,8 +159,8 @@ def _scores(source: Source, policy: Rows, rows: Tensor) -> tuple[Tensor, Tensor 
 
 
 def _coefficients(terms: Terms, weights: Tensor) -> Coefficients:
-    def weighted(value: Tensor | float) -> Tensor | None:
-        return None if isinstance(value, float) and value == 0 else value * weights
+    def weighted(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value * weights
 
     return Coefficients(terms.d_logp * weights, weighted(terms.d_entropy), weighted(terms.d_kl))
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from prefixloss.backends import memory, products
+from prefixloss.backends.columns import Columns, Shard
 from prefixloss.backends.problem import Head
+from prefixloss.backends.torch import entries
 from prefixloss.maths.precision import accumulation_dtype, storage_dtype
 from prefixloss.maths.softmax import Transform
 
@@ -48,6 +50,9 @@ class Rows(Protocol):
     def clear_except(self, rows: Tensor) -> None:
         """Makes sure that the gradient of every other row is 0."""
 
+    def left_out(self) -> float:
+        """Which share of the gradients' norm was left out of the products, the largest of the chunks."""
+
     def gradients(self) -> tuple[Tensor | None, ...]:
         """One for each tensor the rows were made of."""
 
@@ -62,9 +67,10 @@ def as_slice(rows: Tensor) -> Tensor | slice:
 class LinearRows:
     """Logits of hidden [N, D] under a head weight [V, D] and bias [V] (or None).
 
-    share: whether the head is a part of one, and the hidden states' gradient a share of it. chosen: tokens a chunk,
-    where the caller chose: then every product has the same number of rows, those beyond a chunk's own 0, and no token's
-    bits depend on the others.
+    columns: which part of the vocabulary the head is; of a split one the hidden states' gradient is a share.
+    tolerances: of the products for the hidden states and for the head, see `prefixloss.backends.torch.entries`.
+    chosen: tokens a chunk, where the caller chose: then every product has the same number of rows, those beyond a
+    chunk's own 0, and no token's bits depend on the others.
     """
 
     multiplies = True
@@ -75,7 +81,8 @@ class LinearRows:
         transform: Transform,
         needs: tuple[bool, ...] = (False, False, False),
         buffers: int = 1,
-        share: bool = False,
+        columns: Columns | None = None,
+        tolerances: tuple[float | str, float | str] = (0.0, 0.0),
         chosen: int | None = None,
     ) -> None:
         self.hidden, self.weight, self.bias = tensors
@@ -87,9 +94,15 @@ class LinearRows:
         self.scaled_bias = None if self.bias is None else self.bias.to(self.dtype) * transform.before
         self.buffer = self.hidden.new_empty(0, self.vocabulary, dtype=self.dtype)
         self.d_hidden = self.d_weight = self.d_bias = None
+        wanted = needs[0], needs[1] or needs[2]
+        dtypes = self.hidden.dtype, self.weight.dtype
+        hidden, head = (
+            entries.resolved(t, d) if w else 0.0 for t, d, w in zip(tolerances, dtypes, wanted, strict=True)
+        )
+        self.tolerance = entries.Tolerance(hidden, head, columns or Columns(self.vocabulary))
         if needs[0]:
             # of several processes' shares only the sum is rounded
-            kept = self.dtype if share else storage_dtype(self.hidden.dtype)
+            kept = self.dtype if isinstance(columns, Shard) else storage_dtype(self.hidden.dtype)
             self.d_hidden = memory.zeros(self.hidden.shape, kept, self.hidden.device)
         if needs[1]:
             self.d_weight = memory.zeros(self.weight.shape, self.dtype, self.weight.device)
@@ -156,8 +169,25 @@ class LinearRows:
         return self.buffer
 
     def add_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
+        for_hidden, for_head = self.tolerance.split(gradient)
         if self.d_hidden is not None:
-            self.d_hidden.index_copy_(0, rows, self.hidden_gradient(gradient, scale).to(self.d_hidden.dtype))
+            if for_hidden is None:
+                product = self.hidden_gradient(gradient, scale)
+            else:
+                product = entries.product(for_hidden, len(rows), self.weight, self.dtype)
+                product.mul_(self.transform.before * scale)
+            self.d_hidden.index_copy_(0, rows, product.to(self.d_hidden.dtype))
+        if for_head is None:
+            self._add_head_gradient(rows, gradient, scale)
+            return
+        for_head = for_head.times(scale)
+        if self.d_weight is not None:
+            entries.add_transposed(self.d_weight, for_head, self._hidden(rows))
+        if self.d_bias is not None:
+            ones = self.d_bias.new_full((len(rows), 1), self.transform.before)
+            entries.add_transposed(self.d_bias[:, None], for_head, ones)
+
+    def _add_head_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
         if self.d_weight is not None:
             products.add_product(self.d_weight, self._whole(gradient).t(), self._hidden(rows), alpha=scale)
         if self.d_bias is not None:
@@ -165,6 +195,9 @@ class LinearRows:
 
     def clear_except(self, rows: Tensor) -> None:
         """Nothing to do: gradients are made as zeros."""
+
+    def left_out(self) -> float:
+        return self.tolerance.left_out()
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         d_weight, d_bias = self.d_weight, self.d_bias
@@ -220,6 +253,9 @@ class LogitRows:
         made_in_place = isinstance(where, slice) and gradient.data_ptr() == self.d_logits[where].data_ptr()
         if not made_in_place:
             self.d_logits[where] = gradient.to(self.d_logits.dtype)
+
+    def left_out(self) -> float:
+        return 0.0
 
     def clear_except(self, rows: Tensor) -> None:
         if self.d_logits is self.logits:  # overwritten in place: the others still hold logits

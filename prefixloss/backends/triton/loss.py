@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prefixloss._kernels.objective import CORRECTIONS, DIVERGENCES, POLICIES
 from prefixloss._kernels.problem import COMPUTED, LEARNING
 from prefixloss.backends import two_stages
 from prefixloss.backends.autograd import wants_gradient
@@ -24,7 +25,7 @@ from prefixloss.inputs.batch import Batch, TokenValues
 def head_loss(asked: HeadLoss) -> tuple[Tensor, TokenValues]:
     """See `prefixloss.backends.problem.Backend`."""
     batch, config = asked.batch, asked.config
-    if two_stages.needed_by(config):
+    if not _in_kernels(config) or two_stages.needed_by(config, batch):
         return two_stages.loss(lambda wanted: head_statistics(asked.statistics(wanted)), batch, config)
     given, off_policy = _given(batch)
     needs = [wants_gradient(t) for t in asked.head]
@@ -52,7 +53,7 @@ def logit_loss(asked: LogitLoss) -> tuple[Tensor, TokenValues]:
     # under compilation, which may not overwrite what it was given, the permission is not used
     inplace = asked.inplace and follows and not torch.compiler.is_compiling()
     tensors = (logits, None if asked.reference is None else _by_rows(asked.reference), batch.tokens)
-    if (asked.gradient_later and follows) or two_stages.needed_by(config):
+    if (asked.gradient_later and follows) or not _in_kernels(config) or two_stages.needed_by(config, batch):
         make = from_logits.LogitStatisticsInPlace.apply if inplace else from_logits.logit_statistics
 
         def statistics(wanted: Tensor) -> Statistics:
@@ -65,6 +66,12 @@ def logit_loss(asked: LogitLoss) -> tuple[Tensor, TokenValues]:
     else:
         total, stats, terms, _ = from_logits.logit_loss(*made_of, follows)
     return total, _values(stats, terms)
+
+
+def _in_kernels(config: LossConfig) -> bool:
+    """Whether the kernels know what a token's loss is; if not, torch makes it from their statistics."""
+    known = config.objective in POLICIES and config.sampler_correction in (None, *CORRECTIONS)
+    return known and config.kl in (None, *DIVERGENCES)
 
 
 def _tensors(asked: HeadLoss | HeadStatistics) -> tuple[Tensor | None, ...]:
@@ -95,7 +102,7 @@ def _given(batch: Batch) -> tuple[Tensor, bool]:
 
 
 def _statistics(stats: Tensor, config: LossConfig) -> Statistics:
-    return Statistics(stats[0], stats[1], stats[2] if config.kl == "full" else None)
+    return Statistics(stats[0], stats[1], stats[2] if config.exact_kl else None)
 
 
 def _values(stats: Tensor, terms: Tensor) -> TokenValues:

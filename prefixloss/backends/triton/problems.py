@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prefixloss._kernels import launch, rows, tune
 from prefixloss._kernels.objective import ObjectiveKind, Options
-from prefixloss._kernels.problem import STATS, TERMS, Problem, Tokens, Work
+from prefixloss._kernels.problem import STATS, TERMS, Problem, Tokens, Work, starts
 from prefixloss._kernels.softmax import LogitScaling
 from prefixloss.config import LossConfig
 from prefixloss.maths.softmax import Coefficients, RowStats, live_rows, transform_of
@@ -29,7 +29,7 @@ def device_transform(config: LossConfig) -> LogitScaling:
 
 def objective_of(config: LossConfig, off_policy: bool) -> tuple[ObjectiveKind, Options]:
     kind = ObjectiveKind(
-        policy=config.objective,
+        policy=config.objective if isinstance(config.objective, str) else "",
         off_policy=off_policy,
         ratio_cap=config.ratio_cap is not None,
         dual_clip=config.dual_clip is not None,
@@ -66,14 +66,16 @@ def problem_of(
     **work: Any,
 ) -> Problem:
     kind, options = objective_of(config, off_policy)
-    ref = ref if config.kl == "full" else None
+    ref = ref if config.exact_kl else None
     dtypes = (logits.dtype, grads) if ref is None else (logits.dtype, ref.dtype, grads)
     vector = launch.vector_of(*dtypes)
-    strides = [stride for x in (logits, ref) if x is not None for stride in x.stride()[:-1]]
-    aligned = all(stride % vector == 0 for stride in strides)
-    penalty = config.entropy_coef != 0 or (config.kl == "full" and config.penalises_kl)
+    aligned, peeled = starts(vector, logits.shape[-1], [x for x in (logits, ref) if x is not None])
+    # which column is summed in which lane would depend on where in the batch the row lies
+    peeled = peeled and (aligned or config.chunk_tokens is None)
+    penalty = config.entropy_coef != 0 or (config.exact_kl and config.penalises_kl)
     given: dict[str, Any] = {
         "aligned": aligned,
+        "peeled": peeled,
         "softcap": config.softcap is not None,
         "reference": ref is not None,
         "penalty": penalty,
@@ -86,7 +88,7 @@ def problem_of(
         options,
         Work(**{**given, **work}),
         kind,
-        launch.launch_for(logits.shape[-1], *dtypes, heavy=ref is not None, aligned=aligned),
+        launch.launch_for(logits.shape[-1], *dtypes, heavy=ref is not None, aligned=aligned or peeled),
     )
     return replace(problem, launch=tune.best_launch(problem, grads)) if tune.wanted() else problem
 

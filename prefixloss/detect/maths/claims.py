@@ -29,6 +29,7 @@ _ORDERS: dict[str, Callable[[Rational, Rational], bool]] = {
 }
 _APPLIED = words("half third quarter twice double triple root square cube reciprocal negative remainder average mean")
 _WHOLE = words("value sum difference product quotient result total")  # "the sum of 3 + 4" is what 3 + 4 is
+_LINKING = words("of than after before between above below")  # what stands before is told of, not the number
 _CLAIMING = words(
     "so then thus therefore hence and or that since because have get is are be gives give us yields leaves produces "
     "find obtain conclude equation means implies becomes"
@@ -66,7 +67,7 @@ def rounding(run: Run, relation: str = "=") -> Fraction:
     whole unit of the last decimal, half a unit of the last digit that is not 0 of an integer, or 1 %.
     """
     if run.places is None:
-        return Fraction(0)
+        return abs(Fraction(value(run.expression, {}))) / 100 if relation == "~=" and not run.names else Fraction(0)
     percent = "%" in run.expression
     unit = Fraction(1, 10 ** (run.places + 2 * percent))
     if relation != "~=":
@@ -112,8 +113,8 @@ def describes(lead: Sequence[str], left: Run, right: Run) -> bool:
 
     lead: the words before it.
     """
-    if _APPLIED.intersection(lead[-2:]) or (lead[-1:] == ("of",) and not _WHOLE.intersection(lead[-2:])):
-        return True  # "the square root of 16 + 9 is 5", "the last digit of 2^4 is 6"
+    if _APPLIED.intersection(lead[-2:]) or (_LINKING.intersection(lead[-1:]) and not _WHOLE.intersection(lead[-2:])):
+        return True  # "the square root of 16 + 9 is 5", "the last digit of 2^4 is 6", "the next after 9 * 8 is 9 * 9"
     calculates = not is_number(right.expression)
     if _is_share(left) and not _is_share(right) and (right.worded or calculates):
         return True  # "2/5 is equal to 12 hectares"

@@ -8,7 +8,8 @@ first doubt is blamed, else the step that states the answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -23,6 +24,7 @@ from prefixloss.detect.maths.expressions import (
     evaluate,
     is_number,
     magnitude,
+    names,
     numbers,
     show,
     value,
@@ -30,6 +32,8 @@ from prefixloss.detect.maths.expressions import (
 from prefixloss.detect.maths.lexemes import declared
 from prefixloss.detect.maths.names import Names, gaps
 from prefixloss.detect.maths.reader import SUPPOSING, Chain, Reading, Run, read
+from prefixloss.detect.maths.scope import RESTARTS, Scopes
+from prefixloss.detect.maths.symbols import Equation, consistent
 from prefixloss.detect.maths.task import Task, parts
 from prefixloss.detect.maths.text import MAX_TEXT, UnreadableError, words
 
@@ -47,8 +51,13 @@ _RIGHT = 0.9  # nothing wrong, where every step could be checked
 
 _MENTIONED_BEFORE = words("has have")  # "x^2 + 1 = 0 has no real root"
 _MENTIONED_BEHIND = words("of line axis curve graph circle parabola ellipse")  # "the roots of x^2 = 4"
-_RESTARTS = words("let now define denote call redefine set")
 _COMMON = frozenset((*range(17), 20, 24, 25, 28, 29, 30, 31, 36, 50, 52, 60, 90, 100, 180, 360, 365, 366, 1000, 3600))
+_DERIVES = re.compile(
+    r"simplif|expand|rearrang|combin|distribut|multiply|divid|subtract|add|factor|\bget\b|obtain|gives|becomes|->",
+    re.IGNORECASE,
+)
+_ALTERNATIVES = re.compile(r"\b(?:or|either|cases?|if|both|two|pair|another|suppose)\b", re.IGNORECASE)
+_NUMBER = re.compile(r"\d+(?:[,.]\d+)*")
 _SIGNS = {"is": "=", "~=": "\u2248", "\\ne": "\u2260", "<=": "\u2264", ">=": "\u2265"}
 
 
@@ -77,15 +86,20 @@ class Maths(Detector):
         response = _Response(problem, steps, self.strict_numbers)
         for k, step in enumerate(steps):
             try:
-                response.read(k, step)
-            except UnreadableError as error:
-                response.unread.setdefault(k, str(error))
+                response.check(k, step)
             except WrongError as wrong:
                 unsure = any(earlier < k for earlier in response.unread)
                 return FirstError(k, wrong.reason, wrong.confidence * (0.5 if unsure else 1))
         if answer is None and self.solve and response.task.value is not None:
             answer = str(response.task.value)
         return response.judge(answer)
+
+
+def _reading(text: str, declared: Collection[str]) -> Reading | None:
+    try:
+        return read(text, declared)
+    except UnreadableError:
+        return None
 
 
 class _Response:
@@ -99,6 +113,8 @@ class _Response:
         self.known = {*self.task.numbers, *_COMMON}  # numbers that have an origin
         self.steps = len(steps)
         self.step = 0
+        self.readings = [_reading(step, self.declared) for step in steps]
+        self.scopes = Scopes.of([]) if self.task.expression else Scopes.of(r for r in self.readings if r)
         self.checked: set[int] = set()  # steps in which something was found right
         self.unread: dict[int, str] = {}  # steps in which something could not be read or decided
         self.doubts: dict[int, str] = {}
@@ -106,14 +122,21 @@ class _Response:
         self.calculations: list[tuple[int, Expression]] = []  # those that were found right, with their steps
         self.final: tuple[int, str] | None = None  # the last answer, with its step
         self.asserts = True  # whether the words before the chain let it contradict what was said before
-        self.stated: set[str] = set()  # names for which this step has stated no more than a value
+        self.text = ""  # of the step
+        self.mentions = False  # whether the chain is only supposed or mentioned
+        self.equation: Equation | None = None  # the one right before, for what may be rewritten from it
+        self.before: set[str] = set()  # the numbers as the steps before this one write them
         self.last: Run | None = None  # where the next text may go on with "= ..."
 
-    def read(self, k: int, text: str) -> None:
+    def check(self, k: int, text: str) -> None:
         """The next step; WrongError at the first thing that is wrong."""
         self.step = k
-        self.stated = set()
-        reading = read(text, self.declared)
+        self.text = text
+        reading = self.readings[k]
+        if reading is None:
+            self._unsure("a text beyond the bounds")
+            self.last = None
+            return
         if reading.unread:
             self._unsure("a claim that cannot be read")
         before = frozenset(self.names.values)
@@ -125,6 +148,7 @@ class _Response:
         if self.task.expression:
             self._copies(reading, before)
         self._answer(text, reading)
+        self.before.update(_NUMBER.findall(text))
 
     def _unsure(self, reason: str) -> None:
         self.unread.setdefault(self.step, reason)
@@ -137,14 +161,13 @@ class _Response:
             chain = chain._replace(runs=[self.last, *chain.runs], relations=[chain.opening, *chain.relations])
         runs = chain.runs
         self.last = runs[-1]
-        if SUPPOSING.intersection(chain.lead) and len(runs) > 1:  # "suppose 2 + 2 = 5"
+        if len(runs) > 1 and (chain.tail == "?" or SUPPOSING.intersection(chain.lead)):  # "suppose 2 + 2 = 5"
             self._unsure("a claim that is only supposed or mentioned")
             return
-        mentioned = chain.supposed or chain.tail in _MENTIONED_BEFORE or _MENTIONED_BEHIND.intersection(chain.lead[-1:])
-        if len(runs) > 1 and (chain.tail == "?" or (mentioned and any(run.names for run in runs))):
-            self._unsure("a claim that is only supposed or mentioned")
-            return
-        if (name := runs[0].name) and _RESTARTS.intersection(chain.lead):
+        self.mentions = (
+            chain.supposed or chain.tail in _MENTIONED_BEFORE or bool(_MENTIONED_BEHIND.intersection(chain.lead[-1:]))
+        )
+        if (name := runs[0].name) and RESTARTS.intersection(chain.lead):
             self.names.forget(name)
         self.asserts = claims(chain.lead)
         for n in range(len(chain.relations)):
@@ -158,6 +181,13 @@ class _Response:
         left, right, relation = chain.runs[n], chain.runs[n + 1], chain.relations[n]
         if left.partial or right.partial or (right.worded and right.names and n + 2 < len(chain.runs)):
             raise NoValueError("a claim that cannot be read")
+        used = left.names | right.names
+        if used and relation not in EQUALITIES and not self.task.expression:
+            raise NoValueError("a bound on a name")
+        if self.scopes.cases & used or (self.mentions and used):
+            if relation in EQUALITIES:
+                self._rewriting(left, right, len(chain.runs) > 2 and chain.runs[0].names == used)
+            raise NoValueError("a name that may stand for several things")
         if not (left.names | right.names) <= self.names.values.keys():
             if relation in EQUALITIES:
                 self._equation(left, right, len(chain.runs) > 2)
@@ -170,11 +200,23 @@ class _Response:
                 self.calculations.append((self.step, left.expression))
         elif n == 0 and describes(chain.lead, left, right):
             raise NoValueError("a claim that may be a description")
-        elif left.name in self.stated and len(chain.runs) == 2:
-            self._solution(left.name, right)
-            self.names.values.pop(left.name)  # one value of several: x = 2 or x = 3
         else:
             raise WrongError(self._false(left, right, relation), _FALSE)
+
+    def _rewriting(self, left: Run, right: Run, chained: bool) -> None:
+        """An equality whose names have no value here: it may still be an identity, or follow from the one before."""
+        if gaps(left.expression, right.expression) == {0}:
+            self.checked.add(self.step)
+            return
+        simplifies = chained and left.names == right.names != {"i"} and len(left.names) == 1 and not left.name
+        if simplifies and not self.mentions:
+            raise WrongError("two sides that are not the same", _CONTRADICTED)
+        equation = left.expression, right.expression
+        before, self.equation = self.equation, None if self.mentions or left.name or right.name else equation
+        derives = self.equation and before and names(before[0]) | names(before[1]) == left.names | right.names
+        alone = _DERIVES.search(self.text) and not _ALTERNATIVES.search(self.text)
+        if derives and before and alone and not consistent((before, equation), {}):
+            raise WrongError("this does not follow from the equation before", _CONTRADICTED)
 
     def _right(self, run: Run) -> None:
         """A run whose value was found right."""
@@ -196,7 +238,6 @@ class _Response:
         for side, other in ((left, right), (right, left)):
             if side.name and other.names <= known:
                 self._solution(side.name, other)
-                self.stated |= set() if chained else {side.name}
                 return
         derived = any(self.names.about(name) for name in left.names | right.names)
         simplifies = chained and left.names == right.names and not left.name
@@ -216,8 +257,13 @@ class _Response:
         """A name gets its value, unless an equation contradicts it."""
         number = value(run.expression, self.names.values)
         self.names.values[name] = number
-        if self.names.refute_value(name, number, rounding(run)):
-            del self.names.values[name]
+        refuted = True
+        try:
+            refuted = self.names.refute_value(name, number, rounding(run))
+        finally:
+            if refuted or name in self.scopes.several:
+                del self.names.values[name]
+        if refuted:
             self._contradiction(f"{name} = {show(number)} does not solve what was said before")
         self._right(run)
 
@@ -302,6 +348,8 @@ class _Response:
             return  # the answer may follow in words, "8 times as many as 5 are 40", or from an equation
         else:
             derived = [result for k, result in self.results if k == self.step] or [result for _, result in self.results]
+            if self.before.intersection(_NUMBER.findall(said)):
+                return  # it stands there already, so it may come from where nothing could be read
         if not any(follows(number, result, rounding(run)) for result in derived):
             raise WrongError(f"the steps give {show(derived[-1])}, not {show(number)}", _UNDERIVED)
         self.checked.add(self.step)

@@ -29,13 +29,16 @@ _ARTICLES = words("a an all her his its the their these those")
 _SHORT_WORDS = _CLAUSES | _ARTICLES | words("as at by for in of on per she he to")
 _COEFFICIENT_NAMES = frozenset("abcknpqrtuvwxyz")  # 3x is a product, 3m a length; other letters have to be declared
 _FUNCTIONS = words("sin cos tan sec csc cot log ln exp gcd lcm max min floor ceil abs f g h")
-QUALIFIERS = words("than remainder remainders rem quotient")  # a number before one is a part of what is meant
+QUALIFIERS = words(
+    "than remainder remainders rem quotient modulo mod"
+)  # a number before one is a part of what is meant
 _VALUE_ENDS = frozenset(("value", "name", "close", "postfix"))
 _OPERANDS = frozenset(("number", "mixed", "open", "prefix", "pi"))
 _DECLARED = re.compile(
     r"(?<![A-Za-z\\\d])(?<!\d )([A-Za-z](?:_\w)?|[A-Z]{2,3})(?=\s?=)|\b(?:[Ll]et|where|call)\s{1,9}\$?([A-Za-z])\b"
     r"|(?:\$|\\\()\s?([A-Za-z])\s?(?:\$|\\\))"
 )
+_CALLED = re.compile(r"(?<![A-Za-z\\\d)])([A-Za-z])\((?:\d{1,9}|[a-z])\)\s?=")  # f(x) =, S(3) =
 
 
 class Lexeme(NamedTuple):
@@ -58,8 +61,9 @@ _EDGE = Token("other", "\n", True)
 
 
 def declared(text: str) -> frozenset[str]:
-    """The letters that a problem or response uses as names: "let x", "where A", "x = ", "$x$"."""
-    return frozenset(name for pair in _DECLARED.findall(text) for name in pair if name)
+    """The letters that a problem or response uses as names: "let x", "where A", "x = ", "$x$"; not for functions."""
+    found = {name for pair in _DECLARED.findall(text) for name in pair if name}
+    return frozenset(found.difference(_CALLED.findall(text)))
 
 
 def lexemes(text: str, names: Collection[str]) -> list[Lexeme]:
@@ -85,7 +89,7 @@ class _Lexer:
         after_value = bool(self.found) and self.found[-1].kind in _VALUE_ENDS
         if kind in ("number", "mixed"):
             if after_value:
-                append(_BREAK if gap or self._edge(place) else _OPAQUE)
+                append(_BREAK if self._edge(place) or (gap and self._at(place - 1).text != "}") else _OPAQUE)
             append(self._number(place))
         elif kind == "operator":
             if after_value and text in "/-" and not gap and self._unit_follows(place):
@@ -113,7 +117,8 @@ class _Lexer:
         if kind == "currency":
             return _BREAK  # one formula ends and the next begins
         if kind == "aside":
-            return _OPAQUE if after_value and not gap and text in "([{" else _BREAK  # f(x, y) is opaque
+            called = after_value and not gap and text in "([{"  # f(x, y)
+            return _OPAQUE if called or (text == "}" and self._at(place + 1).text == "{") else _BREAK
         opaque = text in "|_" or text.startswith("\\") or not text.isascii() or self._within_number(place)
         return _OPAQUE if opaque else Lexeme("break", text)
 
@@ -130,6 +135,8 @@ class _Lexer:
         """Whether a comma or a point stands between what may be one number: "2,5", "0.\\dot{3}"."""
         before, _, following = (self._at(at) for at in (place - 1, place, place + 1))
         touches = before.kind == "number" and not self._at(place).gap and not following.gap
+        if self._at(place).text == ":":  # a ratio
+            return (self._at(place).gap or not following.gap) and self.found[-1:] != [] and self._operand(place + 1)
         return touches and self._at(place).text in ",." and (following.kind == "number" or following.text[:1] == "\\")
 
     def _operand(self, place: int) -> bool:
@@ -177,7 +184,7 @@ class _Lexer:
         _, text, gap = self.tokens[place]
         following = self._at(place + 1)
         if not after_value:
-            return _BREAK
+            return _BREAK if following.gap else _OPAQUE  # !5
         if text == "%":
             remains = following.kind == "number" and following.gap
             return Lexeme("operator", "mod") if remains else Lexeme("postfix", "%")
@@ -199,7 +206,9 @@ class _Lexer:
         if word in self.names or "_" in word:
             return (word,)
         if len(word) == 1:
-            return (word,) if (word in _COEFFICIENT_NAMES if coefficient else between and word not in "aAI") else ()
+            called = following.kind == "open" and not following.gap
+            alone = between and not called and word not in "aAI"
+            return (word,) if (word in _COEFFICIENT_NAMES if coefficient else alone) else ()
         known = {*self.names, *(_COEFFICIENT_NAMES if coefficient else ())}  # 3ab
         product = word not in _SHORT_WORDS and word not in UNITS and known.issuperset(word)
         return tuple(word) if product else ()
@@ -223,7 +232,7 @@ class _Lexer:
 
     def _word_after_value(self, place: int) -> int:
         _, word, gap = self.tokens[place]
-        if word.lower() in _CLOCK:
+        if word.lower() in _CLOCK or (len(word) < 4 and word[1:2] == "'"):  # 9 am, 3n'
             self.found.append(_OPAQUE)
             return place + 1
         if word in _COPULAS and self._operand(place + 1):
@@ -269,7 +278,7 @@ class _Lexer:
         end = place + 1
         while self._at(end).kind == "word" and not self._names(end) and self._at(end).text not in QUALIFIERS:
             end += 1
-        if self._at(end).kind != "close" or end == place + 1:
+        if self._at(end).kind != "close" or end == place + 1 or len(self._at(place + 1).text) == 1:
             return None
         self.found[-1] = self.found[-1]._replace(worded=True)
         return end + 1

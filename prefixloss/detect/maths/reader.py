@@ -18,7 +18,8 @@ MAX_LEXEMES = 400  # of an expression
 MAX_VISITS = 60_000  # lexemes looked at in a text
 MAX_BEHIND = 6  # lexemes looked at behind an expression
 MAX_LEAD = 4  # words kept before a chain
-SUPPOSING = words("if suppose assume supposing assuming when whether try guess case unless")
+SUPPOSING = words("if suppose assume supposing assuming")
+_TRYING = SUPPOSING | words("when whether try guess case unless consider substitute substituting plug plugging choose")
 
 
 class Run(NamedTuple):
@@ -183,7 +184,7 @@ class _Runs:
             values[0].places if single else None,
             tuple(parser.units),
             any(lexeme.worded for lexeme in inside),
-            self.kind(start - 1) in _BESIDE or self.kind(end) in (*_BESIDE, "open") or self._qualified(end),
+            self.kind(start - 1) in (*_BESIDE, "close") or self.kind(end) in (*_BESIDE, "open") or self._qualified(end),
         ), end
 
     def _qualified(self, place: int) -> bool:
@@ -248,7 +249,7 @@ def read(text: str, names: Collection[str]) -> Reading:
             loose = kind == "word" and (loose or (calculates and not relation))
             if behind:
                 chains[-1] = chains[-1]._replace(tail=str(item))
-            supposed = item in SUPPOSING or (supposed and item not in _SENTENCE_ENDS)
+            supposed = item in _TRYING or (supposed and item not in _SENTENCE_ENDS)
             lead = [*lead[-MAX_LEAD:], str(item)] if kind == "word" else []
             relation, behind = "", False
         place += 1

@@ -1,14 +1,15 @@
 """An ordinary language model asked after each step whether it was right, by the probabilities of its next token.
 
-The score of a first wrong step is that of Gadetsky et al. 2026, "Unsupervised Process Reward Models"
-(arXiv 2605.10158): steps stand with marks behind them, "+" for right and "-" for wrong. With p+ and p- the model's
-next-token probabilities of the two, renormalised over both, step j is the first wrong one with
+The score of a first wrong step follows Gadetsky et al. 2026, "Unsupervised Process Reward Models" (arXiv 2605.10158),
+by its abstract and by what others write of it: steps stand with marks behind them, "+" for right and "-" for wrong.
+With p+ and p- the model's next-token probabilities of the two, renormalised over both, step j is the first wrong one
+with
 
     log p-(j) + sum over t < j of log p+(t),        and none is wrong with the sum over all t of log p+(t).
 
 These are the log-probabilities of T + 1 outcomes that exclude each other and leave nothing out, so the best one's
 probability is the confidence. What stands before mark t is the same for all of them, steps marked "+": one pass over
-the response scores them all, and nothing is generated. The paper scores several responses in one context and trains a
+the response scores them all, and nothing is generated. The authors score several responses in one context and train a
 process reward model on that; here each response is scored by itself, so that no verdict depends on its neighbours.
 """
 

@@ -32,7 +32,8 @@ class PRM(BatchDetector):
     model: a local directory, or the name of a model to fetch from the hub. Loaded at the first use, once a process;
     `load` does so early, and raises where the settings do not fit.
     separator: one token of the tokenizer. In a problem or a step it is read as a space, like every special token.
-    threshold: a reward strictly below it is an error.
+    threshold: a reward strictly below it is an error; None stands for the one that the checkpoint was trained to have
+        (`prefixloss prm train`), else 0.8.
     system: the system prompt; None leaves it to the chat template. A tokenizer without a chat template reads the
     problem, a line break and the steps.
     max_tokens: a longer input is not read at all; None stands for the model's own limit, which always holds.
@@ -42,7 +43,7 @@ class PRM(BatchDetector):
 
     model: str
     separator: str = "<extra_0>"
-    threshold: float = 0.8
+    threshold: float | None = None
     positive_label: int = 1
     system: str | None = None
     batch_size: int = 8
@@ -57,7 +58,7 @@ class PRM(BatchDetector):
             raise ValueError("model: got '', expected a directory or the name of a model")
         if not self.separator:
             raise ValueError("separator: got '', expected one token")
-        if not 0 < self.threshold <= 1:
+        if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold: got {self.threshold}, expected 0 < threshold <= 1")
         if self.positive_label < 0:
             raise ValueError(f"positive_label: got {self.positive_label}, expected a label's index")
@@ -90,8 +91,9 @@ class PRM(BatchDetector):
             readable(response, partial(loaded.read, problem, response, self.separator, self.system), most)
             for problem, response in zip(problems, steps, strict=True)
         ]
+        threshold = loaded.threshold if self.threshold is None else self.threshold
         rewards = partial(loaded.rewards, label=self.positive_label)
-        return judged(inputs, self.batch_size, rewards, partial(first_below, threshold=self.threshold))
+        return judged(inputs, self.batch_size, rewards, partial(first_below, threshold=threshold))
 
     def _loaded(self) -> _Loaded:
         with _LOADING:  # threads that start together load once
@@ -110,6 +112,10 @@ class _Loaded(NamedTuple):
     tokenizer: Any
     labels: int
     most_tokens: int
+
+    @property
+    def threshold(self) -> float:
+        return float(getattr(self.model.config, "prefixloss_threshold", None) or 0.8)
 
     @property
     def reader(self) -> Reader:

@@ -11,9 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from prefixloss import check
 
-# what configurations of transformers call the two; the last of the scales is divided by in some models
+# what configurations of transformers call the two, and the power to which a scale usually multiplies logits
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
-SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+SCALES = {"logit_scale": 1, "output_multiplier": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 
 
 def as_autocast(*tensors: Tensor | None) -> Any:
@@ -59,6 +59,14 @@ class LogitMap(NamedTuple):
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.scale * z if self.softcap is None else self.softcap * torch.tanh(self.scale * z / self.softcap)
+
+    @classmethod
+    def usual(cls, config: Any) -> LogitMap:
+        """What a configuration means in most models that have its names."""
+        known = config.get_text_config()
+        softcap = next((c for name in SOFTCAPS if (c := getattr(known, name, None))), None)
+        scale = next((s**power for name, power in SCALES.items() if (s := getattr(known, name, None))), 1.0)
+        return cls(None if softcap is None else float(softcap), float(scale))
 
     @classmethod
     def candidates(cls, config: Any) -> Iterator[LogitMap]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +17,17 @@ from prefixloss.detect.base import Detector
 from prefixloss.detect.choose import by_name
 from prefixloss.integrations.models.heads import unwrapped
 from prefixloss.integrations.models.positions import position_ids, takes_positions
+from prefixloss.integrations.token_loss import ESTIMATORS
 from prefixloss.integrations.trl.head import per_token_logps
 from prefixloss.integrations.trl.logps import FusedLoss, LogProbs, add_fused_loss, scored_by
 from prefixloss.integrations.trl.versions import check_version, has_fused_head, refuse_losses
+from prefixloss.maths import objectives
 from prefixloss.maths.objective import clipped
+from prefixloss.maths.objectives import View
 from prefixloss.steps import SEGMENTERS, Segmenter, step_tokens
 
-Advantage = Literal["vppo", "cliff", "neutral", "grpo"]
+# those that need no more than outcomes and first errors; "grpo" is TRL's own, without a detector
+ADVANTAGES = (*ESTIMATORS, "grpo")
 Correct = float | str | Callable[[Tensor], Tensor]
 
 
@@ -47,9 +52,10 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         threshold: the detector's confidence, from 0 to 1, below which its find counts as none: such a response is wrong
             from its first token on. `first_error/found` counts what is left.
         segmenter: how a response is cut into steps, see `prefixloss.steps`.
-        advantage: "vppo"; "cliff"; "neutral" (TRL's advantages, 0 on good prefixes); "grpo" (TRL's, no detector).
+        advantage: "vppo"; "cliff"; "neutral_prefix" (TRL's advantages, 0 on good prefixes; "neutral" is taken as well);
+            "grpo" (TRL's, no detector).
         alpha, shorten: as in `advantages.vppo`, whose advantages like cliff's are not divided by a standard deviation:
-            TRL's `scale_rewards` counts for "neutral" and "grpo", and "batch" is refused with the others.
+            TRL's `scale_rewards` counts for "neutral_prefix" and "grpo", and "batch" is refused with the others.
         correct: which responses are right. A number: those whose weighted sum of rewards is above it. The name of a
             reward function: those to which it alone gives more than 0.5. A function: rewards [B, functions], NaN where
             one gave None, -> bool [B], or 1, 0 and NaN. None: the only reward function; with several an error asks
@@ -58,7 +64,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             has no credit to split: it keeps TRL's advantage, and is no part of the baseline of the others.
         answer: the dataset's column with the right answer, for the detector; rows may lack it.
         fused_loss: make loss and gradient in one pass over the head (`linear_prefix_loss`), where TRL's `loss_type` is
-            grpo, bnpo, dr_grpo, dapo, luspo, cispo or sapo with token-level ratios. Same loss; every log-prob of
+            grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo or vespo. Same loss; every log-prob of
             this trainer then comes from prefixloss.
         stats: "scored" logs what TRL logs; "learning" saves the head's product for tokens without advantage, and logs
             entropy and clipping over the others.
@@ -77,7 +83,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         detector: Detector | str | None = "auto",
         threshold: float = 0.0,
         segmenter: Segmenter = "markers",
-        advantage: Advantage = "vppo",
+        advantage: str = "vppo",
         alpha: float = 0.5,
         shorten: Literal["prompt"] | int | float = "prompt",
         correct: Correct | None = None,
@@ -90,7 +96,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         check_version()
         for name, value, known in (
             ("segmenter", segmenter, SEGMENTERS),
-            ("advantage", advantage, get_args(Advantage)),
+            ("advantage", advantages.ALIASES.get(advantage, advantage), ADVANTAGES),
         ):
             if value not in known:
                 raise ValueError(f"{name}: got {value!r}, expected {' | '.join(map(repr, known))}")
@@ -104,7 +110,8 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         else:
             self.detector = by_name(detector) if isinstance(detector, str) else detector
         super().__init__(*args, **kwargs)
-        if advantage in ("vppo", "cliff") and self.scale_rewards == "batch":
+        advantage = advantages.named("advantage", advantage, ADVANTAGES)
+        if advantage not in ("neutral_prefix", "grpo") and self.scale_rewards == "batch":
             raise ValueError(f'scale_rewards: got "batch", expected "group" or "none" for advantage="{advantage}"')
         self.threshold = threshold
         self.segmenter, self.advantage, self.alpha, self.shorten = segmenter, advantage, alpha, shorten
@@ -196,21 +203,20 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         mask, outcome = _loss_mask(batch), self._outcome
         here = self._local(len(mask))
         first_error = _scored_index(outcome.first_token, mask)
-        if self.advantage == "neutral":
+        if self.advantage == "neutral_prefix":
             by_token = advantages.neutral_prefix(batch["advantages"], outcome.correct[here], first_error)
         else:
             # a group may lie on several processes
             sizes = torch.stack([mask.sum(1), first_error, batch["prompt_mask"].sum(1)], 1)
             lengths, everywhere, prompt_lengths = self.accelerator.gather(sizes).unbind(1)
-            given = (outcome.correct, lengths, everywhere, self._groups(len(lengths)))
-            if self.advantage == "vppo":
-                options: Any = {"prompt_lengths": prompt_lengths, "alpha": self.alpha, "shorten": self.shorten}
-                by_token = advantages.vppo(*given, judged=outcome.judged, **options)
-            elif self.advantage == "cliff":
-                by_token = advantages.cliff(*given, judged=outcome.judged)
-            else:
-                raise ValueError(f"advantage: got {self.advantage!r}, expected {' | '.join(get_args(Advantage))}")
-            by_token = TokenAdvantages(*(x[here] for x in by_token))
+            options: Any = {"alpha": self.alpha, "shorten": self.shorten} if self.advantage == "vppo" else {}
+            known = advantages.Outcome(
+                outcome.correct, lengths, self._groups(len(lengths)), everywhere, prompt_lengths=prompt_lengths,
+                judged=outcome.judged,
+            )  # fmt: skip
+            everyone = advantages.assign(self.advantage, known, **options)
+            assert isinstance(everyone, TokenAdvantages)
+            by_token = TokenAdvantages(*(x[here] for x in everyone))
             suffix = torch.where(outcome.judged[here], by_token.suffix, batch["advantages"].to(by_token.suffix))
             by_token = by_token._replace(suffix=suffix)  # without a verdict there is no prefix
         return by_token.per_token(batch["completion_ids"], mask)
@@ -254,8 +260,9 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             completions=inputs["completion_mask"],
             mask=mask,
             # a weight >= 0 of the policy term may as well weigh the advantage
-            advantages=advantage if correction is None else advantage * correction,
+            advantages=advantage if correction is None or self.loss_type == "vespo" else advantage * correction,
             old_logps=inputs.get("old_per_token_logps"),
+            sampler_logps=self._sampled(inputs, mask),
             ref_logps=inputs["ref_per_token_logps"] if self.beta else None,
             normalizer=self._normalizer(inputs, mask, accumulated, mode),
             backend=self.backend,
@@ -279,12 +286,23 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulated
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
         computed = mask if self.stats == "scored" or self.beta else mask * (request.advantages != 0)
-        self._log_loss(mode, inputs, logps.detach(), entropies, advantage, computed)
+        self._log_loss(mode, inputs, logps.detach(), entropies, computed)
         return loss
+
+    def _sampled(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | None:
+        """What `_LikeTRL` has to know of the sampler, [B, T]."""
+        if self.loss_type == "vespo" and "importance_sampling_ratio" in inputs:
+            log_weight = inputs["importance_sampling_ratio"].log().clamp(math.log(1e-8), 20.0)
+            return log_weight.sum(-1, keepdim=True).expand(mask.shape)
+        if self.off_policy_mask_threshold is None:
+            return None
+        sampled = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
+        # no log-prob is above 0: a token that vLLM could not score
+        return None if sampled is None else torch.where(sampled.isnan(), 1.0, sampled)
 
     def _normalizer(self, inputs: dict[str, Any], mask: Tensor, accumulated: float, mode: str) -> Tensor | float:
         """What TRL divides the summed loss by, micro-batches included."""
-        if self.loss_type in ("dapo", "cispo"):
+        if self.loss_type in ("dapo", "cispo", "vespo"):
             # the generation batch's tokens, as a share for each process and each of its optimiser steps
             share = accumulated / self.args.steps_per_generation if mode == "train" else 1.0
             return inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes * share
@@ -294,20 +312,26 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         return len(mask) * tokens * accumulated
 
     @torch.no_grad()
-    def _log_loss(
-        self, mode: str, inputs: dict[str, Any], logps: Tensor, entropies: Tensor, advantage: Tensor, mask: Tensor
-    ) -> None:
+    def _log_loss(self, mode: str, inputs: dict[str, Any], logps: Tensor, entropies: Tensor, mask: Tensor) -> None:
         """The metrics that TRL's own loss logs, over the tokens in `mask`."""
         old, metrics = inputs.get("old_per_token_logps"), self._metrics[mode]
         ratio = torch.ones_like(logps) if old is None else torch.exp(logps - old)
+        if self.importance_sampling_level == "sequence":
+            # one number a response, whose means are then over responses
+            scored = _loss_mask(inputs)
+            ratio = torch.exp((ratio.log() * scored).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1))
 
         def mean(x: Tensor) -> float:
+            if x.shape[1] == 1:
+                total, count = self.accelerator.reduce(torch.stack([x.sum(), x.new_tensor(len(x))]), reduction="sum")
+                return (total / count.clamp(min=1)).item()
             total, count = self.accelerator.reduce(torch.stack([(x * mask).sum(), mask.sum().float()]), reduction="sum")
             return (total / count.clamp(min=1)).item()
 
         def extreme(x: Tensor, largest: bool) -> float:
             """Of the responses' means; those without a token have none."""
-            means = self.accelerator.gather((x * mask).sum(1) / mask.sum(1))
+            means = x.squeeze(1) if x.shape[1] == 1 else (x * mask).sum(1) / mask.sum(1)
+            means = self.accelerator.gather(means)
             means = means[~means.isnan()]
             return (means.max() if largest else means.min()).item() if len(means) else float("nan")
 
@@ -316,9 +340,21 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             kl = torch.expm1(difference) - difference
             metrics["kl"].append(mean(kl * ratio if self.args.use_bias_correction_kl else kl))
         metrics["entropy"].append(mean(entropies))
-        low, high = clipped(self._fused_config, advantage, ratio)
+        # TRL names the clip of all these losses alike
+        named = "cispo" if self.loss_type == "cispo" else "clip"
+        advantage = inputs["advantages"]
+        advantage = advantage if advantage.dim() == 2 else advantage[:, None]
+        capped = ratio if self.args.delta is None else ratio.clamp(max=self.args.delta)
+        low, high = clipped(replace(self._fused_config, objective=named), advantage, capped)
         if self.loss_type == "cispo":
             metrics["cispo_clip_ratio"].append(mean(high.float()))
+        elif self.loss_type == "vespo":
+            log_ratio = torch.zeros_like(logps) if old is None else logps - old
+            phi = self.get_gamma_weights(
+                advantage, log_ratio, _loss_mask(inputs), inputs.get("importance_sampling_ratio"),
+                self.args.vespo_k_pos, self.args.vespo_lambda_pos, self.args.vespo_k_neg, self.args.vespo_lambda_neg,
+            )  # fmt: skip
+            metrics["vespo/phi_seq_mean"].append(mean(phi))
         elif self.loss_type != "sapo":
             for name, held in (("low", low), ("high", high), ("region", low | high)):
                 metrics[f"clip_ratio/{name}_mean"].append(mean(held.float()))
@@ -378,6 +414,7 @@ _REDUCTIONS: dict[str, Any] = {
     "dr_grpo": "token-mean",  # over its own normaliser
     "dapo": "token-mean",
     "cispo": "token-mean",
+    "vespo": "token-mean",
 }
 
 
@@ -390,27 +427,80 @@ def _loss_config(trainer: Any) -> LossConfig:
 
     if trainer.loss_type not in _REDUCTIONS:
         refuse("loss_type", trainer.loss_type, " | ".join(map(repr, _REDUCTIONS)))
-    if trainer.importance_sampling_level != "token":
-        refuse("importance_sampling_level", trainer.importance_sampling_level, "'token'")
-    if trainer.off_policy_mask_threshold is not None:
-        refuse("off_policy_mask_threshold", trainer.off_policy_mask_threshold, "None")
     if trainer.top_entropy_quantile < 1:
         refuse("top_entropy_quantile", trainer.top_entropy_quantile, "1.0")
     if trainer._entropy_bonus_enabled:
         refuse("entropy_coef", trainer.entropy_coef, "0")
-    if args.delta is not None and args.delta < 1 + trainer.epsilon_high:
-        refuse("delta", args.delta, "at least 1 + epsilon_high")
-    objective: Any = trainer.loss_type if trainer.loss_type in ("cispo", "sapo") else "clip"
+    objective: Any = trainer.loss_type if trainer.loss_type in ("cispo", "sapo", "vespo") else "clip"
     if objective == "cispo" and trainer.epsilon_high < 1:
         refuse("epsilon_high", trainer.epsilon_high, 'at least 1 (it is the cap on the ratio of "cispo", 5.0 is usual)')
+    delta_below = args.delta is not None and args.delta < 1 + trainer.epsilon_high
+    masked = trainer.off_policy_mask_threshold is not None
+    by_response = trainer.importance_sampling_level == "sequence"
+    corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
+    if masked and corrected and objective == "vespo":
+        refuse("off_policy_mask_threshold", trainer.off_policy_mask_threshold, "None for vespo with vLLM's correction")
+    # a KL times a response's ratio, with the gradient through the mean, is part of the function
+    own_kl = by_response and trainer.beta and args.use_bias_correction_kl
+    penalty = {} if own_kl or not trainer.beta else {"kl": "k3", "kl_coef": trainer.beta}
+    function = by_response or masked or objective == "vespo" or (delta_below and objective == "clip")
     return LossConfig(
-        objective=objective,
+        # what no objective of ours is, is a function
+        objective=_LikeTRL(trainer) if function else objective,
         clip_low=trainer.epsilon_low,
         clip_high=trainer.epsilon_high,
         ratio_cap=args.delta if objective == "clip" else None,
         sapo_tau=(args.sapo_temperature_pos, args.sapo_temperature_neg),
-        kl="k3" if trainer.beta else None,
-        kl_coef=trainer.beta,
-        kl_importance=bool(trainer.beta and args.use_bias_correction_kl),
+        kl_importance=bool(penalty and args.use_bias_correction_kl),
         reduction=_REDUCTIONS[trainer.loss_type],
+        **penalty,
     )
+
+
+class _LikeTRL:
+    """TRL's loss of each token where it has a ratio a response, an off-policy mask or a low cap on the ratio."""
+
+    def __init__(self, trainer: Any) -> None:
+        args = trainer.args
+        self.loss_type, self.by_response = trainer.loss_type, trainer.importance_sampling_level == "sequence"
+        self.low, self.high, self.delta = trainer.epsilon_low, trainer.epsilon_high, args.delta
+        self.tau = (args.sapo_temperature_pos, args.sapo_temperature_neg)
+        self.positive = (args.vespo_k_pos, args.vespo_lambda_pos)
+        self.other = (args.vespo_k_neg, args.vespo_lambda_neg)
+        self.most: float | None = trainer.off_policy_mask_threshold
+        self.kl_coef = trainer.beta if self.by_response and args.use_bias_correction_kl else 0.0
+
+    def __call__(self, logp: Tensor, given: View) -> Tensor:
+        loss = self._masked(logp, given, self._policy(logp, given))
+        if self.kl_coef == 0:
+            return loss
+        assert given.ref_logps is not None
+        d = given.ref_logps - logp
+        return loss + self.kl_coef * (torch.expm1(d) - d) * self._ratio(logp, given)
+
+    def _masked(self, logp: Tensor, given: View, loss: Tensor) -> Tensor:
+        if self.most is None:
+            return loss
+        # DeepSeek-V3.2: responses far from what sampled them are left out where A < 0; a missing log-prob says nothing
+        sampled = logp.detach() if given.sampler_logps is None else given.sampler_logps
+        far = torch.where(sampled > 0, 0.0, sampled - logp.detach())
+        return torch.where((given.advantages >= 0) | (given.response.mean(far) <= self.most), loss, 0.0)
+
+    def _ratio(self, logp: Tensor, given: View) -> Tensor:
+        """A response's has its gradient through the mean, unlike GSPO's token form."""
+        if not self.by_response:
+            return given.ratio
+        return torch.exp(given.response.mean(objectives.log_ratio(logp, given)))
+
+    def _policy(self, logp: Tensor, given: View) -> Tensor:
+        a, ratio = given.advantages, self._ratio(logp, given)
+        if self.loss_type == "vespo":
+            log_q = None if self.most is not None or given.sampler_logps is None else given.sampler_logps
+            return objectives.vespo(logp, given, vespo_positive=self.positive, vespo_other=self.other, log_weight=log_q)
+        if self.loss_type == "cispo":
+            return -ratio.detach().clamp(max=self.high) * a * logp
+        if self.loss_type == "sapo":
+            tau = torch.where(a > 0, a.new_full((), self.tau[0]), self.tau[1])
+            return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * a
+        capped = ratio if self.delta is None else ratio.clamp(max=self.delta)
+        return -torch.minimum(capped * a, ratio.clamp(1 - self.low, 1 + self.high) * a)

@@ -1,0 +1,243 @@
+"""Below the floor: the few entries of a chunk's logit gradient that are worth a product, and the products of these.
+
+A trained policy's logit gradient is nearly empty: most tokens are nearly certain, and most of a row's softmax lies far
+below the rounding of the result. Two options leave that out, and 0, which is exact, is the default of both:
+`gradient_tolerance` for the gradient of the hidden states, `head_gradient_tolerance` for that of the head and its bias.
+
+What a tolerance bounds. Let G be the logit gradients of a chunk of n tokens, g_i its rows, and dG what is left out of
+it. Then for every row |dg_i| <= tolerance * sqrt(sum_k |g_k|^2 / n) in Euclidean norm, the root mean square of the
+chunk's row norms; so |dG| <= tolerance * |G| in Frobenius norm, in each chunk and so in all of them. Entries leave a
+row in the order of their size, the smallest first. (A bound by each row's own norm would keep all of the tail of
+tokens that are nearly certain and weigh nothing; one on absolute sums would keep the diffuse tail of the others.)
+
+What that means for the gradients. d hidden = G W and d W = G^T H, so their errors are dG W and dG^T H: at most |dG|
+times the largest singular value of W, or of H. On a head like a trained policy's the head's error was as large beside
+its gradient as dG beside G, that of the hidden states twice as large with a vocabulary of 32,768 and four times with
+151,936 (`python -m bench.speed.policy_like`): what leaves a row as a wide tail has one sign and adds up. Ten times have
+been seen in a narrow model (D = 64) that is unsure of its tokens; where that matters, ask for less. With
+`row_tolerance`, which leaves out whole rows before their logits are made again, both bounds hold, each for its part.
+
+What it costs. A gradient of the head has rows that are exactly 0: of tokens that were too improbable everywhere. An
+optimiser that divides by the gradient's size, as Adam does, would have moved these as far as any other row for the
+tiny number that there was. That is why the head has an option of its own. What a token's result is depends on its
+chunk, and so on the batch.
+
+"auto" bounds |dG| / |G| by a quarter of what rounding to the result's dtype makes: numbers spread evenly over their
+logarithms are moved by eps * sqrt(E[1 / m^2] / 12) of their size in the root mean square, m being the mantissa in
+[1, 2), E[1 / m^2] = 3 / (8 log 2): 0.212 eps. A quarter of it is 4.1e-4 for bfloat16.
+
+Where so much survives that dense products are faster they are taken, and nothing is left out. Every sum has a fixed
+order. Letters: n rows, V vocabulary, D hidden size, m entries.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefixloss.backends.columns import Columns
+from prefixloss.maths.softmax import blocks, row_sums
+
+# a product of single entries reads a row of the other matrix for each of them, at the pace of memory; a dense one takes
+# this many times as many of them in the same time
+_DENSE = 100
+# entries above a first and easy bound are looked at one by one, if they are no more than one in so many
+_LOOKED_AT = 50
+# rows that say whether it is worth while to look at the others
+_SAMPLE = 64
+# of a bound, kept for the rounding of float32 sums over a row
+_MARGIN = 1 - 2.0**-10
+# numbers of a product that is made at a time: 64 MiB of float32
+_AT_ONCE = 2**24
+
+
+class Entries(NamedTuple):
+    """Of a matrix [n, V], in the order of its rows and then its columns: row, column int64 [m]; value [m]."""
+
+    row: Tensor
+    column: Tensor
+    value: Tensor
+
+    def where(self, mask: Tensor) -> Entries:
+        return Entries(*(x[mask] for x in self))
+
+    def by_column(self) -> Entries:
+        """The transpose."""
+        order = torch.sort(self.column, stable=True).indices
+        return Entries(self.column[order], self.row[order], self.value[order])
+
+    def times(self, factor: float) -> Entries:
+        return Entries(self.row, self.column, self.value * factor)
+
+    @classmethod
+    def none(cls, like: Tensor) -> Entries:
+        nothing = torch.empty(0, dtype=torch.int64, device=like.device)
+        return cls(nothing, nothing, like.new_empty(0))
+
+    @classmethod
+    def joined(cls, parts: list[Entries]) -> Entries:
+        return cls(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+
+def resolved(tolerance: float | str, dtype: torch.dtype) -> float:
+    """The number; for "auto" what a gradient of that dtype allows."""
+    if isinstance(tolerance, str):
+        return torch.finfo(dtype).eps * math.sqrt(3 / (8 * math.log(2)) / 12) / 4
+    return tolerance
+
+
+class Tolerance:
+    """Chooses the entries of chunk after chunk, and knows what was left out.
+
+    hidden, head: the two tolerances, 0 for a gradient that nobody wants. columns: where the vocabulary is split, every
+    process leaves out of a row no more than its share of the columns may.
+    """
+
+    def __init__(self, hidden: float, head: float, columns: Columns) -> None:
+        self.tolerances = hidden, head
+        self.columns = columns
+        self.left: list[Tensor] = []  # a chunk each, [3]: the squares left out for either product, and of all there is
+
+    def split(self, gradient: Tensor) -> tuple[Entries | None, Entries | None]:
+        """What gradient [n, V] has for the two products; None for the product of all of it."""
+        smallest = min((t for t in self.tolerances if t > 0), default=0.0)
+        # where processes share a vocabulary none of them may leave on its own
+        alone = type(self.columns) is Columns
+        if (
+            smallest == 0
+            or len(gradient) == 0
+            or (alone and _looks_dense(gradient[:: -(-len(gradient) // _SAMPLE)], smallest))
+        ):
+            return None, None
+        squares = _squares(gradient)
+        of_all = squares.sum()
+        self.columns.sum_(of_all)
+        share = self.columns.columns / self.columns.vocabulary
+        mean = share * _MARGIN * of_all.item() / len(gradient)
+        left = of_all.new_zeros(3)
+        left[2] = of_all
+        self.left.append(left)
+        # beside what is not finite nothing is small, and what is so small that its squares vanish is no measure
+        lost = gradient.shape[1] * torch.finfo(gradient.dtype).tiny
+        usable = math.isfinite(mean) and smallest**2 * mean * (1 - _MARGIN) >= lost
+        parts = _above(gradient, squares, smallest**2 * mean) if usable else None
+        if parts is None:
+            return None, None
+        made = {t: _largest(*parts, t**2 * mean) for t in set(self.tolerances) if t > 0}
+        chosen: list[Entries | None] = [None, None]
+        for at, tolerance in enumerate(self.tolerances):
+            if tolerance > 0 and len(made[tolerance][0].value) * _DENSE <= gradient.numel():
+                chosen[at], left[at] = made[tolerance]
+        return chosen[0], chosen[1]
+
+    def left_out(self) -> float:
+        """|dG| / |G|, the largest of the chunks and of the two products."""
+        if not self.left:
+            return 0.0
+        left = torch.stack(self.left)
+        out = left[:, :2].contiguous()
+        self.columns.sum_(out)
+        return float((out / left[:, 2:]).nan_to_num(0.0).max().sqrt())
+
+
+def _squares(gradient: Tensor) -> Tensor:
+    """The squares of each row, float64 [n]."""
+    norms = gradient.new_empty(len(gradient))
+    for rows in blocks(*gradient.shape):
+        torch.linalg.vector_norm(gradient[rows], dim=1, out=norms[rows])
+    return norms.double().square_()
+
+
+def _bound(sizes: Tensor, budget: float) -> Tensor:
+    """[n, 1], for the sizes [n, V] of entries: the squares of a row's entries below its bound are within the budget.
+
+    No entry above the root of the budget can leave. The squares of the others that lie below a bound add up to no more
+    than the bound times the sum of their sizes, and to no more than V times the bound's own square.
+    """
+    root = math.sqrt(budget)
+    tail = row_sums(sizes.masked_fill(sizes > root, 0))
+    return (budget / tail).clamp(root / math.sqrt(sizes.shape[1]), root)
+
+
+def _looks_dense(rows: Tensor, tolerance: float) -> bool:
+    """Whether so much of a sample of rows survives that it is not worth while to look at the others."""
+    above, many = 0, rows.numel() // _LOOKED_AT
+    budget = tolerance**2 * _squares(rows).mean().item()
+    for some in blocks(*rows.shape):
+        sizes = rows[some].abs()
+        above += int((sizes >= _bound(sizes, budget)).sum())
+    return above > many
+
+
+def _above(gradient: Tensor, squares: Tensor, budget: float) -> tuple[Entries, Tensor] | None:
+    """The entries above a bound that surely keeps the budget, and the squares of the others, a sum for each row; None
+    if there are too many of them."""
+    rest, parts, count = squares.clone(), [Entries.none(gradient)], 0
+    # a row that is within the budget as a whole leaves with all it has
+    for rows in (squares > budget).nonzero().squeeze(1).split(next(blocks(*gradient.shape)).stop):
+        g = gradient[rows]
+        sizes = g.abs()
+        above = sizes >= _bound(sizes, budget)
+        row, column = above.nonzero().unbind(1)
+        count += len(row)
+        if count * _LOOKED_AT > gradient.numel():
+            return None
+        parts.append(Entries(rows[row], column, g[row, column]))
+        rest[rows] = _squares(g.masked_fill_(above, 0))
+    return Entries.joined(parts), rest
+
+
+def _largest(entries: Entries, rest: Tensor, budget: float) -> tuple[Entries, Tensor]:
+    """Without the smallest entries of each row, as many as with the `rest` of the row stay within the budget; and the
+    squares of all that is left out."""
+    by_size = torch.sort(entries.value.abs(), stable=True).indices
+    order = by_size[torch.sort(entries.row[by_size], stable=True).indices]
+    squares = entries.value[order].double().square_()
+    up_to = squares.cumsum(0)
+    # the sums begin anew with each row
+    first = torch.searchsorted(entries.row, torch.arange(len(rest), device=rest.device))
+    before = torch.nn.functional.pad(up_to, (1, 0))[first]
+    leaves = up_to - before[entries.row] + rest[entries.row] <= budget
+    stays = torch.empty_like(leaves)
+    stays[order] = ~leaves
+    return entries.where(stays), rest.sum() + squares[leaves].sum()
+
+
+def product(entries: Entries, rows: int, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """[rows, D]: the matrix [rows, V] that has these entries times matrix [V, D], in dtype.
+
+    Each row of the result adds up its entries' rows of the matrix, one after the other.
+    """
+    if matrix.dtype == dtype:
+        return _summed(entries, rows, matrix)
+    # only what is needed of a matrix in half precision
+    needed, place = entries.column.unique(return_inverse=True)
+    total = matrix.new_zeros(rows, matrix.shape[1], dtype=dtype)
+    for start in range(0, len(needed), max(1, _AT_ONCE // matrix.shape[1])):
+        stop = start + max(1, _AT_ONCE // matrix.shape[1])
+        here = (place >= start) & (place < stop)
+        part = Entries(entries.row, place - start, entries.value).where(here)
+        total += _summed(part, rows, matrix[needed[start:stop]].to(dtype))
+    return total
+
+
+def _summed(entries: Entries, rows: int, matrix: Tensor) -> Tensor:
+    offsets = torch.searchsorted(entries.row, torch.arange(rows, device=matrix.device))
+    return torch.nn.functional.embedding_bag(
+        entries.column, matrix, offsets, mode="sum", per_sample_weights=entries.value
+    )
+
+
+def add_transposed(total: Tensor, entries: Entries, matrix: Tensor) -> None:
+    """total [V, D] += the transpose of the matrix [n, V] that has these entries times matrix [n, D], all of one dtype;
+    rows without an entry are not touched."""
+    turned = entries.by_column()
+    columns, row = torch.unique_consecutive(turned.row, return_inverse=True)
+    for start in range(0, len(columns), max(1, _AT_ONCE // matrix.shape[1])):
+        some = columns[start : start + max(1, _AT_ONCE // matrix.shape[1])]
+        here = (row >= start) & (row < start + len(some))
+        part = Entries(row - start, turned.column, turned.value).where(here)
+        total.index_add_(0, some, _summed(part, len(some), matrix))

@@ -1,0 +1,128 @@
+"""`prefixloss prm`: label responses step by step, and train a process reward model on the labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from prefixloss.detect import tables
+from prefixloss.detect.base import FirstError
+from prefixloss.detect.choose import EXPECTED
+from prefixloss.detect.commands import Lines, fail, interruptible, opened, progress, records_of
+from prefixloss.detect.evaluate import detected
+from prefixloss.detect.maths.answers import states
+from prefixloss.detect.records import FORMS, LABELLED, Record
+from prefixloss.io.files import check_writable
+from prefixloss.io.visible import print_table, visible
+from prefixloss.steps import SEGMENTERS
+
+app = typer.Typer(
+    help="Label responses step by step, and train a process reward model on the labels.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@app.command()
+def label(
+    file: Annotated[Path, typer.Argument(help='JSON lines: "problem", and "steps" or "response"; perhaps "answer".')],
+    detector: Annotated[str, typer.Option(help=f"What labels them: {EXPECTED}.")],
+    out: Annotated[Path | None, typer.Option(help="Where the labelled lines go. [standard output]")] = None,
+    form: Annotated[str, typer.Option("--format", help=f"Of the file: {', '.join(FORMS)}.")] = "plain",
+    steps: Annotated[str, typer.Option(help=f"How a response is cut: {', '.join(SEGMENTERS)}.")] = "markers",
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Verdicts with less confidence are left out.")] = 0.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Responses handed to the detector at once.")] = 64,
+) -> None:
+    """Write the responses of which the detector says something, with first_error (from 0, null for none), as
+    `prm train` and `detect eval --format labelled` read them. A response with the right answer in which no error is
+    found counts as right throughout; other ones without a verdict are left out."""
+    chosen, records = opened(detector, file, form, steps)
+    lines, done, written, wrong = Lines(out), 0, 0, 0
+    whole = False
+    try:
+        with progress(len(records), "labelling") as tick, interruptible():
+            for batch in detected(chosen, records, answers=True, batch_size=batch_size):
+                pairs = list(zip(records[done : done + len(batch)], batch, strict=True))
+                kept = [pair for pair in pairs if _has_label(*pair, threshold)]
+                lines.write(_labelled(*pair) for pair in kept)
+                done, written = done + len(batch), written + len(kept)
+                wrong += sum(found.step is not None for _, found in kept)
+                tick(len(batch))
+            whole = True
+    finally:
+        where = lines.end(whole=whole)
+    found = f"an error in {wrong}, none in {written - wrong}"
+    typer.echo(f"{written} of {done} responses labelled{where}: {found}", err=True)
+
+
+def _has_label(record: Record, found: FirstError, threshold: float) -> bool:
+    if found.step is None and record.answer is not None and states("\n".join(record.steps), record.answer):
+        return bool(record.steps)
+    return found.confidence > 0 and found.confidence >= threshold
+
+
+def _labelled(record: Record, found: FirstError) -> dict[str, Any]:
+    own = {"problem": record.problem, "steps": record.steps, "first_error": found.step}
+    if record.answer is not None:
+        own["answer"] = record.answer
+    return {**own, "reason": found.reason, "confidence": round(found.confidence, 4)}
+
+
+@app.command()
+def train(
+    files: Annotated[list[Path], typer.Argument(help="JSON lines with labels of the first wrong step.")],
+    base: Annotated[str, typer.Option("--model", help="Directory or hub name whose body is trained.")],
+    out: Annotated[Path, typer.Option(help="New directory for the process reward model and its report.json.")],
+    form: Annotated[str, typer.Option("--format", help=f"Of the files: {', '.join(LABELLED)}.")] = "labelled",
+    separator: Annotated[str, typer.Option(help="Token behind each step; added if it is none.")] = "<extra_0>",
+    epochs: Annotated[int, typer.Option(help="Passes; the one with the lowest held-out loss is kept.")] = 2,
+    batch_size: Annotated[int, typer.Option(help="Responses a step.")] = 16,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-5,
+    held_out: Annotated[float, typer.Option(help="Share of the problems kept for the report.")] = 0.1,
+    max_tokens: Annotated[int | None, typer.Option(help="Longer responses are left out. [the model's limit]")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Train a process reward model: cross-entropy at the steps' ends, right and wrong ones weighing the same. What is
+    in --out then works as `--detector prm:DIR`, with the threshold that was best on the held-out problems."""
+    from prefixloss.detect.train_prm import Settings, train_prm  # noqa: PLC0415
+
+    if form not in LABELLED:
+        raise fail(f"--format: got {form!r}, expected one with labels: {', '.join(LABELLED)}")
+    if out.exists():
+        raise fail(f"--out: {out} exists already")
+    records = [record for file in files for record in records_of(file, form, "markers")]
+    try:
+        check_writable(out)
+        settings = Settings(
+            separator=separator, epochs=epochs, batch_size=batch_size, lr=lr, held_out=held_out,
+            max_tokens=max_tokens, seed=seed, device=device,
+        )  # fmt: skip
+        with progress(None, "training") as tick:
+            trained = train_prm(records, base, out, settings, begun=tick.expect, advance=lambda loss: tick(1))
+    except ValueError as error:
+        raise fail(str(error)) from None
+    except OSError as error:
+        raise fail(f"{error.filename or base}: {error.strerror or error}") from None
+    _report(trained, out)
+
+
+def _report(trained: Any, out: Path) -> None:
+    console = Console()
+    table = Table(title=Text(visible(f"{out}, on held-out problems")), title_justify="left")
+    for name in ("threshold", "F1", "exact, of those with an error", "false alarms, of those without"):
+        table.add_column(name, justify="right")
+    for threshold, scores in trained.by_threshold.items():
+        shares = (scores.share_among("exact", correct=False), scores.share_among("false alarm", correct=True))
+        cells = ["-" if share is None else f"{share:.1%}" for share in shares]
+        f1 = "-" if scores.f1 is None else f"{100 * scores.f1:.1f}"
+        table.add_row(f"{threshold:g}{' *' if threshold == trained.threshold else ''}", f1, *cells)
+    print_table(console, table)
+    print_table(console, tables.reliability(f"prm:{out}", trained.by_threshold[trained.threshold]))
+    left = f", {trained.left_out} too long or without steps" if trained.left_out else ""
+    console.print(visible(f"{trained.training} responses trained on{left}; kept after epoch {trained.best + 1}"))

@@ -1,0 +1,232 @@
+"""A process reward model trained end to end: a tiny one, on labels that are known and on labels from the rules."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_detect_logits import VOCABULARY, tokenizer
+from transformers import AutoModelForTokenClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from prefixloss import cli
+from prefixloss.detect import train_prm
+from prefixloss.detect.base import Detector, FirstError
+from prefixloss.detect.choose import by_name
+from prefixloss.detect.evaluate import Scores
+from prefixloss.detect.models.batches import first_below
+from prefixloss.detect.models.prm import PRM
+from prefixloss.detect.records import Record
+from prefixloss.detect.train_prm import Settings, _balance, _example, split
+
+SEPARATOR = "<extra_0>"
+
+
+def records(count: int, seed: int = 0) -> list[Record]:
+    """Steps that say "ok" and, in two of three responses, one that says "no", and more behind it."""
+    rng = random.Random(seed)
+    made = []
+    for number in range(count):
+        steps = [rng.choice(["ok a", "ok b"]) for _ in range(rng.randint(1, 4))]
+        label = rng.randrange(len(steps)) if number % 3 else -1
+        if label >= 0:
+            steps[label] = "no" + steps[label][2:]
+            steps[label + 1 :] = [rng.choice(["ok c", "no c"]) for _ in steps[label + 1 :]]
+        made.append(Record(f"{number // 2}?", steps, None, label, {}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+QUICK = Settings(epochs=5, batch_size=8, lr=1e-2, held_out=0.2, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prm") / "prm"
+    losses: list[float] = []
+    counts: list[int] = []
+    result = train_prm.train_prm(records(128), base, out, QUICK, begun=counts.append, advance=losses.append)
+    assert counts == [len(losses)]
+    return result, out, losses
+
+
+def test_a_judge_learns_and_finds_what_it_was_shown_in_new_responses(trained) -> None:
+    result, out, losses = trained
+    assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
+    best = result.by_threshold[result.threshold]
+    assert best.f1 > 0.9
+    new = records(60, seed=9)
+    found = by_name(f"prm:{out}").detect_batch([r.problem for r in new], [r.steps for r in new])
+    labels = [None if r.label == -1 else r.label for r in new]
+    assert sum(f.step == label for f, label in zip(found, labels, strict=True)) >= 55
+    assert set(labels) >= {None, 0, 1, 2}
+
+
+def test_the_checkpoint_is_one_of_transformers_and_knows_its_threshold(trained) -> None:
+    result, out, _ = trained
+    model, tokens = AutoModelForTokenClassification.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ids = tokens(f"1?\nok a{SEPARATOR}no b{SEPARATOR}")["input_ids"]
+    ends = [k for k, token in enumerate(ids) if token == tokens.convert_tokens_to_ids(SEPARATOR)]
+    right = model(torch.tensor([ids])).logits[0, ends].softmax(-1)[:, 1].tolist()
+    found = PRM(str(out)).detect("1?", ["ok a", "no b"])
+    assert found.step == 1
+    assert found.confidence == pytest.approx(1 - right[1], abs=1e-4)
+    assert f"is below {result.threshold:g}" in found.reason
+    report = json.loads((out / "report.json").read_text())
+    assert report["threshold"] == result.threshold == model.config.prefixloss_threshold
+    assert report["f1_by_threshold"][f"{result.threshold:g}"] == max(report["f1_by_threshold"].values())
+    assert report["training_responses"] + report["held_out_responses"] == 128
+    assert len(report["held_out_loss"]) == QUICK.epochs
+    assert report["held_out_loss"][report["epoch"] - 1] == min(report["held_out_loss"])
+
+
+def test_the_same_seed_gives_the_same_judge(base, tmp_path) -> None:
+    runs = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        losses: list[float] = []
+        train_prm.train_prm(
+            records(24), base, tmp_path / name, replace(QUICK, epochs=1, seed=seed), advance=losses.append
+        )
+        runs.append(losses)
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_steps_behind_the_first_wrong_one_have_no_label(base) -> None:
+    model, tokens = train_prm._base(base, QUICK)
+    steps = ["a", "b", "c", "d"]
+    labels = [_example(Record("p", steps, None, label, {}), model, tokens, QUICK).labels for label in (-1, 0, 2)]
+    assert labels == [[1, 1, 1, 1], [0, -100, -100, -100], [1, 1, 0, -100]]
+    examples = [_example(Record("p", steps, None, label, {}), model, tokens, QUICK) for label in (-1, 2)]
+    # six right steps and one wrong one: 7 / 12 and 7 / 2
+    assert _balance(examples).tolist() == pytest.approx([7 / 2, 7 / 12])
+    assert _example(Record("p", ["x" * 100], None, -1, {}), model, tokens, QUICK) is None
+    with pytest.raises(ValueError, match="got 0 wrong and 4 right steps"):
+        _balance(examples[:1])
+
+
+def test_the_best_threshold_needs_no_f1_and_is_the_one_in_the_middle() -> None:
+    """Two responses with rewards 0.4 and 0.7 at their wrong first steps: all thresholds from 0.75 on find both, none
+    below 0.45 finds any. With a right response of 0.72 besides, only those up to 0.7 leave it alone."""
+
+    def by_threshold(labels, rewards):
+        return {t: Scores(labels, [first_below([r], t) for r in rewards], 1, 0.0) for t in train_prm.THRESHOLDS}
+
+    assert train_prm.best_threshold(by_threshold([0, 0], [0.4, 0.7])) == 0.75
+    assert by_threshold([0, 0], [0.4, 0.7])[0.75].f1 is None
+    assert train_prm.best_threshold(by_threshold([0, 0, -1], [0.4, 0.7, 0.72])) == 0.5
+
+
+def test_no_problem_is_in_both_parts() -> None:
+    made = records(100)
+    training, held_out = split(made, 0.2)
+    assert len(training) + len(held_out) == 100
+    assert not {r.problem for r in training} & {r.problem for r in held_out}
+    assert len({r.problem for r in held_out}) == 10
+    with pytest.raises(ValueError, match="got 1 different problems"):
+        split(made[:1], 0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"epochs": 0}, "epochs: got 0"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"lr": 0.0}, "lr: got 0"),
+        ({"held_out": 1.0}, "held_out: got 1"),
+        ({"max_tokens": 0}, "max_tokens: got 0"),
+        ({"separator": ""}, "separator: got ''"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(options, says) -> None:
+    with pytest.raises(ValueError, match=says):
+        Settings(**options)
+
+
+# ---- commands
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(cli.app, ["prm", *map(str, arguments)])
+
+
+def written(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_responses_are_labelled_by_the_rules_and_a_judge_is_trained_on_the_labels(base, tmp_path) -> None:
+    rng = random.Random(3)
+    rows = []
+    for number in range(40):
+        a, b = rng.randint(1, 9), rng.randint(1, 9)
+        said = a + b + (number % 2)
+        steps = [f"{a}+{b}={said}", f"The answer is {said}"]
+        rows.append({"problem": f"{a}+{b}=?", "steps": steps, "answer": str(a + b)})
+    rows.append({"problem": "Who?", "steps": ["Ann."]})
+    data, labels, out = written(tmp_path / "in.jsonl", rows), tmp_path / "labels.jsonl", tmp_path / "prm"
+    result = invoke("label", data, "--detector", "maths", "--out", labels)
+    assert result.exit_code == 0, result.output
+    assert "40 of 41 responses labelled: an error in 20, none in 20" in result.output
+    made = [json.loads(line) for line in labels.read_text().splitlines()]
+    assert [row["first_error"] for row in made] == [None, 0] * 20
+    result = invoke("train", labels, "--model", base, "--out", out, "--epochs", 1, "--lr", 0.01, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "on held-out problems" in " ".join(result.output.split())
+    assert PRM(str(out)).detect("1+1=?", ["1+1=2"]).confidence > 0
+    again = invoke("train", labels, "--model", base, "--out", out)
+    assert (again.exit_code, "exists already" in again.output.replace("\n", "")) == (2, True)
+
+
+class Saying(Detector):
+    """What the problem says: a step and a confidence."""
+
+    def find(self, problem: str, steps, answer) -> FirstError:
+        step, confidence = problem.split()
+        return FirstError(None if step == "none" else int(step), "", float(confidence))
+
+
+def test_only_what_is_known_well_enough_becomes_a_label(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("prefixloss.detect.commands.by_name", lambda name: Saying())
+    cases = (("0 0.9", "3"), ("0 0.4", "3"), ("none 0.9", "3"), ("none 0.0", "3"), ("none 0.0", "2"))
+    rows = [{"problem": says, "steps": ["The answer is 2"], "answer": answer} for says, answer in cases]
+    out = tmp_path / "out.jsonl"
+    result = invoke("label", written(tmp_path / "in.jsonl", rows), "--detector", "x", "--threshold", 0.5, "--out", out)
+    assert result.exit_code == 0, result.output
+    kept = [json.loads(line) for line in out.read_text().splitlines()]
+    labels = [(row["problem"], row["first_error"]) for row in kept]
+    assert labels == [("0 0.9", 0), ("none 0.9", None), ("none 0.0", None)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--format", "plain"], "--format: got 'plain'"),
+        (["--epochs", "0"], "epochs: got 0"),
+        (["--max-tokens", "1"], "max_tokens: no response of training fits"),
+        (["--model", "EMPTY"], "model: cannot load"),
+    ],
+)
+def test_wrong_arguments_get_one_line(base, tmp_path, arguments, says) -> None:
+    rows = [{"problem": f"{k}", "steps": ["a", "b"], "first_error": 1} for k in range(4)]
+    data = written(tmp_path / "in.jsonl", rows)
+    (tmp_path / "EMPTY").mkdir()
+    arguments = [str(tmp_path / a) if a == "EMPTY" else a for a in arguments]
+    result = invoke("train", data, "--model", base, "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 2, result.output
+    assert says in result.output.replace("\n", "")
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
