@@ -118,3 +118,25 @@ def test_a_name_s_value_belongs_to_its_place(steps: list[str], problem: str, wro
 )
 def test_an_answer_is_accused_only_if_it_stands_nowhere_before(steps: list[str], wrong: int | None) -> None:
     assert step(*steps) == wrong
+
+
+@pytest.mark.parametrize(
+    ("sure", "unsure"),
+    [
+        (["1 + 1 = 2", "1 + 1 = 3"], ["f(1) + 1 = 2", "1 + 1 = 3"]),
+        (["2x + 3 = 7", "x = 3"], ["f(1) + 1 = 2", "2x + 3 = 7", "x = 3"]),
+    ],
+)
+def test_confidence_is_the_measured_share_of_right_finds(sure: list[str], unsure: list[str]) -> None:
+    pytest.importorskip("sympy")
+    a, b = MATHS.detect("", sure), MATHS.detect("", unsure)
+    assert a.step == len(sure) - 1
+    assert b.step == len(unsure) - 1
+    assert 0.5 < a.confidence < 0.7
+    assert 0.2 < b.confidence < 0.4
+
+
+def test_in_the_calculation_of_an_expression_finds_are_nearly_always_right() -> None:
+    result = MATHS.detect("(7+5)*3-4=?", ["7+5=12", "12*3=35", "Answer: 31"])
+    assert result.step == 1
+    assert result.confidence >= 0.9

@@ -3,7 +3,7 @@
 Every equality and inequality is checked: numbers exactly, names by what they were said to be, solutions by
 substitution. What is not false but has no origin is a doubt: a number from nowhere, a calculation that is no part of
 the problem's, a rewriting with another value. Where the final answer is known to be wrong and no claim is false, the
-first doubt is blamed, else the step that states the answer.
+first doubt is blamed; without one, no step is: which is wrong is not known.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NoReturn
 from prefixloss.detect.base import Detector, FirstError
 from prefixloss.detect.maths.answers import answer_in, collections_differ, differ, follows, is_collection, stated
 from prefixloss.detect.maths.claims import EQUALITIES, claims, describes, holds, rounding
+from prefixloss.detect.maths.confidence import ALL_RIGHT, Kind, confidence
 from prefixloss.detect.maths.expressions import (
     DivisionByZeroError,
     Expression,
@@ -40,15 +41,6 @@ from prefixloss.detect.maths.text import MAX_TEXT, UnreadableError, words
 MAX_RESPONSE = 10 * MAX_TEXT  # characters
 MAX_BASES = 8  # numbers before it that a percentage may be a share of
 
-# confidence
-_FALSE = 0.95  # a false claim between numbers
-_COPIED = 0.85  # a wrong copy of the problem's expression
-_CONTRADICTED = 0.8  # equations that cannot hold together
-_UNDERIVED = 0.8  # a final answer that the steps do not give
-_DOUBTED = 0.6  # the first doubt, where the answer is known to be wrong
-_KNOWN_WRONG = 0.5  # the step that states the wrong answer, where there is no doubt
-_RIGHT = 0.9  # nothing wrong, where every step could be checked
-
 _MENTIONED_BEFORE = words("has have")  # "x^2 + 1 = 0 has no real root"
 _MENTIONED_BEHIND = words("of line axis curve graph circle parabola ellipse")  # "the roots of x^2 = 4"
 _COMMON = frozenset((*range(17), 20, 24, 25, 28, 29, 30, 31, 36, 50, 52, 60, 90, 100, 180, 360, 365, 366, 1000, 3600))
@@ -62,12 +54,12 @@ _SIGNS = {"is": "=", "~=": "\u2248", "\\ne": "\u2260", "<=": "\u2264", ">=": "\u
 
 
 class WrongError(Exception):
-    """A step is wrong: why, and how sure that is."""
+    """A step is wrong: why, and what kind of find that is."""
 
-    def __init__(self, reason: str, confidence: float) -> None:
+    def __init__(self, reason: str, kind: Kind) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.confidence = confidence
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -88,8 +80,7 @@ class Maths(Detector):
             try:
                 response.check(k, step)
             except WrongError as wrong:
-                unsure = any(earlier < k for earlier in response.unread)
-                return FirstError(k, wrong.reason, wrong.confidence * (0.5 if unsure else 1))
+                return response.found(k, wrong.reason, wrong.kind)
         if answer is None and self.solve and response.task.value is not None:
             answer = str(response.task.value)
         return response.judge(answer)
@@ -201,7 +192,7 @@ class _Response:
         elif n == 0 and describes(chain.lead, left, right):
             raise NoValueError("a claim that may be a description")
         else:
-            raise WrongError(self._false(left, right, relation), _FALSE)
+            raise WrongError(self._false(left, right, relation), "false")
 
     def _rewriting(self, left: Run, right: Run, chained: bool) -> None:
         """An equality whose names have no value here: it may still be an identity, or follow from the one before."""
@@ -210,13 +201,13 @@ class _Response:
             return
         simplifies = chained and left.names == right.names != {"i"} and len(left.names) == 1 and not left.name
         if simplifies and not self.mentions:
-            raise WrongError("two sides that are not the same", _CONTRADICTED)
+            raise WrongError("two sides that are not the same", "equation")
         equation = left.expression, right.expression
         before, self.equation = self.equation, None if self.mentions or left.name or right.name else equation
         derives = self.equation and before and names(before[0]) | names(before[1]) == left.names | right.names
         alone = _DERIVES.search(self.text) and not _ALTERNATIVES.search(self.text)
         if derives and before and alone and not consistent((before, equation), {}):
-            raise WrongError("this does not follow from the equation before", _CONTRADICTED)
+            raise WrongError("this does not follow from the equation before", "equation")
 
     def _right(self, run: Run) -> None:
         """A run whose value was found right."""
@@ -249,7 +240,7 @@ class _Response:
             self._contradiction("an equation that contradicts what was said before")
         same = gaps(left.expression, right.expression) == {0}
         if simplifies and not same:
-            raise WrongError("two sides that are not the same", _CONTRADICTED)
+            raise WrongError("two sides that are not the same", "equation")
         if same or derived:
             self.checked.add(self.step)
 
@@ -269,7 +260,7 @@ class _Response:
 
     def _contradiction(self, reason: str) -> NoReturn:
         if self.asserts:
-            raise WrongError(reason, _CONTRADICTED)
+            raise WrongError(reason, "equation")
         raise NoValueError(reason)
 
     # ---- origins
@@ -281,7 +272,7 @@ class _Response:
         if strange and not is_number(start.expression) and not self.task.expression:
             reason = f"{show(strange[0])} comes from nowhere"
             if self.strict_numbers:
-                raise WrongError(reason, _DOUBTED)
+                raise WrongError(reason, "nowhere")
             self.doubts.setdefault(self.step, reason)
         self.known.update(magnitude(number) for run in chain.runs for number in numbers(run.expression))
 
@@ -304,11 +295,11 @@ class _Response:
             if same:
                 self.checked.add(self.step)
             elif not copy.names and self.task.resembles(copy.expression):
-                raise WrongError("the problem's expression is copied wrongly", _COPIED)
+                raise WrongError("the problem's expression is copied wrongly", "false")
             elif copy.names:
                 definitions = (c.runs[1].expression for c in reading.chains if c.runs[0].name and len(c.runs) > 1)
                 if not all(is_number(definition) or self.task.copies(definition) for definition in definitions):
-                    raise WrongError("a part of the problem's expression is copied wrongly", _COPIED)
+                    raise WrongError("a part of the problem's expression is copied wrongly", "false")
                 self.doubts.setdefault(self.step, "this is not the problem's expression")
 
     def _strays(self) -> dict[int, str]:
@@ -351,16 +342,27 @@ class _Response:
             if self.before.intersection(_NUMBER.findall(said)):
                 return  # it stands there already, so it may come from where nothing could be read
         if not any(follows(number, result, rounding(run)) for result in derived):
-            raise WrongError(f"the steps give {show(derived[-1])}, not {show(number)}", _UNDERIVED)
+            raise WrongError(f"the steps give {show(derived[-1])}, not {show(number)}", "answer")
         self.checked.add(self.step)
 
+    def found(self, step: int, reason: str, kind: Kind) -> FirstError:
+        unsure = any(earlier < step for earlier in self.unread)
+        return FirstError(step, reason, confidence(kind, unsure, self.task.expression is not None))
+
     def judge(self, right: str | None) -> FirstError:
-        """The first error where no claim is false. right: the right answer, where it is known."""
+        """The first error where no claim is false. right: the right answer, where it is known.
+
+        A wrong answer alone says that some step is wrong, not which: the step that states it is blamed only where all
+        before it was read, of the calculation of an expression.
+        """
         if right is not None and self.final and self._is_not(right):
             step = self.final[0]
-            doubts = {**self._strays(), **self.doubts, step: "the answer is wrong"}
-            first = min(doubts)
-            return FirstError(first, doubts[first], _DOUBTED if first < step else _KNOWN_WRONG)
+            doubts = {**self._strays(), **self.doubts}
+            if self.task.expression and min(self.unread, default=step) >= step:
+                doubts.setdefault(step, "the answer is wrong")
+            if doubts and min(doubts) <= step:
+                return self.found(min(doubts), doubts[min(doubts)], "nowhere")
+            return FirstError(None, "no error found, but the answer is wrong", 0.0)
         if self.unread:
             first = min(self.unread)
             return FirstError(None, f"step {first + 1}: {self.unread[first]}", 0.0)
@@ -368,7 +370,7 @@ class _Response:
             return FirstError(None, "no claim is false, but the answer is not the problem's value", 0.0)
         if not self.checked:
             return FirstError(None, "nothing to check", 0.0)
-        return FirstError(None, "every claim holds", _RIGHT * len(self.checked) / self.steps)
+        return FirstError(None, "every claim holds", ALL_RIGHT * len(self.checked) / self.steps)
 
     def _is_not(self, right: str) -> bool:
         """Whether the stated answer is surely not the right one."""
