@@ -3,27 +3,23 @@
 import triton
 import triton.language as tl
 
-from .access import NO_COLUMN, block_columns, end_columns, load_block, load_ends, load_given, load_target, stop_where
+from .access import block_columns, load_block, load_given, load_target
 from .objective import Coefficients, token_terms
 from .softmax import add_block, capped, finish, no_lanes
 
 
 @triton.jit
 def read_slice(
-    logits_row, ref_row, target, columns, wanted, transform,
+    logits_row, ref_row, target, start, stop, transform,
     WORK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The running sums over a slice's columns without the target's (the reference's sums with it)."""
+    """The running sums over columns start to stop without the target's (the reference's sums with it)."""
     lanes = no_lanes(LANES)
-    at = columns.start
-    stop = stop_where(columns, wanted, WORK, VECTOR)
-    for _ in range(0, (stop - columns.start) // (LANES * VECTOR)):
+    at = start
+    for _ in range(0, (stop - start) // (LANES * VECTOR)):
         lanes = read_block(lanes, logits_row, ref_row, at, stop, target, transform, WORK, False, LANES, VECTOR)
         at += LANES * VECTOR
-    lanes = read_block(lanes, logits_row, ref_row, at, stop, target, transform, WORK, True, LANES, VECTOR)
-    if WORK.peeled:
-        lanes = read_ends(lanes, logits_row, ref_row, target, columns, wanted, transform, WORK, LANES, VECTOR)
-    return lanes
+    return read_block(lanes, logits_row, ref_row, at, stop, target, transform, WORK, True, LANES, VECTOR)
 
 
 @triton.jit
@@ -39,21 +35,6 @@ def read_block(
     if WORK.reference:
         ref = capped(load_block(ref_row, at, cols, stop, LAST), transform, WORK.softcap)
     return add_block(lanes, z, ref, transform.kappa, WORK.reference)
-
-
-@triton.jit
-def read_ends(
-    lanes, logits_row, ref_row, target, columns, wanted, transform,
-    WORK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """A row's ends, one column a lane."""
-    cols = tl.where(wanted, end_columns(columns, LANES, VECTOR), NO_COLUMN)
-    z = capped(load_ends(logits_row, cols), transform, WORK.softcap)
-    z = tl.where(cols == target, float("-inf"), z)
-    ref = z
-    if WORK.reference:
-        ref = capped(load_ends(ref_row, cols), transform, WORK.softcap)
-    return add_block(lanes, z[:, None], ref[:, None], transform.kappa, WORK.reference)
 
 
 @triton.jit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,25 +44,15 @@ class Work(NamedTuple):
     """What the kernels are compiled for, besides the objective."""
 
     aligned: bool = False  # every row starts at a multiple of VECTOR
-    peeled: bool = False  # rows start, or end, between multiples of VECTOR, all at the same place: their ends go apart
-    stored: bool = False  # where the rows of logits have a whole vector, the gradient's have one: launchers see to it
     softcap: bool = False
     reference: bool = False  # the exact KL is wanted: both models are read together
     penalty: bool = False  # entropy or KL have coefficients
-    indexed: bool = False  # a head's chunk: rows belong to the tokens in `rows`, not to token 0, 1, 2, ...
+    indexed: bool = False  # rows belong to the tokens in `rows`, not to token 0, 1, 2, ...
     terms: bool = False  # the objective is evaluated
     gradient: bool = False
     clear: bool = False  # rows without gradient get 0
     narrowed: bool = False  # gradients of half the logits' width lie in the upper half of the logits' own rows
     rescaled: bool = False  # each row's gradient comes times a power of two, for float16
-
-
-def starts(vector: int, vocabulary: int, matrices: Sequence[torch.Tensor]) -> tuple[bool, bool]:
-    """`aligned` and `peeled` of rows as they lie in the matrices; neither where they start apart from each other."""
-    strides = [x.stride()[:-1] for x in matrices]
-    if all(stride % vector == 0 for each in strides for stride in each):
-        return True, vocabulary % vector != 0
-    return False, len({tuple(stride % vector for stride in each) for each in strides}) == 1
 
 
 @dataclass(frozen=True)
@@ -94,11 +83,6 @@ class Problem:
     def matrix(self, x: torch.Tensor) -> Matrix:
         """x: logits, reference or gradients."""
         return Matrix(x, 0 if self.length >= self.rows else x.stride(0), x.stride(-2))
-
-    def work_on(self, grads: torch.Tensor) -> Work:
-        """`work`, told how the gradient's rows lie beside the logits'."""
-        strides = zip(self.matrix(self.logits)[1:], self.matrix(grads)[1:], strict=True)
-        return self.work._replace(stored=all((a - b) % self.launch.vector == 0 for a, b in strides))
 
     @property
     def vocabulary(self) -> int:

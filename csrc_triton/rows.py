@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .access import NO_COLUMN, columns_before, load_statistics, row_pointer, slice_of, target_column, which_token
+from .access import load_statistics, row_pointer, target_column, which_token
 from .first_pass import finish_row, read_slice
 from .launch import on_device, options
 from .objective import Coefficients
@@ -36,7 +36,7 @@ def launch_rows(
     row_kernel[(problem.rows,)](
         problem.matrix(problem.logits), problem.matrix(problem.ref), problem.tokens, stats, terms,
         problem.matrix(grads), scales, problem.count, problem.length, problem.vocabulary, problem.transform,
-        problem.options, problem.work_on(grads), problem.kind, lanes, vector, **options(num_warps),
+        problem.options, problem.work, problem.kind, lanes, vector, **options(num_warps),
     )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def launch_combine(problem: Problem, sums: torch.Tensor, stats: torch.Tensor, te
     combine_kernel[(problem.rows,)](
         problem.matrix(problem.logits), problem.matrix(problem.ref), problem.tokens, sums, stats, terms,
         problem.count, problem.length, problem.vocabulary, problem.rows, problem.transform, problem.options,
-        problem.work, problem.kind, sums.shape[2], **options(1),
+        problem.work, problem.kind, sums.shape[2], problem.launch.vector, **options(1),
     )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def launch_gradient(
     gradient_kernel[(problem.rows * splits,)](
         problem.matrix(problem.logits), problem.matrix(problem.ref), problem.tokens, stats, coefficients,
         problem.matrix(grads), scales, problem.count, problem.length, problem.vocabulary, problem.span(splits),
-        problem.transform, problem.work_on(grads), splits, lanes, vector, **options(num_warps),
+        problem.transform, problem.work, splits, lanes, vector, **options(num_warps),
     )  # fmt: skip
 
 
@@ -89,22 +89,21 @@ def row_kernel(
     row = tl.program_id(0).to(tl.int64)
     token, flags = which_token(tokens, row, WORK)
     computed, learning = (flags & COMPUTED) != 0, (flags & LEARNING) != 0
-    head = columns_before(logits, row, length, vocabulary, WORK, VECTOR)
-    target = target_column(tokens, token, vocabulary, head, computed)
-    logits_row = row_pointer(logits, row, length, head, WORK.aligned or WORK.peeled, VECTOR)
-    ref_row = row_pointer(ref, row, length, head, WORK.aligned or WORK.peeled, VECTOR)
-    columns = slice_of(0, vocabulary, vocabulary, head, WORK, VECTOR)
-    lanes = read_slice(logits_row, ref_row, target, columns, computed, transform, WORK, LANES, VECTOR)
+    target = target_column(tokens, token, vocabulary, computed)
+    logits_row = row_pointer(logits, row, length, WORK, VECTOR)
+    ref_row = row_pointer(ref, row, length, WORK, VECTOR)
+    stop = tl.where(computed, vocabulary, 0)
+    lanes = read_slice(logits_row, ref_row, target, 0, stop, transform, WORK, LANES, VECTOR)
     stats, coefficients = finish_row(
         merge_lanes(lanes, transform.kappa), logits_row, ref_row, tokens, stats_ptr, terms_ptr,
         token, target, computed, learning, count, transform, objective, WORK, KIND,
     )  # fmt: skip
     if WORK.gradient:
-        grads_row = row_pointer(grads, row, length, head, (WORK.aligned or WORK.peeled) and WORK.stored, VECTOR)
+        grads_row = row_pointer(grads, row, length, WORK, VECTOR)
         live = learning & has_gradient(coefficients)
         scale = row_scale(stats, coefficients, transform, live, scales_ptr, row, True, WORK)
         write_slice(
-            logits_row, ref_row, grads_row, target, columns, live, stats, coefficients, scale, transform,
+            logits_row, ref_row, grads_row, target, 0, vocabulary, live, stats, coefficients, scale, transform,
             WORK, LANES, VECTOR,
         )  # fmt: skip
 
@@ -118,12 +117,12 @@ def slice_kernel(
     row, part = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
     token, flags = which_token(tokens, row, WORK)
     computed = (flags & COMPUTED) != 0
-    head = columns_before(logits, row, length, vocabulary, WORK, VECTOR)
-    target = target_column(tokens, token, vocabulary, head, computed)
-    columns = slice_of(part, span, vocabulary, head, WORK, VECTOR)
-    logits_row = row_pointer(logits, row, length, head, WORK.aligned or WORK.peeled, VECTOR)
-    ref_row = row_pointer(ref, row, length, head, WORK.aligned or WORK.peeled, VECTOR)
-    lanes = read_slice(logits_row, ref_row, target, columns, computed, transform, WORK, LANES, VECTOR)
+    target = target_column(tokens, token, vocabulary, computed)
+    start = part * span
+    stop = tl.where(computed, tl.minimum(start + span, vocabulary), start)
+    logits_row = row_pointer(logits, row, length, WORK, VECTOR)
+    ref_row = row_pointer(ref, row, length, WORK, VECTOR)
+    lanes = read_slice(logits_row, ref_row, target, start, stop, transform, WORK, LANES, VECTOR)
     lane = merge_lanes(lanes, transform.kappa)
     at = sums_ptr + row * SPLITS + part
     step = rows.to(tl.int64) * SPLITS
@@ -138,13 +137,13 @@ def slice_kernel(
 @triton.jit(do_not_specialize=["count", "length", "rows"], do_not_specialize_on_alignment=PER_TOKEN)
 def combine_kernel(
     logits, ref, tokens, sums_ptr, stats_ptr, terms_ptr, count, length, vocabulary, rows, transform, objective,
-    WORK: tl.constexpr, KIND: tl.constexpr, SPLITS: tl.constexpr,
+    WORK: tl.constexpr, KIND: tl.constexpr, SPLITS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The slices of a row, in their order, to its statistics, loss and coefficients."""
     row = tl.program_id(0).to(tl.int64)
     token, flags = which_token(tokens, row, WORK)
     computed, learning = (flags & COMPUTED) != 0, (flags & LEARNING) != 0
-    target = target_column(tokens, token, vocabulary, 0, computed)
+    target = target_column(tokens, token, vocabulary, computed)
     at = sums_ptr + row * SPLITS + tl.arange(0, SPLITS)
     step = rows.to(tl.int64) * SPLITS
     lanes = Lanes(
@@ -156,8 +155,8 @@ def combine_kernel(
         tl.load(at + 5 * step),
     )
     finish_row(
-        merge_lanes(lanes, transform.kappa), row_pointer(logits, row, length, 0, False, 1),
-        row_pointer(ref, row, length, 0, False, 1), tokens, stats_ptr, terms_ptr,
+        merge_lanes(lanes, transform.kappa), row_pointer(logits, row, length, WORK, VECTOR),
+        row_pointer(ref, row, length, WORK, VECTOR), tokens, stats_ptr, terms_ptr,
         token, target, computed, learning, count, transform, objective, WORK, KIND,
     )  # fmt: skip
 
@@ -175,18 +174,13 @@ def gradient_kernel(
     coefficients = Coefficients(tl.load(at), tl.load(at + step), tl.load(at + 2 * step))
     live = has_gradient(coefficients)
     stats = load_statistics(stats_ptr, token, step, live)
-    head = columns_before(logits, row, length, vocabulary, WORK, VECTOR)
-    target = target_column(tokens, token, vocabulary, head, live)
-    columns = slice_of(part, span, vocabulary, head, WORK, VECTOR)
-    own = (target >= columns.start) & (target < columns.stop)
-    if WORK.peeled:
-        own = own | ((part == 0) & ((target < 0) | (target >= columns.tail)))
+    target = target_column(tokens, token, vocabulary, live)
+    start = part * span
     # in place, another slice's target may be overwritten by its own program at any time: it is not read
-    target = tl.where(own, target, NO_COLUMN)
+    target = tl.where((target >= start) & (target < start + span), target, -1)
     scale = row_scale(stats, coefficients, transform, live, scales_ptr, row, part == 0, WORK)
     write_slice(
-        row_pointer(logits, row, length, head, WORK.aligned or WORK.peeled, VECTOR),
-        row_pointer(ref, row, length, head, WORK.aligned or WORK.peeled, VECTOR),
-        row_pointer(grads, row, length, head, (WORK.aligned or WORK.peeled) and WORK.stored, VECTOR),
-        target, columns, live, stats, coefficients, scale, transform, WORK, LANES, VECTOR,
+        row_pointer(logits, row, length, WORK, VECTOR), row_pointer(ref, row, length, WORK, VECTOR),
+        row_pointer(grads, row, length, WORK, VECTOR), target, start, tl.minimum(start + span, vocabulary), live,
+        stats, coefficients, scale, transform, WORK, LANES, VECTOR,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .access import NO_COLUMN, block_columns, end_columns, load_block, load_ends, load_target, stop_where
+from .access import block_columns, load_block, load_target
 from .maths import power_of_two
 from .objective import Coefficients
 from .softmax import block_gradient, capped, target_gradient
@@ -33,30 +33,25 @@ def row_scale(stats, coefficients, transform, live, scales_ptr, row, stored, WOR
 
 @triton.jit
 def write_slice(
-    logits_row, ref_row, grads_row, target, columns, live, stats, coefficients, scale, transform,
+    logits_row, ref_row, grads_row, target, start, stop, live, stats, coefficients, scale, transform,
     WORK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a slice's columns, from the last block back to the first; 0 where the row has none."""
+    """The gradient of columns start to stop, from the last block back to the first; 0 where the row has none."""
     block: tl.constexpr = LANES * VECTOR
     scaled = Coefficients(coefficients.logp * scale, coefficients.entropy * scale, coefficients.kl * scale)
-    z = load_target(logits_row, tl.where(live, target, NO_COLUMN), transform, WORK)
+    z = load_target(logits_row, tl.where(live, target, -1), transform, WORK)
     ref = z
     if WORK.reference:
-        ref = load_target(ref_row, tl.where(live, target, NO_COLUMN), transform, WORK)
+        ref = load_target(ref_row, tl.where(live, target, -1), transform, WORK)
     at_target = target_gradient(z, ref, stats, scaled, transform, WORK.softcap, WORK.penalty, WORK.reference)
     if not WORK.narrowed:
         # in place, another warp may be about to overwrite the target's logit; narrowed, each block has a barrier
         tl.debug_barrier()
 
-    if WORK.peeled:
-        write_ends(
-            logits_row, ref_row, grads_row, target, at_target, columns, live, stats, scaled, transform, WORK, VECTOR
-        )
-
     # a slice may begin behind the end of its row
-    whole = tl.maximum(columns.stop - columns.start, 0) // block
-    at = columns.start + whole * block
-    end = stop_where(columns, live, WORK, VECTOR)
+    whole = tl.maximum(stop - start, 0) // block
+    at = start + whole * block
+    end = tl.where(live, stop, start)
     write_block(
         logits_row, ref_row, grads_row, at, end, target, at_target, stats, scaled, transform, WORK, True, LANES, VECTOR
     )
@@ -69,9 +64,9 @@ def write_slice(
     if WORK.clear:
         nothing = tl.zeros([LANES, VECTOR], grads_row.dtype.element_ty)
         cols = block_columns(LANES, VECTOR)
-        at = columns.start
-        for _ in range(0, tl.where(live, 0, tl.cdiv(columns.stop - columns.start, block))):
-            store_gradient(grads_row + at + cols, nothing, at + cols < columns.stop, WORK)
+        at = start
+        for _ in range(0, tl.where(live, 0, tl.cdiv(stop - start, block))):
+            tl.store(grads_row + at + cols, nothing, mask=at + cols < stop)
             at += block
 
 
@@ -93,36 +88,6 @@ def write_block(
         grads = tl.where(cols == target - at, at_target, grads)
     grads = grads.to(grads_row.dtype.element_ty)
     if LAST:
-        store_gradient(grads_row + at + cols, grads, at + cols < stop, WORK)
+        tl.store(grads_row + at + cols, grads, mask=at + cols < stop)
     else:
-        store_gradient(grads_row + at + cols, grads, None, WORK)
-
-
-@triton.jit
-def write_ends(
-    logits_row, ref_row, grads_row, target, at_target, columns, live, stats, coefficients, transform,
-    WORK: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    every = end_columns(columns, 2 * VECTOR, VECTOR)
-    cols = tl.where(live, every, NO_COLUMN)
-    x = load_ends(logits_row, cols)
-    ref = x
-    if WORK.reference:
-        ref = capped(load_ends(ref_row, cols), transform, WORK.softcap)
-    # every warp has read them, and one of them writes
-    tl.debug_barrier()
-    grads = block_gradient(x, ref, stats, coefficients, transform, WORK.softcap, WORK.penalty, WORK.reference)
-    grads = tl.where(cols == target, at_target, grads)
-    if WORK.clear:
-        grads = tl.where(live, grads, 0.0)
-        cols = every
-    store_gradient(grads_row + cols, grads.to(grads_row.dtype.element_ty), cols != NO_COLUMN, WORK)
-
-
-@triton.jit
-def store_gradient(at_ptr, grads, mask, WORK: tl.constexpr):
-    """A chunk's gradients are read by products next; others leave the cache before logits that are read once more."""
-    if WORK.indexed:
-        tl.store(at_ptr, grads, mask=mask)
-    else:
-        tl.store(at_ptr, grads, mask=mask, eviction_policy="evict_first")
+        tl.store(grads_row + at + cols, grads)

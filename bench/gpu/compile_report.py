@@ -4,8 +4,8 @@
 
 The package's own launchers run under a driver that launches nothing, so that what is read is what ships. For each
 kernel: registers, spills, shared memory, occupancy, the widths of its loads and stores of logits, and, in the loops
-over a row, instructions per logit. It exits with 1 on a spill, on a load of logits narrower than 16 bytes, and
-on more instructions per logit than a case's `bounds` allow.
+over a row, instructions per logit. It exits with 1 on a spill, on a load of logits narrower than 16 bytes from an
+aligned row, and on more instructions per logit than a case's `bounds` allow.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ CASES = {
     "few rows": Case(run="split"),
     "few rows, exact KL, entropy": Case(run="split", options=PENALTIES, bounds=(27, 20, 28, 21)),
     "small vocabulary": Case(vocabulary=1_024, bounds=(13, 9, 14, 14)),
-    "odd vocabulary": Case(vocabulary=50_257),
+    "odd vocabulary": Case(vocabulary=50_257, bounds=(32, 22, 34, 34)),
     "chunk, bf16": Case(logits=F32, chunk=True, bounds=(11, 8, 13, 13)),
     "chunk, fp16": Case(logits=F32, grads=F16, chunk=True, bounds=(12, 8, 13, 9)),
     "chunk, fp32": Case(logits=F32, grads=F32, chunk=True, bounds=(18, 9, 16, 9)),
@@ -347,7 +347,7 @@ def examine(name: str, target: str, kernel: str, found: dict[str, Any]) -> Row:
     findings = []
     if found["spills"]:
         findings.append(f"{found['spills']} spills")
-    if loads and loads[0] < NARROWEST:
+    if _aligned(case) and loads and loads[0] < NARROWEST:
         findings.append(f"loads of {loads[0]} bytes")
     instructions = {}
     for loop in sorted(loops, key=lambda loop: bool(loop.stores)):
@@ -358,6 +358,11 @@ def examine(name: str, target: str, kernel: str, found: dict[str, Any]) -> Row:
         if a_logit > bound:
             findings.append(f"{a_logit} instructions per logit in the {kind} loop, more than {bound}")
     return Row(name, target, kernel, loads=loads, stores=stores, instructions=instructions, findings=findings, **found)
+
+
+def _aligned(case: Case) -> bool:
+    """Whether every row starts at a multiple of 16 bytes: chunks are laid out so, others as the vocabulary falls."""
+    return case.vocabulary * case.logits.itemsize % NARROWEST == 0
 
 
 # --- the report

@@ -53,19 +53,15 @@ def flags(kernel: str) -> dict[str, set[str]]:
     """The values that matter of each thing a kernel of rows is compiled for."""
     both = {"True", "False"}
     work = {
-        "row_kernel": "aligned peeled stored softcap reference penalty indexed clear narrowed rescaled",
-        "slice_kernel": "aligned peeled softcap reference indexed",
+        "row_kernel": "aligned softcap reference penalty indexed clear narrowed rescaled",
+        "slice_kernel": "aligned softcap reference indexed",
         "combine_kernel": "softcap reference indexed",
-        "gradient_kernel": "aligned peeled stored softcap reference penalty indexed clear rescaled",
+        "gradient_kernel": "aligned softcap reference penalty indexed clear rescaled",
     }[kernel]
     wanted = {f"WORK.{name}": both for name in work.split()}
     if kernel != "row_kernel":
         return wanted | ({"SPLITS": {"4"}})
-    return wanted | {
-        "logits": {"*fp32", "*bf16"},
-        "grads": {"*fp32", "*fp16", "*bf16"},
-        "VECTOR": {"1", "4", "8"},
-    }
+    return wanted | {"logits": {"*fp32"}, "grads": {"*fp32", "*fp16", "*bf16"}, "VECTOR": {"4", "8"}}
 
 
 def test_the_kernels_tests_pass_as_machine_code_and_reach_every_kernel_and_flag(

@@ -15,9 +15,8 @@ The model
 - A register is an array with one value a thread, or a single value where all threads have the same.
 - Global memory is the storage of the tensors that were passed, and nothing else: an access outside of them, or not
   aligned to its own size, is an error. So is a read of shared memory that nobody wrote.
-- `bar.sync` (and `bar.warp.sync` in a program of one warp) lets a program go on once all its threads have come to the
-  same one. Threads that wait at different barriers, or have left, are an error, and so is a shuffle that not all of a
-  warp take part in.
+- `bar.sync` lets a program go on once all its threads have come to the same one. Threads that wait at different
+  barriers, or have left, are an error, and so is a shuffle that not all of a warp take part in.
 - Two threads that touch the same byte, one of them writing, without a barrier between them are a race, in shared and
   in global memory; so are two programs of a launch that touch the same byte of global memory. Threads of one warp may
   store the same value at the same place in one instruction.

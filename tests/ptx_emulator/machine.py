@@ -51,11 +51,7 @@ class Code:
             for at, instruction in enumerate(program.code)
         ]
         sizes = {
-            space: [
-                _bytes_of(i)
-                for i in program.code
-                if i.name[0] in ("ld", "st", "ldmatrix", "stmatrix") and space in i.name
-            ]
+            space: [_bytes_of(i) for i in program.code if i.name[0] in ("ld", "st", "ldmatrix") and space in i.name]
             for space in ("global", "shared")
         }
         self.grains = {space: min(found, default=1) for space, found in sizes.items()}
@@ -81,24 +77,12 @@ class Code:
         name = instruction.name
         if name[0] in ("ld", "st") and name[1] != "param":
             return self._access(at, instruction)
-        if name[0] in ("ldmatrix", "stmatrix"):
-            return self._matrices(at, instruction)
+        if name[0] == "ldmatrix":
+            return self._load_matrix(at, instruction)
         if name[-1] == "pred" and name[0] in _LOGIC:
             return self._logic(instruction)
-        special = {
-            "mov": self._move,
-            "ld": self._load_parameter,
-            "shfl": self._shuffle,
-            "createpolicy": self._policy,
-        }.get(name[0])
+        special = {"mov": self._move, "ld": self._load_parameter, "shfl": self._shuffle}.get(name[0])
         return special(instruction) if special else self._compute(instruction)
-
-    def _policy(self, instruction: Instruction) -> Step:
-        """What a cache should keep: any number, as there is no cache."""
-        known = [("createpolicy", "fractional", f"L2::evict_{which}", "b64") for which in ("first", "last")]
-        if instruction.name not in known:
-            raise UnknownInstructionError(instruction.text)
-        return lambda machine, lanes: machine.write(instruction.operands[0], np.zeros(1, np.uint64), lanes)
 
     def _compute(self, instruction: Instruction) -> Step:
         """What the table of instructions has."""
@@ -200,13 +184,11 @@ class Code:
         """ld and st of global and shared memory."""
         name = instruction.name
         space, *modifiers = name[1:-1]
-        known = ("v2", "v4", "v8", "L1::evict_first", "L1::evict_last", "L2::cache_hint", "nc")
+        known = ("v2", "v4", "v8", "L1::evict_first", "L1::evict_last", "nc")
         if space not in ("global", "shared") or any(m not in known for m in modifiers):
             raise UnknownInstructionError(instruction.text)
         bits, loads = bits_of(name[-1]), name[0] == "ld"
-        # the last operand of a hint is its policy: there is no cache
-        operands = instruction.operands[: -1 if "L2::cache_hint" in modifiers else None]
-        registers, address = operands if loads else reversed(operands)
+        registers, address = instruction.operands if loads else reversed(instruction.operands)
         names = _registers(registers)
         if len(names) != max([int(m[1:]) for m in modifiers if m[0] == "v"], default=1):
             raise UnknownInstructionError(instruction.text)
@@ -242,55 +224,31 @@ class Code:
 
         return step
 
-    def _matrices(self, at: int, instruction: Instruction) -> Step:
-        """Matrices of 8 rows of 16 bytes, loaded or stored: 8 threads name the rows of one, and each thread of the warp
-        has 4 bytes."""
-        loads = instruction.name[0] == "ldmatrix"
-        registers, address = instruction.operands if loads else reversed(instruction.operands)
-        targets = _registers(registers)
-        values = [self._source(text, "b32") for text in targets] if not loads else []
+    def _load_matrix(self, at: int, instruction: Instruction) -> Step:
+        """Matrices of 8 rows of 16 bytes: 8 threads name the rows of one, and each thread of the warp gets 4 bytes."""
+        targets = _registers(instruction.operands[0])
         count = {"x1": 1, "x2": 2, "x4": 4}.get(instruction.name[4])
-        turned = "trans" in instruction.name
-        known = ("sync", "aligned", "m8n8", f"x{count}", *(("trans",) if turned and loads else ()), "shared", "b16")
+        known = ("sync", "aligned", "m8n8", f"x{count}", "shared", "b16")
         if instruction.name[1:] != known or len(targets) != count:
             raise UnknownInstructionError(instruction.text)
-        where = self._address(address)
+        where = self._address(instruction.operands[1])
 
         def step(machine: Machine, lanes: Array | None) -> None:
             machine.require_whole_warps(lanes)
             active = machine.lanes if lanes is None else np.flatnonzero(lanes)
             rows, lane = machine.spread(where(machine)), active % WARP
             for number, target in enumerate(targets):
-                if turned:
-                    machine.write(target, self._column(machine, rows, active, number, at), lanes)
-                    continue
                 named = rows[active - lane + 8 * number + lane // 4]
                 if (named % 16).any():
                     raise MemoryAccessError("a row of a matrix is not aligned to 16 bytes")
                 placed = machine.shared.placed(named + lane % 4 * 4, active, 4)
-                machine.shared.note(Access(placed, active, 4, not loads, machine.phases.copy(), at))
-                if not loads:
-                    machine.shared.mark(placed, 4)
-                    machine.shared.store(placed, 32, [machine.spread(values[number](machine))[active]])
-                    continue
                 machine.shared.require(placed, 4)
+                machine.shared.note(Access(placed, active, 4, False, machine.phases.copy(), at))
                 full = np.zeros(len(machine.lanes), np.uint32)
                 full[active] = machine.shared.load(placed, 32, 1)[0]
                 machine.write(target, full, lanes)
 
         return step
-
-    @staticmethod
-    def _column(machine: Machine, rows: Array, active: Array, number: int, at: int) -> Array:
-        """Of a matrix turned around: each thread's two neighbours in a column."""
-        full, lane = np.zeros(len(machine.lanes), np.uint32), active % WARP
-        for half in (0, 1):
-            named = rows[active - lane + 8 * number + lane % 4 * 2 + half]
-            placed = machine.shared.placed(named + lane // 4 * 2, active, 2)
-            machine.shared.require(placed, 2)
-            machine.shared.note(Access(placed, active, 2, False, machine.phases.copy(), at))
-            full[active] |= machine.shared.load(placed, 16, 1)[0].astype(np.uint32) << np.uint32(16 * half)
-        return full
 
     def _address(self, text: str) -> Callable[[Machine], Array]:
         match = re.fullmatch(r"\[\s*(%\w+|global_smem)\s*(?:\+\s*(-?\w+))?\s*\]", text)
@@ -439,13 +397,7 @@ class Machine:
             return _split(lanes, active, target, at + 1)
         if name in ("ret", "exit"):
             return [Fragment(at + 1, rest)] if (rest := _without(lanes, active)) is not None else []
-        # all threads of a warp are all threads of a program that has one
-        one_warp = self.threads == WARP and (instruction.name, instruction.operands) == (
-            ("bar", "warp", "sync"),
-            ("-1",),
-        )
-        whole = instruction.name[:2] in (("bar", "sync"), ("barrier", "sync")) and instruction.operands == ("0",)
-        if not (one_warp or whole):
+        if instruction.name[:2] not in (("bar", "sync"), ("barrier", "sync")) or instruction.operands != ("0",):
             raise UnknownInstructionError(instruction.text)
         if active is not lanes:
             raise BarrierError(f"{instruction.text!r} under a condition that not all threads meet")
@@ -498,9 +450,7 @@ def _split(lanes: Array | None, jump: Array | None, target: int, following: int)
 
 def _bytes_of(access: Instruction) -> int:
     """The smallest piece of memory that it treats as one."""
-    if "trans" in access.name:
-        return 2
-    return 4 if access.name[0].endswith("matrix") else bits_of(access.name[-1]) // 8
+    return 4 if access.name[0] == "ldmatrix" else bits_of(access.name[-1]) // 8
 
 
 def _registers(text: str) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prefixloss._kernels import launch, rows, tune
 from prefixloss._kernels.objective import ObjectiveKind, Options
-from prefixloss._kernels.problem import STATS, TERMS, Problem, Tokens, Work, starts
+from prefixloss._kernels.problem import STATS, TERMS, Problem, Tokens, Work
 from prefixloss._kernels.softmax import LogitScaling
 from prefixloss.config import LossConfig
 from prefixloss.maths.softmax import Coefficients, RowStats, live_rows, transform_of
@@ -69,13 +69,13 @@ def problem_of(
     ref = ref if config.exact_kl else None
     dtypes = (logits.dtype, grads) if ref is None else (logits.dtype, ref.dtype, grads)
     vector = launch.vector_of(*dtypes)
-    aligned, peeled = starts(vector, logits.shape[-1], [x for x in (logits, ref) if x is not None])
-    # which column is summed in which lane would depend on where in the batch the row lies
-    peeled = peeled and (aligned or config.chunk_tokens is None)
+    strides = [stride for x in (logits, ref) if x is not None for stride in x.stride()[:-1]]
+    if not work.get("indexed"):
+        strides.append(logits.shape[-1])  # rows of a new gradient, whatever lies between those of the logits
+    aligned = all(stride % vector == 0 for stride in strides)
     penalty = config.entropy_coef != 0 or (config.exact_kl and config.penalises_kl)
     given: dict[str, Any] = {
         "aligned": aligned,
-        "peeled": peeled,
         "softcap": config.softcap is not None,
         "reference": ref is not None,
         "penalty": penalty,
@@ -88,7 +88,7 @@ def problem_of(
         options,
         Work(**{**given, **work}),
         kind,
-        launch.launch_for(logits.shape[-1], *dtypes, heavy=ref is not None, aligned=aligned or peeled),
+        launch.launch_for(logits.shape[-1], *dtypes, heavy=ref is not None, aligned=aligned),
     )
     return replace(problem, launch=tune.best_launch(problem, grads)) if tune.wanted() else problem
 
