@@ -15,7 +15,7 @@ import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "results" not in page.parts)
-BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 RESPONSES = [
     {"problem": "What is 2 * 3 + 4?", "response": "Step 1: 2 * 3 = 6\nStep 2: 6 + 4 = 11", "answer": "10"},
     {"problem": "What is 2 * 3 + 4?", "response": "Step 1: 2 * 3 = 6\nStep 2: 6 + 4 = 10", "answer": "10"},
