@@ -282,10 +282,14 @@ class LossConfig:
         return self.stats == "scored"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # under compilation it is tried while the graph is made
 def _traits_of(options: str, device: str, dtype: str, *recorded: bool) -> tuple[bool, bool]:
     by_response, silent = _tried(options, device, dtype, recorded)
     return by_response, silent
+
+
+# under compilation it is tried while the graph is made: what torch.compiler.assume_constant_result says of a function,
+# which would import the compiler, two seconds, with the package
+_traits_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)
