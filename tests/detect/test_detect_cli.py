@@ -526,9 +526,9 @@ def test_eval_compares_detectors_and_sources(tmp_path: Path) -> None:
 
 
 def test_eval_takes_a_threshold(tmp_path: Path) -> None:
-    """The find has a confidence of 0.9."""
+    """The find has a confidence of 0.94."""
     path, figures = written(tmp_path / "x.jsonl", WRONG_AT_1 | {"first_error": 1}), tmp_path / "f.json"
-    for threshold, exact in ((0.9, 1), (0.91, 0)):
+    for threshold, exact in ((0.94, 1), (0.95, 0)):
         options = ("--format", "labelled", "--threshold", threshold, "--json", figures)
         assert invoke("eval", path, *options).exit_code == 0
         got = json.loads(figures.read_text())

@@ -100,6 +100,7 @@ class _Response:
         self.strict_numbers = strict_numbers
         self.declared = declared("\n".join((problem, *steps)))
         self.task = Task.of(problem, self.declared)
+        self.bare = self.task.expression is not None and not any(map(str.isalpha, problem))
         self.names = Names(self.task.equations)
         self.known = {*self.task.numbers, *_COMMON}  # numbers that have an origin
         self.steps = len(steps)
@@ -347,7 +348,7 @@ class _Response:
 
     def found(self, step: int, reason: str, kind: Kind) -> FirstError:
         unsure = any(earlier < step for earlier in self.unread)
-        return FirstError(step, reason, confidence(kind, unsure, self.task.expression is not None))
+        return FirstError(step, reason, confidence(kind, unsure, self.bare))
 
     def judge(self, right: str | None) -> FirstError:
         """The first error where no claim is false. right: the right answer, where it is known.

@@ -184,7 +184,7 @@ class _Runs:
             values[0].places if single else None,
             tuple(parser.units),
             any(lexeme.worded for lexeme in inside),
-            self.kind(start - 1) in (*_BESIDE, "close") or self.kind(end) in (*_BESIDE, "open") or self._qualified(end),
+            self.kind(start - 1) in _BESIDE or self.kind(end) in (*_BESIDE, "open") or self._qualified(end),
         ), end
 
     def _qualified(self, place: int) -> bool:
