@@ -111,6 +111,7 @@ def test_every_test_of_kernels_and_back_end_passes_as_machine_code(
     emulated(record_property, tmp_path, "--noise", noise, f"tests/{file}.py")
 
 
+@pytest.mark.slow
 def test_every_barrier_mask_and_address_matters_and_its_loss_is_noticed(record_property: Any) -> None:
     environment = compiling()
     program = Path(__file__).parents[1] / "ptx_mutants.py"

@@ -118,6 +118,7 @@ def updates_of(path: Path) -> list[int]:
     return [json.loads(line)["update"] for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_on_two_processes_writes_once_and_goes_on_on_one(tmp_path: Path) -> None:
     path = tmp_path / "run"
     done = run(2, *flags(updates=2, out=path))

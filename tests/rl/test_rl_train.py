@@ -550,6 +550,7 @@ def test_a_run_with_a_teacher_of_its_own_kind(whole, tmp_path):
     assert "divergence" not in json.loads((whole / "metrics.jsonl").read_text().splitlines()[1])
 
 
+@pytest.mark.slow
 def test_a_teacher_with_other_tokens_is_refused(whole, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(whole / "policy", other)
