@@ -25,10 +25,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from prefixloss.detect.base import BatchDetector, FirstError
+from prefixloss.detect.base import FirstError
 from prefixloss.detect.cost import spend
-from prefixloss.detect.models.batches import failed, judged, readable
-from prefixloss.detect.models.reading import Marked, Reader, device_of, most_tokens, padded
+from prefixloss.detect.models.batches import Judging, ModelDetector
+from prefixloss.detect.models.loading import whole
+from prefixloss.detect.models.reading import Marked, Reader, most_tokens, padded
 
 _TASK = """\
 Below are a problem and a solution to it in steps. Behind each step stands its mark: + if the step is right, - if it \
@@ -43,7 +44,7 @@ _LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Logits(BatchDetector):
+class Logits(ModelDetector):
     """No training, no labels, no right answers: any causal LM of `transformers`, as good a judge as it is a reader.
 
     model: a local directory, or the name of a model to fetch from the hub. Loaded at the first use, once a process;
@@ -61,43 +62,10 @@ class Logits(BatchDetector):
     trust_remote_code: bool = False
     seconds: float = field(default=math.inf, kw_only=True)
 
-    def __post_init__(self) -> None:
-        if not self.model:
-            raise ValueError("model: got '', expected a directory or the name of a model")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: got {self.batch_size}, expected at least 1")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens: got {self.max_tokens}, expected at least 1")
-
-    def load(self) -> None:
-        """Loads the model; ValueError if its tokenizer has no token for the marks."""
-        self._loaded()
-
-    def find(self, problem: str, steps: Sequence[str], answer: str | None) -> FirstError:
-        self.load()
-        return super().find(problem, steps, answer)
-
-    def detect_batch(
-        self,
-        problems: Sequence[str],
-        steps: Sequence[Sequence[str]],
-        answers: Sequence[str | None] | None = None,
-    ) -> list[FirstError]:
-        """One result a response, in order. There is no time limit a response; the right answers are not used."""
-        try:
-            loaded = self._loaded()
-        except Exception as error:
-            return [failed(error)] * len(problems)
-        most = min(self.max_tokens or loaded.most_tokens, loaded.most_tokens)
-        inputs = [
-            readable(response, partial(loaded.read, problem, response, self.system), most)
-            for problem, response in zip(problems, steps, strict=True)
-        ]
-        return judged(inputs, self.batch_size, loaded.right, best)
-
-    def _loaded(self) -> _Loaded:
+    def _judging(self) -> Judging:
         with _LOADING:  # threads that start together load once
-            return _load(self.model, self.device, self.dtype, self.trust_remote_code)
+            loaded = _load(self.model, self.device, self.dtype, self.trust_remote_code)
+        return Judging(partial(loaded.read, system=self.system), loaded.most_tokens, loaded.right, best)
 
 
 def best(right: Sequence[float]) -> FirstError:
@@ -154,12 +122,7 @@ def _load(name: str, device: str, dtype: str, trust_remote_code: bool) -> _Loade
 
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     plus, minus = _signs(Reader(tokenizer), name)
-    options = {"trust_remote_code": True} if trust_remote_code else {}
-    model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
-    if report["missing_keys"]:  # a head made up at random would still say something
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ValueError(f"model: {name} is no causal language model: it has no {missing}")
-    model = model.to(device_of(device)).eval()
+    model = whole(AutoModelForCausalLM, name, "causal language model", device, dtype, trust_remote_code)
     return _Loaded(model, tokenizer, plus, minus, most_tokens(model.config, tokenizer))
 
 

@@ -13,16 +13,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from prefixloss.detect.base import BatchDetector, FirstError
 from prefixloss.detect.cost import spend
-from prefixloss.detect.models.batches import failed, first_below, judged, readable
-from prefixloss.detect.models.reading import Marked, Reader, device_of, most_tokens, padded
+from prefixloss.detect.models.batches import Judging, ModelDetector, check_marks, first_below
+from prefixloss.detect.models.loading import whole
+from prefixloss.detect.models.reading import Marked, Reader, most_tokens, padded
 
 _LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
-class PRM(BatchDetector):
+class PRM(ModelDetector):
     """A token classifier of `transformers` in the form of Qwen2.5-Math-PRM. A step's reward is the probability of the
     positive label at the separator behind it; confidence is 1 - reward for an error, else the lowest reward.
 
@@ -54,55 +54,22 @@ class PRM(BatchDetector):
     seconds: float = field(default=math.inf, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not self.model:
-            raise ValueError("model: got '', expected a directory or the name of a model")
-        if not self.separator:
-            raise ValueError("separator: got '', expected one token")
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold: got {self.threshold}, expected 0 < threshold <= 1")
-        if self.positive_label < 0:
-            raise ValueError(f"positive_label: got {self.positive_label}, expected a label's index")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: got {self.batch_size}, expected at least 1")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens: got {self.max_tokens}, expected at least 1")
+        super().__post_init__()
+        check_marks(self.separator, self.threshold, self.positive_label)
 
-    def load(self) -> None:
-        """Loads the model and checks the settings against it. ValueError names the setting that does not fit."""
-        self._loaded()
-
-    def find(self, problem: str, steps: Sequence[str], answer: str | None) -> FirstError:
-        self.load()
-        return super().find(problem, steps, answer)
-
-    def detect_batch(
-        self,
-        problems: Sequence[str],
-        steps: Sequence[Sequence[str]],
-        answers: Sequence[str | None] | None = None,
-    ) -> list[FirstError]:
-        """One result a response, in order. There is no time limit a response; the right answers are not used."""
-        try:
-            loaded = self._loaded()
-        except Exception as error:
-            return [failed(error)] * len(problems)
-        most = min(self.max_tokens or loaded.most_tokens, loaded.most_tokens)
-        inputs = [
-            readable(response, partial(loaded.read, problem, response, self.separator, self.system), most)
-            for problem, response in zip(problems, steps, strict=True)
-        ]
-        threshold = loaded.threshold if self.threshold is None else self.threshold
-        rewards = partial(loaded.rewards, label=self.positive_label)
-        return judged(inputs, self.batch_size, rewards, partial(first_below, threshold=threshold))
-
-    def _loaded(self) -> _Loaded:
+    def _judging(self) -> Judging:
         with _LOADING:  # threads that start together load once
             loaded = _load(self.model, self.device, self.dtype, self.trust_remote_code)
         if len(loaded.reader.known(self.separator)) != 1:
             raise ValueError(f"separator: got {self.separator!r}, expected one token of the tokenizer of {self.model}")
         if self.positive_label >= loaded.labels:
             raise ValueError(f"positive_label: got {self.positive_label}, the model has {loaded.labels} labels")
-        return loaded
+        return Judging(
+            partial(loaded.read, separator=self.separator, system=self.system),
+            loaded.most_tokens,
+            partial(loaded.rewards, label=self.positive_label),
+            partial(first_below, threshold=loaded.threshold if self.threshold is None else self.threshold),
+        )
 
 
 class _Loaded(NamedTuple):
@@ -141,12 +108,8 @@ def _load(name: str, device: str, dtype: str, trust_remote_code: bool) -> _Loade
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     kind = _model_class(config, trust_remote_code)
-    options = {"trust_remote_code": True} if trust_remote_code else {}
-    model, report = kind.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **options)
-    if report["missing_keys"]:  # a head made up at random would still give rewards
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ValueError(f"model: {name} is no token classifier: it has no {missing}")
-    return _Loaded(model.to(device_of(device)).eval(), tokenizer, config.num_labels, most_tokens(config, tokenizer))
+    model = whole(kind, name, "token classifier", device, dtype, trust_remote_code, config=config)
+    return _Loaded(model, tokenizer, config.num_labels, most_tokens(config, tokenizer))
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> Any:

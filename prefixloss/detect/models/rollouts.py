@@ -17,7 +17,7 @@ from prefixloss.detect.cost import spend
 from prefixloss.detect.maths.answers import states
 from prefixloss.detect.models.batches import failed
 from prefixloss.detect.models.endpoint import Endpoint, check_server, opened, run, tokens_used, why_not
-from prefixloss.detect.models.reading import device_of
+from prefixloss.detect.models.loading import whole
 from prefixloss.detect.models.sampling import Sampler
 from prefixloss.detect.models.search import Ask, Counts, Prefix, prefix_of, search
 from prefixloss.steps import INSTRUCTION
@@ -200,13 +200,8 @@ def sampler_of(
 def _load(name: str, device: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
-    options = {"trust_remote_code": True} if trust_remote_code else {}
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
-    if report["missing_keys"]:  # a head made up at random would still go on
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ValueError(f"model: {name} is no causal language model: it has no {missing}")
-    return model.to(device_of(device)).eval(), tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return whole(AutoModelForCausalLM, name, "causal language model", device, dtype, trust_remote_code), tokenizer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from prefixloss.detect.base import BatchDetector, FirstError
 from prefixloss.detect.cost import spend
-from prefixloss.detect.models.batches import failed, first_below, readable
+from prefixloss.detect.models.batches import by_length, check_marks, failed, first_below, readable
 from prefixloss.detect.models.endpoint import (
     Endpoint,
     SilentError,
@@ -58,12 +58,7 @@ class ServedPRM(BatchDetector):
 
     def __post_init__(self) -> None:
         check_server(self, "batch_size", "tries", "concurrency")
-        if not self.separator:
-            raise ValueError("separator: got '', expected one token")
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold: got {self.threshold}, expected 0 < threshold <= 1")
-        if self.positive_label < 0:
-            raise ValueError(f"positive_label: got {self.positive_label}, expected a label's index")
+        check_marks(self.separator, self.threshold, self.positive_label)
 
     def detect_batch(
         self,
@@ -111,14 +106,11 @@ class ServedPRM(BatchDetector):
 
     async def _judged(self, endpoint: Endpoint, model: str, inputs: Sequence[Marked | FirstError]) -> list[FirstError]:
         gate = asyncio.Semaphore(self.concurrency)
-        results = {i: one for i, one in enumerate(inputs) if isinstance(one, FirstError)}
-        marked = {i: one for i, one in enumerate(inputs) if isinstance(one, Marked)}
-        order = sorted(marked, key=lambda i: len(marked[i].ids))
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        results, batches = by_length(inputs, self.batch_size)
 
-        async def judge(batch: list[int]) -> None:
+        async def judge(batch: dict[int, Marked]) -> None:
             async with gate:
-                found = await self._batch(endpoint, model, [marked[i] for i in batch])
+                found = await self._batch(endpoint, model, list(batch.values()))
             results.update(zip(batch, found, strict=True))
 
         await asyncio.gather(*map(judge, batches))
