@@ -127,20 +127,15 @@ def gmpo_holds(a: Tensor, ratio: Tensor, *, clip_low: float, clip_high: float) -
 
 
 def vespo(
-    logp: Tensor,
-    given: View,
-    log_weight: Tensor | None = None,
-    *,
-    vespo_positive: tuple[float, float],
-    vespo_other: tuple[float, float],
+    logp: Tensor, given: View, *, vespo_positive: tuple[float, float], vespo_other: tuple[float, float]
 ) -> Tensor:
     """-sg(phi(w)) A logp, phi(w) = exp(lambda) w^k exp(-lambda w), w the product of the response's ratios: VESPO
     (2602.10693). k and lambda are one pair for A >= 0, another for A < 0. As in TRL each log rho is held within 20, and
-    log w between log 1e-8 and 20. log_weight: what to add to log w, a number a response.
+    log w between log 1e-8 and 20.
     """
     a = given.advantages
     log_w = given.response.sum(log_ratio(logp, given).detach().clamp(-20, 20))
-    log_w = (log_w if log_weight is None else log_w + log_weight).clamp(math.log(1e-8), 20)
+    log_w = log_w.clamp(math.log(1e-8), 20)
     k, decay = (torch.where(a >= 0, a.new_full((), x), y) for x, y in zip(vespo_positive, vespo_other, strict=True))
     return -torch.exp(decay + k * log_w - decay * torch.exp(log_w)) * a * logp
 
