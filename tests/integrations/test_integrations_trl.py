@@ -304,6 +304,12 @@ def test_a_trainer_runs_the_same_under_the_patch(make, tmp_path, monkeypatch):
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
 
 
+def skip_luspo(loss_type):
+    """TRL 1.9's counts padding, and is refused."""
+    if loss_type == "luspo" and trl.__version__.startswith("1.9."):
+        pytest.skip("another loss in this TRL")
+
+
 def micro_batch(trainer, seed=0, per_token=True):
     """A micro-batch as TRL hands it to its loss: left-padded prompts, right-padded completions, one without a token."""
     g = torch.Generator().manual_seed(seed)
@@ -378,6 +384,7 @@ def test_absolute_positions_are_those_of_generation(fused, tmp_path, monkeypatch
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_the_fused_loss_has_trls_value_gradient_and_metrics(loss_type, beta, tmp_path, monkeypatch):
     """Also from the scored rows alone, which is what TRL hands over where it has Triton."""
+    skip_luspo(loss_type)
     high = {"epsilon_high": 1.3} if loss_type == "cispo" else {}
     trainer = grpo(
         tmp_path, PrefixGRPOTrainer, extra={"fused_loss": True}, loss_type=loss_type, beta=beta,
@@ -421,6 +428,7 @@ OF_MORE_THAN_A_TOKEN = [
 @pytest.mark.parametrize("options", OF_MORE_THAN_A_TOKEN, ids=str)
 def test_losses_of_more_than_a_token_have_trls_value_gradient_and_metrics(options, per_token, tmp_path, monkeypatch):
     """TRL makes them, from our log-probs and entropies; with vLLM's correction and without."""
+    skip_luspo(options.get("loss_type"))
     if missing := options.keys() - GRPOConfig.__dataclass_fields__.keys():
         pytest.skip(f"this TRL has no {', '.join(sorted(missing))}")
     trainer = grpo(
@@ -454,7 +462,7 @@ def test_losses_of_more_than_a_token_have_trls_value_gradient_and_metrics(option
 
 def test_what_a_head_makes_in_one_pass_is_not_left_to_trl(tmp_path, monkeypatch):
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", None)
-    for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo"):
+    for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"):
         options = {"loss_type": loss_type, "epsilon_high": 1.3, "beta": 0.1}
         trainer = grpo(tmp_path, PrefixGRPOTrainer, extra={"fused_loss": True}, **options)
         inputs = micro_batch(trainer)

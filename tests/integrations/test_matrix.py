@@ -221,10 +221,13 @@ def test_other_trainers_are_refused_by_version_before_they_are_imported(package,
         function()
 
 
-def test_a_loss_that_was_another_one_is_known(monkeypatch):
-    for version, losses in (("1.10.0", []), ("1.9.2", ["luspo"])):
-        monkeypatch.setattr(metadata, "version", lambda _, found=version: found)
-        assert [x for x in ("grpo", "luspo") if versions.averages_over_padding(x)] == losses
+def test_a_loss_that_was_another_one_is_refused(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda _: "1.10.0")
+    versions.refuse_losses("luspo")
+    monkeypatch.setattr(metadata, "version", lambda _: "1.9.2")
+    versions.refuse_losses("grpo")
+    with pytest.raises(ValueError, match=r'^loss_type: got "luspo", which TRL 1\.9 averages'):
+        versions.refuse_losses("luspo")
 
 
 # ---- the head that older trainers are given ----------------------------------------------------------------

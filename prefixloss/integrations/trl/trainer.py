@@ -19,7 +19,7 @@ from prefixloss.integrations.models.positions import position_ids, takes_positio
 from prefixloss.integrations.token_loss import ESTIMATORS
 from prefixloss.integrations.trl.head import per_token_logps
 from prefixloss.integrations.trl.logps import FusedLoss, LogProbs, add_fused_loss, scored_by
-from prefixloss.integrations.trl.versions import averages_over_padding, check_version, has_fused_head
+from prefixloss.integrations.trl.versions import check_version, has_fused_head, refuse_losses
 from prefixloss.maths.objective import clipped
 from prefixloss.steps import SEGMENTERS, Segmenter, step_tokens
 
@@ -118,6 +118,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self.answer, self.stats, self.backend = answer, stats, backend
         self.fused_loss = fused_loss
         if fused_loss:
+            refuse_losses(self.loss_type)
             self._one_pass = _one_pass_config(self)
             add_fused_loss(self.model.get_base_model() if is_peft_model(self.model) else self.model)
 
@@ -401,7 +402,6 @@ def _one_pass_config(trainer: Any) -> LossConfig | None:
     )
     no_equal = (
         trainer.loss_type not in _REDUCTIONS
-        or averages_over_padding(trainer.loss_type)
         or (objective == "cispo" and trainer.epsilon_high < 1)
         # TRL's clip then has a bound below it
         or (objective == "clip" and args.delta is not None and args.delta < 1 + trainer.epsilon_high)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from prefixloss import check
 from prefixloss.integrations import installed
 
 FIRST = {"trl": "1.9", "transformers": "4.57"}
@@ -72,9 +73,12 @@ def refuse(got: str) -> NoReturn:
     raise ImportError(f"trl: got {installed.version('trl')} with {got}, expected what 1.9 to 1.16 have")
 
 
-def averages_over_padding(loss_type: str) -> bool:
-    """Whether this loss of the installed TRL counts padding, which it does not in later versions."""
-    return loss_type == "luspo" and installed.older("trl", "1.10")
+def refuse_losses(loss_type: str) -> None:
+    """ValueError for a loss of the installed TRL that is another one than in later versions."""
+    if loss_type == "luspo" and installed.older("trl", "1.10"):
+        check.fail(
+            "loss_type", '"luspo", which TRL 1.9 averages over padding too', "TRL from 1.10 on, or fused_loss=False"
+        )
 
 
 def has_fused_head() -> bool:
