@@ -42,9 +42,14 @@ def logit_loss(asked: LogitLoss) -> tuple[Tensor, TokenValues]:
 def head_statistics(asked: HeadStatistics) -> Statistics:
     """See `prefixloss.backends.problem.Backend`."""
     dtype, rows = accumulation_dtype(asked.head.hidden, asked.head.weight), asked.wanted.nonzero().squeeze(1)
-    scores = distribution_scores(asked.config, linear_logits(asked.head, rows, dtype))
-    made = log_probs(scores, asked.tokens[rows]), entropies(scores)
-    logp, entropy = (x.new_zeros(len(asked.tokens)).index_copy(0, rows, x) for x in made)
+    return statistics(asked.config, linear_logits(asked.head, rows, dtype), asked.tokens, rows)
+
+
+def statistics(config: LossConfig, logits: Tensor, tokens: Tensor, rows: Tensor) -> Statistics:
+    """From the logits [n, V] of the tokens `rows` [n] out of `tokens` [N]."""
+    scores = distribution_scores(config, logits)
+    made = log_probs(scores, tokens[rows]), entropies(scores)
+    logp, entropy = (x.new_zeros(len(tokens)).index_copy(0, rows, x) for x in made)
     return Statistics(logp, entropy, None)
 
 
