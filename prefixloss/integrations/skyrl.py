@@ -102,7 +102,7 @@ def advantage_estimator(
     `generator.step_wise_trajectories` is not for this: SkyRL gives every step the credit of the last one's positions.
     """
     options = dict(options or {})
-    if estimator == "neutral_prefix":
+    if estimator == "neutral_prefix" and options.get("of", "grpo") == "grpo":
         options.setdefault("std", grpo_norm_by_std)
     spread = token_advantages(token_level_rewards.sum(-1), response_mask.bool().sum(-1), index, estimator, **options)
     of_token = spread.per_token(response_mask, response_mask)

@@ -134,7 +134,7 @@ def advantage_estimator(
     of its own, off unless set, and cliff has none.
     """
     options = dict((config.get(estimator) if config is not None else None) or {})
-    if estimator == "neutral_prefix" and config is not None:
+    if estimator == "neutral_prefix" and options.get("of", "grpo") == "grpo" and config is not None:
         options.setdefault("std", config.get("norm_adv_by_std_in_grpo", True))
     scores = _in_scored_tokens(token_level_rewards, response_mask.bool())
     spread = token_advantages(scores, response_mask.bool().sum(-1), index, estimator, **options)

@@ -161,6 +161,10 @@ PLAIN: dict[str, Callable[[advantages.Outcome], Any]] = {
     ),
     "rts": lambda o: advantages.rts(o.correct, o.right_steps, o.total_steps, o.group_ids),
     "mixed": lambda o: advantages.mixed(o.correct.float(), o.right_steps / o.total_steps, o.group_ids),
+    "rloo": lambda o: advantages.rloo(o.correct.float(), o.group_ids),
+    "opo": lambda o: advantages.opo(o.correct.float(), o.lengths, o.group_ids),
+    "reinforce++": lambda o: advantages.reinforce_pp(o.correct.float(), o.lengths),
+    "reinforce++-baseline": lambda o: advantages.reinforce_pp_baseline(o.correct.float(), o.lengths, o.group_ids),
 }
 
 
