@@ -107,8 +107,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ratio_level": _one_of(get_args(RatioLevel)),
     "sampler_correction": _or_none(_one_of(corrections.BY_NAME), " | "),
     "sampler_bounds": _pair(0, above=False, ordered=True),
+    "sampler_missing": _or_none((lambda v: check.is_whole(v) and v <= 1, "0 or 1")),
+    "off_policy_mask_threshold": _or_none(_number(0)),
     "kl": _or_none(_one_of(kl.BY_NAME, kl.FULL), " | "),
     "kl_coef": _any_number,
+    "kl_clamp": _or_none(_number(0, above=True)),
     "kl_importance": _flag,
     "entropy_coef": _any_number,
     "reduction": _one_of(reductions.BY_NAME),
@@ -146,12 +149,19 @@ class LossConfig:
         divergence_cap: of "dppo-tv" and "dppo-kl".
         ratio_level: "token", or "sequence" for GSPO in its token form.
         sampler_correction: weights the policy term by q = exp(old_logp - sampler_logp): "tis" caps q at
-            sampler_bounds[1], "icepop" drops tokens whose q lies outside sampler_bounds
-            (`prefixloss.maths.corrections`).
+            sampler_bounds[1], "token_truncate" holds it within both sampler_bounds, "icepop" drops tokens whose q lies
+            outside them; "sequence_truncate" and "sequence_mask" do these two with one q a response, the product of its
+            tokens', "geometric_truncate" and "geometric_mask" with their geometric mean
+            (`prefixloss.maths.corrections`). TRL's default is "sequence_mask" with bounds (0, 3).
+        sampler_missing: for a sampler log-prob that is NaN: 1 counts it as q = 1, as TRL does, 0 drops the token (and
+            counts q = 1 in its response's). None: an error.
+        off_policy_mask_threshold: DeepSeek-V3.2's mask (and TRL's name): a token with A < 0 has no policy term where
+            its response's mean of sampler_logp (old_logp without it) - logp is above this.
     Penalties:
         kl, kl_coef: the estimator of KL(policy || reference), "k1", "k2" or "k3" (`prefixloss.maths.kl`), and its
             weight. "k1" has zero expected gradient on policy,
             so as a loss term it only adds noise; "full" is the exact sum over the vocabulary.
+        kl_clamp: ref_logp - logp is held within [-kl_clamp, kl_clamp] in "k1", "k2" and "k3"; beyond, no gradient.
         kl_importance: multiply the KL term by rho (before any cap); the gradient flows through both. With ratio_level
             "sequence" rho is the token form here as everywhere: its value is the response's, and its gradient is each
             token's own, rho k d logp. TRL and Liger go through the mean there, which hands a token the mean of the
@@ -191,8 +201,11 @@ class LossConfig:
     ratio_level: RatioLevel = "token"
     sampler_correction: str | None = None
     sampler_bounds: tuple[float, float] = (0.0, 2.0)
+    sampler_missing: int | None = None
+    off_policy_mask_threshold: float | None = None
     kl: str | None = None
     kl_coef: float = 0.0
+    kl_clamp: float | None = None
     kl_importance: bool = False
     entropy_coef: float = 0.0
     reduction: str = "token-mean"
@@ -236,6 +249,8 @@ class LossConfig:
         object.__setattr__(self, "_encoded", self._all_encoded())
         if self.kl is None and self.kl_coef != 0:
             warnings.warn(f"kl_coef={self.kl_coef!r} has no effect: kl is None", stacklevel=3)
+        if self.kl_clamp is not None and self.exact_kl:
+            check.fail("kl_clamp", f'{self.kl_clamp!r} with kl="full"', "None, or an estimator of the KL")
 
     def _all_encoded(self) -> str:
         return " ".join(map(self._encoded_field, fields(self)))
@@ -270,6 +285,15 @@ class LossConfig:
     def sequence_ratio(self) -> bool:
         """Whether a response has one ratio."""
         return self.ratio_level == "sequence"
+
+    @property
+    def of_responses(self) -> str | None:
+        """An option, if any, for which a token's loss needs the log-probs of all its response, the objective apart."""
+        if self.sequence_ratio:
+            return 'ratio_level="sequence"'
+        if self.sampler_correction in corrections.LEVELS:
+            return f'sampler_correction="{self.sampler_correction}"'
+        return None if self.off_policy_mask_threshold is None else "off_policy_mask_threshold"
 
     @property
     def summed(self) -> reductions.Reduction:

@@ -77,8 +77,11 @@ DEFAULTS: dict[str, Any] = {
     "ratio_level": "token",
     "sampler_correction": None,
     "sampler_bounds": (0.0, 2.0),
+    "sampler_missing": None,
+    "off_policy_mask_threshold": None,
     "kl": None,
     "kl_coef": 0.0,
+    "kl_clamp": None,
     "kl_importance": False,
     "entropy_coef": 0.0,
     "reduction": "token-mean",
@@ -194,8 +197,40 @@ def response_terms(opt: dict[str, Any], adv: list[float], logp: list[Tensor], ol
 WHOLE = ("gmpo", "vespo")
 
 
-def kl_term(name: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
+def sampler_weights(opt: dict[str, Any], log_q: list[float], scored: list[bool], response: list[int]) -> list[float]:
+    """A weight a token; NaN in log_q is a sampler's log-prob that is missing."""
+    name, (low, high) = opt["sampler_correction"], opt["sampler_bounds"]
+    weights = []
+    for n, own in enumerate(log_q):
+        q = 0.0 if math.isnan(own) else own
+        if name.startswith(("sequence", "geometric")):
+            of_b = [m for m in range(len(log_q)) if response[m] == response[n] and scored[m]]
+            q = sum(0.0 if math.isnan(log_q[m]) else log_q[m] for m in of_b)
+            q = q if name.startswith("sequence") else q / max(1, len(of_b))
+        q = math.exp(q)
+        if name == "tis":
+            weight = min(q, high)
+        elif name.endswith("truncate"):
+            weight = max(min(q, high), low)
+        else:
+            weight = q if low <= q <= high else 0.0
+        weights.append(0.0 if opt["sampler_missing"] == 0 and math.isnan(own) else weight)
+    return weights
+
+
+def off_policy(opt: dict[str, Any], drift: list[float], scored: list[bool], response: list[int]) -> list[bool]:
+    """Which tokens lie in a response that the policy would no longer write."""
+    far = []
+    for b in response:
+        of_b = [n for n in range(len(drift)) if response[n] == b and scored[n]]
+        total = sum(0.0 if math.isnan(drift[n]) else drift[n] for n in of_b)
+        far.append(total / max(1, len(of_b)) > opt["off_policy_mask_threshold"])
+    return far
+
+
+def kl_term(name: str, logp: Tensor, ref_logp: Tensor, clamp: float | None = None) -> Tensor:
     d = ref_logp - logp
+    d = d if clamp is None else d.clamp(-clamp, clamp)
     return {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}[name]
 
 
@@ -239,7 +274,7 @@ def solve(case: Case) -> Result:  # noqa: PLR0912, PLR0915  (METHOD's order, top
             ref_raw = ref_raw if case.ref_bias is None else ref_raw + case.ref_bias.double()
         kl = full_kl(logp_all, log_probs(ref_raw.reshape(count, ref_raw.shape[-1]), **transform).detach())
     elif opt["kl"] is not None:
-        kl = kl_term(opt["kl"], logp, flat(case.ref_logps))
+        kl = kl_term(opt["kl"], logp, flat(case.ref_logps), opt["kl_clamp"])
 
     has_kl = kl is not None and opt["kl_coef"] != 0
     learning = [scored[n] and (adv[n] != 0 or has_kl or opt["entropy_coef"] != 0) for n in range(count)]
@@ -253,19 +288,19 @@ def solve(case: Case) -> Result:  # noqa: PLR0912, PLR0915  (METHOD's order, top
                 learning[n] = learning[n] or seen
             made = response_terms(opt, *([x[n] for n in of_b] for x in (adv, logp, old))) if of_b else []
             policy |= dict(zip(of_b, made, strict=True))
+    weights, far = [1.0] * count, [False] * count
+    before = old if case.sampler_logps is None else flat(case.sampler_logps)
+    if opt["sampler_correction"] is not None:
+        weights = sampler_weights(opt, (old - before).tolist(), scored, response)
+    if opt["off_policy_mask_threshold"] is not None:
+        far = off_policy(opt, (before - logp.detach()).tolist(), scored, response)
     terms: list[Tensor] = []
     for n in range(count):
         if not scored[n]:
             terms.append(torch.zeros((), dtype=torch.float64))
             continue
         term = policy[n] if n in policy else objective_term(opt, adv[n], ratio[n], logp[n], old[n])
-        if opt["sampler_correction"] is not None:
-            q = math.exp(float(old[n]) - float(flat(case.sampler_logps)[n]))
-            low, high = opt["sampler_bounds"]
-            if opt["sampler_correction"] == "tis":
-                term = term * min(q, high)
-            else:
-                term = term * (q if low <= q <= high else 0.0)
+        term = term * (0.0 if far[n] and adv[n] < 0 else weights[n])
         if has_kl:
             term = term + opt["kl_coef"] * kl[n] * (ratio[n] if opt["kl_importance"] else 1.0)
         terms.append(term - opt["entropy_coef"] * entropy[n])

@@ -167,7 +167,8 @@ def _loss(
         full_kl = exact_kl(scores, distribution_scores(config, ref_logits))
     given = batch.given.at(rows)
     log_ratio = mean_log_ratio(config, batch, rows, logp, given)
-    responses = _Plain(batch.layout.response_of_token("objective")[rows]) if batch.by_response else NONE
+    asks = batch.by_response or config.of_responses is not None
+    responses = _Plain(batch.layout.response_of_token("objective")[rows]) if asks else NONE
     losses, ratio, kl = token_losses(config, given, logp, entropy, full_kl, log_ratio, responses)
     losses = torch.where(batch.computed[rows], losses, 0.0)
     total = reduce(config, batch, rows, losses)

@@ -28,7 +28,7 @@ class Statistics(NamedTuple):
 
 
 def needed_by(config: LossConfig, batch: Batch) -> bool:
-    return batch.by_response or config.sequence_ratio or config.row_tolerance > 0 or config.summed.by_token
+    return batch.by_response or config.of_responses is not None or config.row_tolerance > 0 or config.summed.by_token
 
 
 def loss(statistics: Callable[[Tensor], Statistics], batch: Batch, config: LossConfig) -> tuple[Tensor, TokenValues]:
@@ -37,10 +37,10 @@ def loss(statistics: Callable[[Tensor], Statistics], batch: Batch, config: LossC
     statistics: makes those of the tokens in a mask, bool [N].
     """
     needed = batch.computed
-    if config.sequence_ratio:
-        # a response's ratio is the mean over all its scored tokens, the ones that do not learn included
-        response = batch.layout.response_of_token("ratio_level")
-        of_response = batch.layout.sum_by_response(needed.float(), "ratio_level") > 0
+    if config.of_responses is not None:
+        # of all the response's scored tokens, the ones that do not learn included
+        response = batch.layout.response_of_token(config.of_responses)
+        of_response = batch.layout.sum_by_response(needed.float(), config.of_responses) > 0
         needed = batch.layout.scored & of_response[response]
     logp, entropy, exact_kl = statistics(needed)
     # what was given for other tokens may be anything
@@ -54,7 +54,7 @@ def loss(statistics: Callable[[Tensor], Statistics], batch: Batch, config: LossC
         return torch.where(batch.learning, x, x.detach())
 
     followed = learned(logp), learned(entropy), None if exact_kl is None else learned(exact_kl)
-    responses = LaidOut(batch.layout) if batch.by_response else NONE
+    responses = LaidOut(batch.layout) if batch.by_response or config.of_responses is not None else NONE
     token_loss, ratio, kl = token_losses(config, given, *followed, log_ratio, responses)
     token_loss = torch.where(needed, token_loss, 0.0)
     weighted = token_loss * batch.weights / batch.denominator

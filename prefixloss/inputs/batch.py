@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -110,13 +111,13 @@ class TokenInputs:
             check.tensor("group_ids", self.group_ids, "integer")
             check.shape("group_ids", self.group_ids, (layout.responses("group_ids"),), "[B]")
             check.device("group_ids", self.group_ids, device)
-        if config.sequence_ratio:
-            layout.starts('ratio_level="sequence"')
+        if config.of_responses is not None:
+            layout.starts(config.of_responses)
         advantages, in_prefix = self._advantages(layout)
         given = Given(
             advantages.detach().to(dtype),
             self._logps("old_logps", layout, dtype),
-            self._logps("sampler_logps", layout, dtype),
+            self._logps("sampler_logps", layout, dtype, missing=config.sampler_missing is not None),
             self._logps("ref_logps", layout, dtype),
         )
         layout.check_finite("advantages", given.advantages)
@@ -146,8 +147,8 @@ class TokenInputs:
             by_response=traits.by_response,
         )
 
-    def _logps(self, name: str, layout: Layout, dtype: torch.dtype) -> Tensor | None:
-        """Recorded log-probs, [N]."""
+    def _logps(self, name: str, layout: Layout, dtype: torch.dtype, missing: bool = False) -> Tensor | None:
+        """Recorded log-probs, [N]. missing: whether they may be NaN."""
         value: Tensor | None = getattr(self, name)
         if value is None:
             return None
@@ -155,7 +156,7 @@ class TokenInputs:
         check.shape(name, value, self.tokens.shape, "the shape of tokens")
         check.device(name, value, self.tokens.device)
         flat = value.detach().reshape(-1).to(dtype)
-        layout.check_finite(name, flat)
+        layout.check_finite(name, flat.nan_to_num(0.0, math.inf, -math.inf) if missing else flat)
         return flat
 
     def _advantages(self, layout: Layout) -> tuple[Tensor, Tensor]:

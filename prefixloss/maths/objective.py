@@ -74,9 +74,13 @@ def token_losses(
     loss = policy_losses(config, logp, View(*recorded, ratio, seen, exact_kl, responses))
     loss = loss if watch is None else watch.result(loss)
     if config.sampler_correction is not None:
-        weight = sampler_weights(config, given, logp)
+        weight = sampler_weights(config, given, logp, responses)
         # a dropped token counts 0 even if its own loss overflowed
         loss = torch.where(weight == 0, 0.0, weight * loss)
+    if config.off_policy_mask_threshold is not None:
+        far = responses.mean(_drift(given, logp))
+        kept = corrections.near_enough(given.advantages, far, config.off_policy_mask_threshold)
+        loss = torch.where(kept, loss, 0.0)
     kl, slope = divergences(config, given, logp, exact_kl)
     if config.penalises_kl:
         penalty = kl
@@ -179,12 +183,27 @@ def clipped(config: LossConfig, advantages: Tensor, ratio: Tensor) -> tuple[Tens
     return low, high
 
 
-def sampler_weights(config: LossConfig, given: Given, logp: Tensor) -> Tensor:
-    """The policy term's weight, a constant, from q = exp(old_logp - sampler_logp)."""
-    assert config.sampler_correction is not None
-    assert given.sampler_logps is not None
-    q = torch.exp((logp.detach() if given.old_logps is None else given.old_logps) - given.sampler_logps)
-    return corrections.BY_NAME[config.sampler_correction](q, *config.sampler_bounds)
+def sampler_weights(config: LossConfig, given: Given, logp: Tensor, responses: Responses = NONE) -> Tensor:
+    """The policy term's weight, a constant, from q = exp(old_logp - sampler_logp) of a token or its response."""
+    name, sampler = config.sampler_correction, given.sampler_logps
+    assert name is not None
+    assert sampler is not None
+    log_q = (logp.detach() if given.old_logps is None else given.old_logps) - sampler
+    if config.sampler_missing is not None:
+        log_q = torch.where(sampler.isnan(), 0.0, log_q)
+    level = corrections.LEVELS.get(name)
+    if level is not None:
+        log_q = responses.sum(log_q) if level == "sequence" else responses.mean(log_q)
+    weight = corrections.BY_NAME[name](torch.exp(log_q), *config.sampler_bounds)
+    return torch.where(sampler.isnan(), 0.0, weight) if config.sampler_missing == 0 else weight
+
+
+def _drift(given: Given, logp: Tensor) -> Tensor:
+    """sampler_logp - logp, a constant; old_logp in its place where no sampler's was recorded, 0 for one that is NaN."""
+    before = given.old_logps if given.sampler_logps is None else given.sampler_logps
+    if before is None:
+        return torch.zeros_like(logp)
+    return torch.where(before.isnan(), 0.0, before - logp.detach())
 
 
 def divergences(
@@ -199,5 +218,9 @@ def divergences(
         return exact_kl, None
     assert given.ref_logps is not None
     estimator, d = estimators.BY_NAME[config.kl], given.ref_logps - logp
-    slope = estimator.slope(d)
-    return known(logp, estimator.value(d), slope), slope
+    if config.kl_clamp is None:
+        slope = estimator.slope(d)
+        return known(logp, estimator.value(d), slope), slope
+    held = d.clamp(-config.kl_clamp, config.kl_clamp)
+    slope = torch.where(held == d, estimator.slope(held), 0.0)
+    return known(logp, estimator.value(held), slope), slope

@@ -156,13 +156,18 @@ def test_tokens_whose_derivative_is_0_leave_the_products() -> None:
     assert counts[1] == pytest.approx(counts[0] * (1 + 2 * learns) / 3)
 
 
-@pytest.mark.parametrize("objective", [my_clip, whole])
-def test_compiled_and_checkpointed_calls_give_the_same_gradient(objective: Callable[..., Tensor]) -> None:
+# built-in options that look at whole responses as well
+OF_RESPONSES: dict[str, Any] = {"sampler_correction": "sequence_truncate", "off_policy_mask_threshold": 0.03}
+
+
+@pytest.mark.parametrize("options", [{"objective": my_clip}, {"objective": whole}, OF_RESPONSES], ids=str)
+def test_compiled_and_checkpointed_calls_give_the_same_gradient(options: dict[str, Any]) -> None:
     case = without_ref(small_case("linear"))
-    config = LossConfig(objective=objective)
+    config = LossConfig(**options)
 
     def loss(hidden: Tensor) -> Tensor:
         given = {"mask": case.mask, "old_logps": case.old_logps, "config": config, "backend": "torch"}
+        given["sampler_logps"] = case.sampler_logps
         return linear_prefix_loss(hidden, case.weight, case.tokens, case.advantages, **given).loss
 
     grads = []
@@ -177,30 +182,36 @@ def test_compiled_and_checkpointed_calls_give_the_same_gradient(objective: Calla
 
 def in_parts(rank: int, size: int, file: str) -> None:
     with group_of(rank, size, file) as group:
-        case = without_ref(small_case("linear", length=6))
-        case.mask[1] = False  # a response without a token
-        want, want_grads = call_with_grads(case, "torch", objective=whole)
-        mine = slice(0, 2) if rank == 0 else slice(2, 6)
-        leaf = case.hidden[:, mine].clone().requires_grad_()
-        part = {"mask": case.mask[:, mine], "old_logps": case.old_logps[:, mine], "lm_head_bias": case.bias}
-        out = linear_prefix_loss(
-            leaf, case.weight, case.tokens[:, mine], case.advantages[:, mine], **part,
-            config=LossConfig(objective=whole), cp_group=group, backend="torch",
-        )  # fmt: skip
-        out.loss.backward()
-        total = out.loss.detach().clone()
-        torch.distributed.all_reduce(total)
-        torch.testing.assert_close(total, want.loss.detach())
-        torch.testing.assert_close(leaf.grad, want_grads["hidden"][:, mine])
-        # and a vocabulary in two parts
-        columns = slice(0, 3) if rank == 0 else slice(3, 7)
-        leaf = case.hidden.clone().requires_grad_()
-        out = linear_prefix_loss(
-            leaf, case.weight[columns], case.tokens, case.advantages, mask=case.mask, old_logps=case.old_logps,
-            lm_head_bias=case.bias[columns], config=LossConfig(objective=whole), tp_group=group,
-        )  # fmt: skip
-        out.loss.backward()
-        torch.testing.assert_close(leaf.grad, want_grads["hidden"])
+        for options in ({"objective": whole}, OF_RESPONSES):
+            in_parts_with(options, rank, group)
+
+
+def in_parts_with(options: dict[str, Any], rank: int, group: Any) -> None:
+    case = without_ref(small_case("linear", length=6))
+    case.mask[1] = False  # a response without a token
+    want, want_grads = call_with_grads(case, "torch", **options)
+    mine = slice(0, 2) if rank == 0 else slice(2, 6)
+    leaf = case.hidden[:, mine].clone().requires_grad_()
+    part = {"mask": case.mask[:, mine], "old_logps": case.old_logps[:, mine], "lm_head_bias": case.bias}
+    part["sampler_logps"] = case.sampler_logps[:, mine]
+    out = linear_prefix_loss(
+        leaf, case.weight, case.tokens[:, mine], case.advantages[:, mine], **part,
+        config=LossConfig(**options), cp_group=group, backend="torch",
+    )  # fmt: skip
+    out.loss.backward()
+    total = out.loss.detach().clone()
+    torch.distributed.all_reduce(total)
+    torch.testing.assert_close(total, want.loss.detach())
+    torch.testing.assert_close(leaf.grad, want_grads["hidden"][:, mine])
+    # and a vocabulary in two parts
+    columns = slice(0, 3) if rank == 0 else slice(3, 7)
+    leaf = case.hidden.clone().requires_grad_()
+    out = linear_prefix_loss(
+        leaf, case.weight[columns], case.tokens, case.advantages, mask=case.mask, old_logps=case.old_logps,
+        lm_head_bias=case.bias[columns], sampler_logps=case.sampler_logps, config=LossConfig(**options), tp_group=group,
+    )  # fmt: skip
+    out.loss.backward()
+    torch.testing.assert_close(leaf.grad, want_grads["hidden"])
 
 
 def test_responses_that_span_processes_and_a_split_vocabulary_give_the_same_loss_and_gradient(tmp_path: Path) -> None:
