@@ -59,6 +59,10 @@ def _pair(low: float, *, above: bool, ordered: bool) -> tuple[Callable[[Any], bo
     return accepts, wants + (", the first not above the second" if ordered else "")
 
 
+def _share() -> tuple[Callable[[Any], bool], str]:
+    return lambda v: check.is_number(v) and 0 < v <= 1, "a number > 0, at most 1"
+
+
 def _positive_int() -> tuple[Callable[[Any], bool], str]:
     return lambda v: check.is_whole(v, 1), "a whole number > 0"
 
@@ -104,6 +108,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "vespo_positive": _pair(0, above=True, ordered=False),
     "vespo_other": _pair(0, above=True, ordered=False),
     "divergence_cap": _number(0),
+    "m2_threshold": _number(0, above=True),
+    "cov_share": _share(),
+    "cov_bounds": _pair(0, above=False, ordered=True),
+    "cov_kl_coef": _number(0),
+    "top_entropy_quantile": _share(),
     "ratio_level": _one_of(get_args(RatioLevel)),
     "sampler_correction": _or_none(_one_of(corrections.BY_NAME), " | "),
     "sampler_bounds": _pair(0, above=False, ordered=True),
@@ -133,12 +142,12 @@ class LossConfig:
 
     Per-token objective, with rho = exp(logp - old_logp) and advantage A:
         objective: a name of `prefixloss.maths.objectives`, where formulas and papers stand: "clip" (PPO, GRPO, DAPO),
-            "cispo", "sapo", "reinforce", "topr", "gmpo", "vespo", "dppo-tv" or "dppo-kl"; or a function
-            f(logp, given) -> loss of each token, [n] like logp, in plain torch and differentiable in logp (and
-            given.entropy, given.kl). `given` is
-            `prefixloss.maths.objectives.View`. The function is tried once on made-up tokens: where it uses
-            `given.response`, the log-probs of whole responses come first; where its loss and derivatives are 0 for an
-            advantage of 0, such tokens do not learn. It must treat every token alike, whatever else is in the tensor.
+            "cispo", "sapo", "reinforce", "topr", "gmpo", "vespo", "dppo-tv", "dppo-kl", "m2po", "clip-cov" or
+            "kl-cov"; or a function f(logp, given) -> loss of each token, [n] like logp, in plain torch and
+            differentiable in logp (and given.entropy, given.kl). `given` is `prefixloss.maths.objectives.View`. The
+            function is tried once on made-up tokens: where it uses `given.response` or `given.batch`, the log-probs of
+            whole responses, or of all tokens, come first; where its loss and derivatives are 0 for an advantage of 0,
+            such tokens do not learn. It must treat every token alike, whatever else is in the tensor.
         clip_low, clip_high: "clip" keeps rho inside [1 - clip_low, 1 + clip_high], "gmpo" log rho inside [-clip_low,
             clip_high] (0.4 both in its paper). For "cispo", `clip_high` is the cap
             on rho itself, at least 1: 5.0 is usual, as in TRL, and the default 0.2 is refused.
@@ -147,6 +156,11 @@ class LossConfig:
         sapo_tau: the temperatures of "sapo" for A > 0 and for A <= 0.
         vespo_positive, vespo_other: k and lambda of "vespo" for A >= 0 and for A < 0.
         divergence_cap: of "dppo-tv" and "dppo-kl".
+        m2_threshold: of "m2po".
+        cov_share, cov_bounds, cov_kl_coef: of "clip-cov" and "kl-cov": which share of the tokens is chosen, between
+            which covariances ("clip-cov"), and the weight of |log rho| for those chosen ("kl-cov").
+        top_entropy_quantile: below 1, only this share of the scored tokens, those of the largest entropy, has a policy
+            term ("80/20", `objectives.top_entropy`; TRL's name). Penalties and the entropy bonus are of all tokens.
         ratio_level: "token", or "sequence" for GSPO in its token form.
         sampler_correction: weights the policy term by q = exp(old_logp - sampler_logp): "tis" caps q at
             sampler_bounds[1], "token_truncate" holds it within both sampler_bounds, "icepop" drops tokens whose q lies
@@ -198,6 +212,11 @@ class LossConfig:
     vespo_positive: tuple[float, float] = (2.0, 3.0)
     vespo_other: tuple[float, float] = (3.0, 2.0)
     divergence_cap: float = 0.15
+    m2_threshold: float = 0.04
+    cov_share: float = 0.0002
+    cov_bounds: tuple[float, float] = (1.0, 5.0)
+    cov_kl_coef: float = 1.0
+    top_entropy_quantile: float = 1.0
     ratio_level: RatioLevel = "token"
     sampler_correction: str | None = None
     sampler_bounds: tuple[float, float] = (0.0, 2.0)
@@ -264,7 +283,8 @@ class LossConfig:
     def traits(self, like: Tensor, recorded: tuple[bool, ...]) -> Traits:
         """What the objective does. like, recorded: see `prefixloss.maths.trial.tried`."""
         if isinstance(self.objective, str):
-            return Traits(objectives.BY_NAME[self.objective].by_response, silent=True)
+            made = objectives.BY_NAME[self.objective]
+            return Traits(made.by_response, made.by_batch, silent=not made.by_batch)
         return Traits(*_traits_of(self.encoded, str(like.device), str(like.dtype), *recorded))
 
     @property
@@ -296,6 +316,11 @@ class LossConfig:
         return None if self.off_policy_mask_threshold is None else "off_policy_mask_threshold"
 
     @property
+    def of_batch(self) -> bool:
+        """Whether a token's loss needs the entropies of all tokens, the objective apart."""
+        return self.top_entropy_quantile < 1
+
+    @property
     def summed(self) -> reductions.Reduction:
         """The reduction itself."""
         return reductions.BY_NAME[self.reduction]
@@ -306,9 +331,9 @@ class LossConfig:
         return self.stats == "scored"
 
 
-def _traits_of(options: str, device: str, dtype: str, *recorded: bool) -> tuple[bool, bool]:
-    by_response, silent = _tried(options, device, dtype, recorded)
-    return by_response, silent
+def _traits_of(options: str, device: str, dtype: str, *recorded: bool) -> tuple[bool, bool, bool]:
+    by_response, by_batch, silent = _tried(options, device, dtype, recorded)
+    return by_response, by_batch, silent
 
 
 # under compilation it is tried while the graph is made: what torch.compiler.assume_constant_result says of a function,

@@ -234,7 +234,8 @@ def _unpadded(head: Head, columns: Columns) -> Head:
 
 def _most_tokens(given: int | None, mask: Tensor | None, batch: Batch, config: LossConfig) -> int | None:
     """An upper bound on the tokens to compute, if one is known without looking."""
-    every_scored = config.shows_every_scored or config.of_responses is not None
+    of_many = config.of_responses is not None or config.of_batch or batch.by_batch
+    every_scored = config.shows_every_scored or of_many
     if given is not None:
         check.most_tokens("max_learning_tokens", given, batch.layout.scored if every_scored else batch.computed)
         return int(given)

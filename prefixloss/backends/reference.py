@@ -138,6 +138,19 @@ class _Plain:
         return self._each(torch.max, x)
 
 
+class _All:
+    """What an objective may ask of all scored tokens, [n] of them."""
+
+    def __init__(self, tokens: int) -> None:
+        self.count = torch.tensor(tokens)
+
+    def mean(self, x: Tensor) -> Tensor:
+        return x.detach().mean()
+
+    def descending(self, x: Tensor) -> Tensor:
+        return x.detach().sort(descending=True).values
+
+
 def reduce(config: LossConfig, batch: Batch, rows: Tensor, losses: Tensor) -> Tensor:
     """The losses of the scored tokens as one number; [N] for "none". `batch.denominator` may be the caller's."""
     reduction = config.summed
@@ -169,7 +182,8 @@ def _loss(
     log_ratio = mean_log_ratio(config, batch, rows, logp, given)
     asks = batch.by_response or config.of_responses is not None
     responses = _Plain(batch.layout.response_of_token("objective")[rows]) if asks else NONE
-    losses, ratio, kl = token_losses(config, given, logp, entropy, full_kl, log_ratio, responses)
+    everyone = _All(len(rows)) if batch.by_batch or config.of_batch else NONE
+    losses, ratio, kl = token_losses(config, given, logp, entropy, full_kl, log_ratio, responses, everyone)
     losses = torch.where(batch.computed[rows], losses, 0.0)
     total = reduce(config, batch, rows, losses)
 

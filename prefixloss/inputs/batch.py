@@ -39,7 +39,8 @@ class Batch:
 
     tokens: int64 [N]. given: advantages and recorded log-probs, [N] each. weights [N] and denominator (0-d): the
     reduction. learning, computed, in_prefix: bool [N]: tokens that may have a gradient, tokens whose statistics are
-    reported, tokens of a good prefix. by_response: whether the objective looks at whole responses.
+    reported, tokens of a good prefix. by_response, by_batch: whether the objective looks at whole responses, at
+    all tokens.
     """
 
     layout: Layout
@@ -52,6 +53,7 @@ class Batch:
     computed: Tensor
     in_prefix: Tensor
     by_response: bool = False
+    by_batch: bool = False
 
 
 class TokenValues(NamedTuple):
@@ -145,6 +147,7 @@ class TokenInputs:
             computed=layout.scored if config.shows_every_scored else learning,
             in_prefix=in_prefix,
             by_response=traits.by_response,
+            by_batch=traits.by_batch,
         )
 
     def _logps(self, name: str, layout: Layout, dtype: torch.dtype, missing: bool = False) -> Tensor | None:

@@ -161,9 +161,11 @@ KINDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("keep", "beta", "gamma", "kl_coef", "entropy_coef"), numbers({})),
     **dict.fromkeys(("clip_low", "clip_high", "divergence_cap", "row_tolerance"), numbers({"negative": -0.1})),
     **dict.fromkeys(("off_policy_mask_threshold", "std_floor"), numbers({"negative": -0.1})),
+    **dict.fromkeys(("cov_share", "top_entropy_quantile"), numbers({"zero": 0.0, "more than all": 1.01})),
+    "m2_threshold": numbers({"zero": 0.0}), "cov_kl_coef": numbers({"negative": -0.1}),
     "sampler_missing": WHOLE | {"two": 2, "negative": -1, "half": 0.5},
     **dict.fromkeys(("gradient_tolerance", "head_gradient_tolerance"), numbers({"negative": -0.1, "a name": "all"})),
-    **dict.fromkeys(("sapo_tau", "sampler_bounds", "vespo_positive", "vespo_other"), PAIRS),
+    **dict.fromkeys(("sapo_tau", "sampler_bounds", "vespo_positive", "vespo_other", "cov_bounds"), PAIRS),
     **dict.fromkeys(("objective", "ratio_level", "reduction", "stats", "sampler_correction", "kl"), NAMES),
 }  # fmt: skip
 CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {

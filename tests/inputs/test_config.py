@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CORRECTIONS, KLS, RATIO_LEVELS, REDUCTIONS, STATS, of_objective
+from cases import KLS, RATIO_LEVELS, REDUCTIONS, STATS, of_objective
 from torch import Tensor
 
 from prefixloss import LossConfig, advantages, linear_prefix_loss, parallel, prefix_loss
@@ -24,7 +24,7 @@ from prefixloss.maths import kl as estimators
 NAMES: dict[str, tuple[str, ...]] = {
     "objective": tuple(objectives.BY_NAME),
     "ratio_level": RATIO_LEVELS,
-    "sampler_correction": CORRECTIONS,
+    "sampler_correction": tuple(corrections.BY_NAME),
     "kl": KLS,
     "reduction": REDUCTIONS,
     "stats": STATS,
