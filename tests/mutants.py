@@ -32,7 +32,10 @@ ROOT = Path(__file__).parents[1]
 # the tests that are about a module, quickest first
 CORE, KERNELS = ["test_backends", "test_contract_loss"], ["test_kernels", "test_half_precision", "test_triton_backend"]
 TESTS_OF = {
-    "prefixloss/advantages.py": ["test_advantages", "test_contract_advantages"],
+    "prefixloss/advantages/first_error.py": ["test_advantages", "test_contract_advantages"],
+    "prefixloss/advantages/groups.py": ["test_baselines", "test_advantages", "test_contract_advantages"],
+    "prefixloss/advantages/outcomes.py": ["test_baselines", "test_contract_advantages"],
+    "prefixloss/advantages/values.py": ["test_baselines"],
     "prefixloss/maths/objective.py": ["test_objective", *CORE],
     "prefixloss/maths/softmax.py": ["test_softmax", *CORE],
     "prefixloss/maths/objectives.py": ["test_objective", "test_new_objectives", *CORE],

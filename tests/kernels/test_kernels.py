@@ -252,7 +252,9 @@ def test_policy_takes_the_torch_form_s_branch_at_every_bound(config: LossConfig)
     leaf = logp.requires_grad_()
     # the ratio itself, so that it is exactly at a bound
     moving = ratio_of(leaf, ratio)
-    want = torch_form.policy_losses(config, leaf, View(a, None, None, None, moving, None, None, torch_form.NONE))
+    want = torch_form.policy_losses(
+        config, leaf, View(a, None, None, None, moving, None, None, torch_form.NONE, torch_form.NONE)
+    )
     (want_slope,) = torch.autograd.grad(want.sum(), leaf)
     want_loss = want.detach()
     assert torch.equal(d_logp == 0, want_slope == 0)
