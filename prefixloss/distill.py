@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from prefixloss import door
-from prefixloss.backends import reference_distill
 from prefixloss.backends.problem import Distil
-from prefixloss.backends.torch import distill as torch_distill
 from prefixloss.inputs.distillation import Distillation, GivenTeacher, TokensToDistil
 
 
@@ -160,8 +158,7 @@ def _answer(chosen: str, asked: Distil, first: Tensor) -> DistillOutput:
     shape, batch = first.shape[:-1], asked.batch
     # no autocast: its half-precision products would undo float32 accumulation
     with torch.autocast(first.device.type, enabled=False):
-        by = reference_distill if chosen == "reference" else torch_distill
-        total, values = by.distillation(asked)
+        total, values = door.distiller(chosen).distillation(asked)
     scored, learning, detached = batch.layout.scored.sum(), batch.learning.sum(), total.detach()
     metrics = {
         "scored_tokens": scored,
