@@ -52,10 +52,10 @@ def read_pair(
     at = 0
     for _ in range(0, vocabulary // (LANES * VECTOR)):
         z, r = load_pair(logits_row, teacher_row, at, vocabulary, transform, WORK, False, LANES, VECTOR)
-        lanes = add_pair(lanes, z, r, transform.kappa, numbers.teacher_kappa, WORK, NAME)
+        lanes = add_pair(lanes, z, r, transform.kappa, numbers.teacher_kappa, NAME)
         at += LANES * VECTOR
     z, r = load_pair(logits_row, teacher_row, at, vocabulary, transform, WORK, True, LANES, VECTOR)
-    lanes = add_pair(lanes, z, r, transform.kappa, numbers.teacher_kappa, WORK, NAME)
+    lanes = add_pair(lanes, z, r, transform.kappa, numbers.teacher_kappa, NAME)
     pair = merged(lanes, transform.kappa, numbers.teacher_kappa, WORK, NAME)
     if WORK.mixed:
         value, slope = sum_terms(
@@ -77,20 +77,30 @@ def load_pair(
 
 
 @triton.jit
-def add_pair(lanes, z, r, kappa, teacher_kappa, WORK: tl.constexpr, NAME: tl.constexpr):
-    top, total, e, shrink = add_exponentials(lanes.top, lanes.total, z, kappa)
-    teacher_top, teacher_total, f, teacher_shrink = add_exponentials(
-        lanes.teacher_top, lanes.teacher_total, r, teacher_kappa
-    )
+def add_pair(lanes, z, r, kappa, teacher_kappa, NAME: tl.constexpr):
     gap, widest = lanes.gap, lanes.widest
-    if not WORK.mixed:
+    if NAME == "reverse":
+        # the one whose exponentials weigh nothing first: fewer numbers are in registers together
+        teacher_top, teacher_total, _, _ = add_exponentials(lanes.teacher_top, lanes.teacher_total, r, teacher_kappa)
         d = z * kappa - r * teacher_kappa
+        top, total, e, shrink = add_exponentials(lanes.top, lanes.total, z, kappa)
+        gap, widest = add_gap(gap, widest, d, e, shrink)
+    else:
+        top, total, _, _ = add_exponentials(lanes.top, lanes.total, z, kappa)
+        d = r * teacher_kappa - z * kappa
+        teacher_top, teacher_total, e, shrink = add_exponentials(
+            lanes.teacher_top, lanes.teacher_total, r, teacher_kappa
+        )
         if NAME == "forward":
-            d, e, shrink = -d, f, teacher_shrink
-        gap = gap * shrink + tl.sum(tl.where(e == 0, 0.0, e * d), 1)
-        # infinite where the first distribution has a token that the second has not; that neither has is NaN: dropped
-        widest = tl.maximum(widest, tl.max(d, 1))
+            gap, widest = add_gap(gap, widest, d, e, shrink)
     return Lanes(top, total, teacher_top, teacher_total, gap, widest)
+
+
+@triton.jit
+def add_gap(gap, widest, d, e, shrink):
+    gap = gap * shrink + tl.sum(tl.where(e == 0, 0.0, e * d), 1)
+    # infinite where the first distribution has a token that the second has not; NaN, which is dropped, if neither has
+    return gap, tl.maximum(widest, tl.max(d, 1))
 
 
 @triton.jit

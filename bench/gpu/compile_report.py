@@ -112,16 +112,16 @@ CASES = {
     "chunk, exact KL, entropy": Case(logits=F32, options=PENALTIES, chunk=True, bounds=(25, 18, 28, 20)),
     "chunk, gradient alone": Case(run="gradient", logits=F32, chunk=True),
     "chunk, statistics": Case(logits=F32, terms=False, gradient=False, chunk=True, bounds=(14, 8, 16, 13)),
-    "distil, reverse": Case(run="distill", divergence="reverse", bounds=(40, 30, 40, 30)),
-    "distil, jsd": Case(run="distill", divergence="jsd", bounds=(40, 30, 40, 30)),
-    "distil, softcap": Case(run="distill", divergence="forward", options={"softcap": 30.0}, bounds=(40, 30, 40, 30)),
-    "distil, list": Case(run="distill", divergence="skew-reverse", listed=True, bounds=(40, 30, 40, 30)),
-    "distil, chunk": Case(run="distill", divergence="skew-forward", logits=F32, chunk=True, bounds=(40, 30, 40, 30)),
+    "distil, reverse": Case(run="distill", divergence="reverse", bounds=(28, 25, 28, 27)),
+    "distil, jsd": Case(run="distill", divergence="jsd", bounds=(67, 60, 53, 53)),
+    "distil, softcap": Case(run="distill", divergence="forward", options={"softcap": 30.0}, bounds=(55, 57, 70, 78)),
+    "distil, list": Case(run="distill", divergence="skew-reverse", listed=True, bounds=(11, 12, 12, 15)),
+    "distil, chunk": Case(run="distill", divergence="skew-forward", logits=F32, chunk=True, bounds=(66, 36, 62, 49)),
     "distil, chunk, fp16": Case(
-        run="distill", divergence="reverse", logits=F32, grads=F16, chunk=True, bounds=(40, 30, 40, 30)
+        run="distill", divergence="reverse", logits=F32, grads=F16, chunk=True, bounds=(24, 22, 29, 22)
     ),
     "distil, chunk, list": Case(
-        run="distill", divergence="reverse", logits=F32, chunk=True, listed=True, bounds=(40, 30, 40, 30)
+        run="distill", divergence="reverse", logits=F32, chunk=True, listed=True, bounds=(10, 11, 13, 15)
     ),
     "scale, bf16": Case(run="scale"),
     "scale, fp32": Case(run="scale", logits=F32),
@@ -383,11 +383,11 @@ def examine(name: str, target: str, kernel: str, found: dict[str, Any]) -> Row:
         findings.append(f"{found['spills']} spills")
     if _aligned(case) and loads and loads[0] < NARROWEST:
         findings.append(f"loads of {loads[0]} bytes")
-    instructions = {}
+    instructions: dict[str, float] = {}
     for loop in sorted(loops, key=lambda loop: bool(loop.stores)):
         kind = "gradient" if loop.stores else "statistics"
         a_logit = round(loop.instructions * case.logits.itemsize * models / sum(loop.loads), 2)
-        instructions[kind] = a_logit
+        instructions[kind] = max(a_logit, instructions.get(kind, 0.0))
         bound = case.bounds[(0 if target.startswith("sm") else 2) + (kind == "gradient")]
         if a_logit > bound:
             findings.append(f"{a_logit} instructions per logit in the {kind} loop, more than {bound}")

@@ -92,6 +92,11 @@ def _problem(
     if not work.get("chunk"):
         strides.append(logits.shape[1])  # rows of a new gradient, whatever lies between those of the logits
     aligned = all(stride % launch.vector_of(*dtypes) == 0 for stride in strides)
+    mixed = kind.name not in device_form.UNMIXED
+    cut = launch.launch_for(logits.shape[1], *dtypes, heavy=teacher is not None, aligned=aligned)
+    if teacher is not None and aligned and not mixed and logits.itemsize < 4 and launch.warp_size() == 32:
+        # with 16 logits of each model a thread, some of NVIDIA's compilers spill to fit two programs
+        cut = cut._replace(lanes=max(32, cut.lanes // 2))
     nothing = logits.new_empty(0)
     numbers = Numbers(
         kind.beta, device_transform(decoded(kind.teacher)).kappa, device_form.largest_slope(kind.name, kind.beta)
@@ -112,7 +117,7 @@ def _problem(
             listed=teacher is None,
             **work,
         ),
-        launch=launch.launch_for(logits.shape[1], *dtypes, heavy=teacher is not None, aligned=aligned),
+        launch=cut,
     )
 
 
