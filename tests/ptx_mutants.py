@@ -126,8 +126,9 @@ def distilled(listed: bool) -> list[Tensor]:
         narrowed=listed, rescaled=listed,
     )  # fmt: skip
     if listed:
-        places = torch.tensor([[0, 255, 256, 511, 640, VOCABULARY - 1, -1]]).repeat(5, 1)
-        places[3, 6] = 700
+        places = torch.zeros(5, 7, dtype=torch.int64)
+        places[1] = torch.tensor([1, 255, 256, 511, 800, 801, -1])
+        places[3] = torch.tensor([0, 255, 256, 511, 640, 900, VOCABULARY - 1])
         places[4] = torch.tensor([0, 5, 100, 200, 250, 251, 255])  # behind it the memory ends, in the first block
         said = Teacher(ids=places, logps=random(5, 7, seed=3).log_softmax(1) - 0.1)
         of_rows, count = distill._listed(said, tokens, VOCABULARY)
