@@ -16,10 +16,11 @@ from torch.autograd import forward_ad
 
 from prefixloss import check
 from prefixloss.backends import kept as kept_columns
-from prefixloss.backends import memory, reference
+from prefixloss.backends import memory, reference, reference_distill
 from prefixloss.backends.columns import Columns, Shard
 from prefixloss.backends.problem import Backend, Distil, Head, HeadLoss, HeadStatistics, LogitLoss, by_rows
 from prefixloss.backends.torch import compiled, eager
+from prefixloss.backends.torch import distill as torch_distill
 from prefixloss.backends.two_stages import Statistics
 from prefixloss.config import LossConfig
 from prefixloss.inputs import distillation
@@ -318,12 +319,20 @@ def _interpreted() -> bool:
 
 
 def distils_by(name: Any, inputs: tuple[Any, ...], tp_group: Any) -> str:
-    """The back-end for the student's tensors: "torch", for the kernels too, or "reference"; and its first checks."""
+    """The back-end for the student's tensors, and its first checks."""
     chosen = _chosen(name, tp_group, None, *inputs)
-    if chosen == "reference":
-        return chosen
-    _no_transforms(chosen, *inputs)
-    return "torch"
+    if chosen != "reference":
+        _no_transforms(chosen, *inputs)
+    return chosen
+
+
+def distiller(chosen: str) -> Any:
+    """The module of a back-end whose `distillation` answers a `Distil`."""
+    if chosen == "triton":
+        from prefixloss.backends.triton import distill  # noqa: PLC0415 (as in `_loaded`)
+
+        return distill
+    return reference_distill if chosen == "reference" else torch_distill
 
 
 def head_distillation(
