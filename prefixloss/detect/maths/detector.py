@@ -17,6 +17,7 @@ from prefixloss.detect.base import Detector, FirstError
 from prefixloss.detect.maths.answers import answer_in, collections_differ, differ, follows, is_collection, stated
 from prefixloss.detect.maths.claims import EQUALITIES, claims, describes, holds, rounding
 from prefixloss.detect.maths.confidence import ALL_RIGHT, Kind, confidence
+from prefixloss.detect.maths.derive import Said, beside, contradicts, derives
 from prefixloss.detect.maths.expressions import (
     DivisionByZeroError,
     Expression,
@@ -25,30 +26,25 @@ from prefixloss.detect.maths.expressions import (
     evaluate,
     is_number,
     magnitude,
-    names,
     numbers,
     show,
     value,
 )
+from prefixloss.detect.maths.identities import misses
 from prefixloss.detect.maths.lexemes import declared
 from prefixloss.detect.maths.names import Names, gaps
 from prefixloss.detect.maths.reader import SUPPOSING, Chain, Reading, Run, read
 from prefixloss.detect.maths.scope import RESTARTS, Scopes
-from prefixloss.detect.maths.symbols import Equation, consistent
 from prefixloss.detect.maths.task import Task, parts
 from prefixloss.detect.maths.text import MAX_TEXT, UnreadableError, words
 
 MAX_RESPONSE = 10 * MAX_TEXT  # characters
+MAX_REWRITINGS = 40  # that are checked of a response
 MAX_BASES = 8  # numbers before it that a percentage may be a share of
 
 _MENTIONED_BEFORE = words("has have")  # "x^2 + 1 = 0 has no real root"
 _MENTIONED_BEHIND = words("of line axis curve graph circle parabola ellipse")  # "the roots of x^2 = 4"
 _COMMON = frozenset((*range(17), 20, 24, 25, 28, 29, 30, 31, 36, 50, 52, 60, 90, 100, 180, 360, 365, 366, 1000, 3600))
-_DERIVES = re.compile(
-    r"simplif|expand|rearrang|combin|distribut|multiply|divid|subtract|add|factor|\bget\b|obtain|gives|becomes|->",
-    re.IGNORECASE,
-)
-_ALTERNATIVES = re.compile(r"\b(?:or|either|cases?|if|both|two|pair|another|suppose)\b", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+(?:[,.]\d+)*")
 _SIGNS = {"is": "=", "~=": "\u2248", "\\ne": "\u2260", "<=": "\u2264", ">=": "\u2265"}
 
@@ -116,7 +112,8 @@ class _Response:
         self.asserts = True  # whether the words before the chain let it contradict what was said before
         self.text = ""  # of the step
         self.mentions = False  # whether the chain is only supposed or mentioned
-        self.equation: Equation | None = None  # the one right before, for what may be rewritten from it
+        self.latest: Said | None = None  # the equation right before, for what may be rewritten from it
+        self.rewritings = 0  # that were checked
         self.before: set[str] = set()  # the numbers as the steps before this one write them
         self.last: Run | None = None  # where the next text may go on with "= ..."
 
@@ -171,6 +168,7 @@ class _Response:
     def _relation(self, chain: Chain, n: int) -> None:
         """The relation between run n and the next; NoValueError where it cannot be decided."""
         left, right, relation = chain.runs[n], chain.runs[n + 1], chain.relations[n]
+        self._derived(chain, n, left, right, relation)
         if left.partial or right.partial or (right.worded and right.names and n + 2 < len(chain.runs)):
             raise NoValueError("a claim that cannot be read")
         used = left.names | right.names
@@ -178,11 +176,11 @@ class _Response:
             raise NoValueError("a bound on a name")
         if self.scopes.cases & used or (self.mentions and used):
             if relation in EQUALITIES:
-                self._rewriting(left, right, len(chain.runs) > 2 and chain.runs[0].names == used)
+                self._rewriting(left, right, len(chain.runs) > 2 and chain.runs[0].names == used, n > 0)
             raise NoValueError("a name that may stand for several things")
         if not (left.names | right.names) <= self.names.values.keys():
             if relation in EQUALITIES:
-                self._equation(left, right, len(chain.runs) > 2)
+                self._equation(left, right, len(chain.runs) > 2, n > 0)
             return
         before_it = chain.runs[max(0, n - MAX_BASES) : n] if "%" in right.expression else []
         bases = [magnitude(number) for run in before_it for number in numbers(run.expression)]
@@ -195,20 +193,47 @@ class _Response:
         else:
             raise WrongError(self._false(left, right, relation), "false")
 
-    def _rewriting(self, left: Run, right: Run, chained: bool) -> None:
-        """An equality whose names have no value here: it may still be an identity, or follow from the one before."""
+    def _derived(self, chain: Chain, n: int, left: Run, right: Run, relation: str) -> None:
+        """WrongError if an equation does not follow from the one before it that it is said to be."""
+        before, self.latest = self.latest, None
+        if left.partial or right.partial or relation != "=":
+            return
+        if not left.names | right.names:
+            self.latest = before if n else None
+            return
+        equation = left.expression, right.expression
+        first = before if n == 0 else None
+        listed = first is not None and beside(first, equation, self.step, chain.between)
+        self.latest = said = Said(equation, self.step, listed)
+        rewrites = first and not chain.supposed and derives(first, said, chain.between)
+        if first and rewrites and self._may_compare() and contradicts(first.equation, equation):
+            raise WrongError("this does not follow from the equation right before", "equation")
+
+    def _may_compare(self) -> bool:
+        """Whether there is work left for comparing equations."""
+        self.rewritings += 1
+        return self.rewritings <= MAX_REWRITINGS
+
+    def _identity(self, left: Run, right: Run, later: bool) -> None:
+        """WrongError if two sides that are not the same are meant to be.
+
+        later: whether it is not the first relation of a chain, so that what a side was said to be is rewritten.
+        """
+        gap = gaps(left.expression, right.expression)
+        never = later and len(gap) == 1 and left.names == right.names and not right.name
+        if never or (self._may_compare() and misses((left.expression, right.expression))):
+            raise WrongError("an expansion that is not the same", "equation")
+
+    def _rewriting(self, left: Run, right: Run, chained: bool, later: bool) -> None:
+        """An equality whose names have no value here: it may still be an identity."""
         if gaps(left.expression, right.expression) == {0}:
             self.checked.add(self.step)
             return
+        if not self.mentions and "i" not in left.names | right.names:
+            self._identity(left, right, later)
         simplifies = chained and left.names == right.names != {"i"} and len(left.names) == 1 and not left.name
         if simplifies and not self.mentions:
             raise WrongError("two sides that are not the same", "equation")
-        equation = left.expression, right.expression
-        before, self.equation = self.equation, None if self.mentions or left.name or right.name else equation
-        derives = self.equation and before and names(before[0]) | names(before[1]) == left.names | right.names
-        alone = _DERIVES.search(self.text) and not _ALTERNATIVES.search(self.text)
-        if derives and before and alone and not consistent((before, equation), {}):
-            raise WrongError("this does not follow from the equation before", "equation")
 
     def _right(self, run: Run) -> None:
         """A run whose value was found right."""
@@ -224,8 +249,9 @@ class _Response:
             return "division by zero"
         return f"{a} {_SIGNS.get(relation, relation)} {b} is false"
 
-    def _equation(self, left: Run, right: Run, chained: bool) -> None:
-        """An equality with a name that has no value. chained: whether it is one of several in a chain."""
+    def _equation(self, left: Run, right: Run, chained: bool, later: bool) -> None:
+        """An equality with a name that has no value. chained, later: whether it is one of several in a chain, and one
+        behind the first."""
         known = self.names.values.keys()
         for side, other in ((left, right), (right, left)):
             if side.name and other.names <= known:
@@ -240,6 +266,8 @@ class _Response:
         if refuted:
             self._contradiction("an equation that contradicts what was said before")
         same = gaps(left.expression, right.expression) == {0}
+        if not same:
+            self._identity(left, right, later)
         if simplifies and not same:
             raise WrongError("two sides that are not the same", "equation")
         if same or derived:

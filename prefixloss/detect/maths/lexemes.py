@@ -119,6 +119,8 @@ class _Lexer:
         if kind == "aside":
             called = after_value and not gap and text in "([{"  # f(x, y)
             return _OPAQUE if called or (text == "}" and self._at(place + 1).text == "{") else _BREAK
+        if kind == "arrow":
+            return Lexeme("break", "->")
         opaque = text in "|_" or text.startswith("\\") or not text.isascii() or self._within_number(place)
         return _OPAQUE if opaque else Lexeme("break", text)
 

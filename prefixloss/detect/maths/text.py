@@ -114,6 +114,7 @@ def _fraction(repeating: re.Match[str]) -> str:
 
 _TOKEN = re.compile(
     r"""(?P<space>[^\S\n]+)
+    |(?P<arrow>[-=]>)
     |(?P<operator>\*\*|-(?!>)|[+*/^])
     |(?P<open>[(\[{])
     |(?P<close>[)\]}])
