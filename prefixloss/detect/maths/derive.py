@@ -64,12 +64,14 @@ def _defines(equation: Equation) -> bool:
 def contradicts(before: Equation, after: Equation) -> bool:
     """Whether the two have no solution together, whatever all names but one stand for; false where that is not decided.
 
-    An equation that was rightly rewritten keeps a solution, for each choice of the other names.
+    An equation that was rightly rewritten keeps a solution, for each choice of the other names, if it has one.
     """
     if gaps(*after) == {0}:
         return False
     try:
-        return not any(consistent((before, after), values) for values in _choices(sorted(_names(before))))
+        choices = list(_choices(sorted(_names(before))))
+        possible = all(consistent((before,), values) for values in choices)
+        return possible and not any(consistent((before, after), values) for values in choices)
     except NoValueError:
         return False
 

@@ -82,9 +82,16 @@ class Reading(NamedTuple):
 
 # ---- expressions ---------------------------------------------------------------------------------------------
 
-_BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "mod": 2, "neg": 3, "^": 4}
-_BEHIND_LAST = {"sqrt": "sqrt", "over": "/", "index": "root"}  # what a prefix becomes behind its last argument,
-_BEHIND_FIRST = {"frac": "over", "root": "index"}  # and behind the first of two
+_BINDS = {"+": 1, "-": 1, "rem": 1, "*": 2, "/": 2, "mod": 2, "neg": 3, "^": 4}
+_OF_ONE = ("sqrt", "abs", "floor", "ceil", "sin", "cos", "tan", "ln")
+_OF_TWO = {
+    "frac": "/",
+    "root": "root",
+    "binom": "choose",
+    **{name: name for name in ("log", "gcd", "lcm", "max", "min")},
+}
+_BEHIND_FIRST = {name: f"{name} of" for name in _OF_TWO}  # what a prefix becomes behind the first of two arguments,
+_BEHIND_LAST = {**dict(zip(_OF_ONE, _OF_ONE, strict=True)), **{f"{name} of": sign for name, sign in _OF_TWO.items()}}
 
 
 class _Parser:
@@ -126,7 +133,7 @@ class _Parser:
         elif kind == "prefix" or item == "neg":
             self.pending.append(str(item))
         else:  # between the arguments of a fraction, "*" is no product
-            return item == "pos" or (item == "*" and self.pending[-1:] in (["over"], ["index"]))
+            return item == "pos" or (item == "*" and self.pending[-1:] != [] and self.pending[-1].endswith(" of"))
         return True
 
     def _operator(self, lexeme: Lexeme) -> bool:
@@ -246,7 +253,7 @@ def read(text: str, names: Collection[str]) -> Reading:
             relation, behind, place = "", True, run[1]
             end = place
             continue
-        calculates = behind and len(chains[-1].runs[-1].expression) > 2
+        calculates = behind and len(chains[-1].runs[-1].expression) > 2 and chains[-1].runs[-1].expression[-1] != "mod"
         if kind == "relation" and not relation and (item != "is" or calculates):  # "2 + 3 is 5", not "x is 5"
             relation = str(item)
             unread += not behind and (loose or runs.kind(place - 1) == "opaque")

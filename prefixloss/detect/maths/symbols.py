@@ -112,9 +112,9 @@ def _degrees(expression: Expression) -> tuple[int, int]:
                 raise NoValueError("not a polynomial")
             stack.pop()
             stack[-1] = stack[-1][0] * before, stack[-1][1] * before
-        elif item in ("sqrt", "root", "!", "mod", "pi"):
-            raise NoValueError("not a polynomial")
         elif item not in ("neg", "%"):
+            if item not in names((item,)):
+                raise NoValueError("not a polynomial")
             stack.append((1, 0))
         if max(stack[-1]) > MAX_DEGREE:
             raise NoValueError("a polynomial beyond the bounds")
