@@ -27,12 +27,13 @@ from prefixloss.detect.maths.claims import (
     rounding,
 )
 from prefixloss.detect.maths.confidence import ALL_RIGHT, Kind, confidence
-from prefixloss.detect.maths.derive import Said, beside, contradicts, derives
+from prefixloss.detect.maths.derive import Said, beside, contradicts, defines, derives, restates
 from prefixloss.detect.maths.expressions import (
     DivisionByZeroError,
     Expression,
     NoValueError,
     Rational,
+    close,
     evaluate,
     is_number,
     magnitude,
@@ -237,15 +238,22 @@ class _Response:
         if left.partial or right.partial or relation != "=":
             return
         if not left.names | right.names:
-            self.latest = before if n else None
+            self.latest = before if n and before and not defines(before.equation) else None
             return
         equation = left.expression, right.expression
+        if n and gaps(*equation) == {0}:
+            self.latest = before  # E = F = G says of E = F the same as of E = G
+            return
         first = before if n == 0 else None
         listed = first is not None and beside(first, equation, self.step, chain.between)
         self.latest = said = Said(equation, self.step, listed)
         rewrites = first and not chain.supposed and derives(first, said, chain.between)
         if first and rewrites and self._may_compare() and contradicts(first.equation, equation):
             raise WrongError("this does not follow from the equation right before", "equation")
+        if first and not chain.supposed and restates(first, said, chain.between):
+            first_value = value(first.equation[1], {})
+            if not close(first_value, value(right.expression, {}), rounding(right)):
+                raise WrongError(f"{left.name} is {show(first_value)}", "equation")
 
     def _may_compare(self) -> bool:
         """Whether there is work left for comparing equations."""
