@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefixloss import LossConfig, advantages, distill_loss, linear_distill_loss, linear_prefix_loss
-from prefixloss.maths import softmax
+from prefixloss.backends.torch import distill
 from prefixloss.maths.divergence import BY_NAME
 
 INF = math.inf
@@ -335,7 +335,7 @@ def test_chunks_and_blocks_do_not_change_it(form: str, monkeypatch: pytest.Monke
     whole = linear_distill_loss(**given, divergence="jsd")
     want = torch.autograd.grad(whole.loss, student(given))
     monkeypatch.setenv("PREFIXLOSS_MEMORY", str(2 * 8 * V * 2))  # two rows
-    monkeypatch.setattr(softmax, "_BLOCK", V)  # one row
+    monkeypatch.setattr(distill, "_IN_CACHE", V)  # one row
     out = linear_distill_loss(**given, divergence="jsd")
     for g, w in zip(torch.autograd.grad(out.loss, student(given)), want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-14)

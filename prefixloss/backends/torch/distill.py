@@ -8,6 +8,7 @@ pass.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from prefixloss.maths.divergence import Parts
 from prefixloss.maths.softmax import blocks, transform_of
 
 Tensors = tuple[Any, ...]
+# scores a block on a CPU: 1 MiB of float32, since both models' and what is made of them are six tensors at a time
+_IN_CACHE = 2**18
 # the arguments of the functions below that are no tensor of the student's
 _OTHERS = (None, None)
 
@@ -93,7 +96,7 @@ def one_pass(
         scores = student.scores(rows)
         teacher_scores = None if teacher is None else teacher.scores(rows)
         gradient = student.room(rows, learning=any(needs))
-        for block in blocks(len(rows), widest):
+        for block in _blocks(len(rows), widest, wanted.device):
             here = rows[block]
             beside = None if teacher_scores is None else teacher_scores[block]
             values[here] = _block(asked, parts, scores[block], beside, here, student, coefficients, gradient[block])
@@ -102,6 +105,14 @@ def one_pass(
     if len(gradients) > 1:
         asked.columns.sum_(gradients[0])
     return values, gradients
+
+
+def _blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """Of rows that are worked on together."""
+    if device.type != "cpu":
+        return blocks(rows, columns)
+    step = max(1, _IN_CACHE // columns)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _block(
