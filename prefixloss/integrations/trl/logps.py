@@ -267,7 +267,6 @@ class FusedLoss:
     ref_logps: Tensor | None
     normalizer: Tensor | float
     backend: str
-    sampler_logps: Tensor | None = None
 
     @contextmanager
     def listening(self) -> Iterator[list[LossOutput]]:
@@ -307,7 +306,6 @@ class FusedLoss:
             cu_seqlens=pad(lengths.cumsum(0), (1, 0)),
             old_logps=None if self.old_logps is None else rows(self.old_logps),
             ref_logps=None if self.ref_logps is None else rows(self.ref_logps),
-            sampler_logps=None if self.sampler_logps is None else rows(self.sampler_logps),
             lm_head_bias=bias,
             normalizer=self.normalizer,
             config=replace(self.config, temperature=temperature, softcap=softcap, logit_scale=logit_scale),
