@@ -692,7 +692,8 @@ def test_a_longer_vocabulary_of_the_teacher_never_holds_all_tokens(monkeypatch: 
     with Largest() as largest:
         mapping = torch.arange(vocabulary) * 4
         linear_distill_loss(**given, teacher_vocabulary=mapping, divergence="jsd").loss.backward()
-    assert 0 < largest.elements <= rows * theirs // 4
+    # the teacher's head has 512 x 5 elements, a chunk 24 rows of its logits
+    assert 0 < largest.elements <= rows * theirs // 8
 
 
 def test_ids_of_the_teacher_that_the_student_has_not_are_left_to_the_rest() -> None:
@@ -700,7 +701,7 @@ def test_ids_of_the_teacher_that_the_student_has_not_are_left_to_the_rest() -> N
     ids = torch.tensor([[4, 3, 100, -1]] * N)
     logps = torch.tensor([0.3, 0.2, 0.4, 1.0]).log().expand(N, 4).double()
     logits, mask = randn(N, V, seed=0), torch.arange(N) != 2
-    ids[2] = -7
+    ids[2] = -1000
     out = distill_loss(logits, teacher_ids=ids, teacher_logps=logps, teacher_vocabulary=SHARED, mask=mask)
     only = distill_loss(logits, teacher_ids=torch.zeros(N, 1).long(), teacher_logps=logps[:, :1], mask=mask)
     torch.testing.assert_close(out.divergence, only.divergence)
