@@ -73,3 +73,8 @@ def test_a_rewriting_may_be_in_the_next_step() -> None:
 )
 def test_what_takes_other_equations_in_is_not_accused(text: str) -> None:
     assert step(CASES, text) is None
+
+
+def test_what_is_rewritten_within_a_supposition_has_to_be_the_same_too() -> None:
+    assert step(CASES, "If k = x + 1, then $k = x(x + 1) + 1 = x^2 + x + 2x$.") == 1
+    assert step(CASES, "If k = x + 1, then $k = x(x + 1) + 1 = x^2 + x + 1$.") is None

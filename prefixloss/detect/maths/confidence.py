@@ -16,8 +16,8 @@ Kind = Literal["false", "rewriting", "equation", "answer", "nowhere"]
 
 # (where everything in the steps before could be read, where something could not)
 _SHARES: dict[Kind, tuple[float, float]] = {
-    "false": (0.64, 0.32),  # a false claim between numbers, or names with values: 52 of 81, 36 of 114
-    "rewriting": (0.75, 0.62),  # what is rewritten into something else: 9 of 12, 26 of 42
+    "false": (0.64, 0.32),  # a false claim about numbers, or names with values: 53 of 82, 37 of 116
+    "rewriting": (0.75, 0.62),  # what is rewritten into something else: 9 of 12, 27 of 43
     "equation": (0.40, 0.25),  # equations that cannot hold together: 2 of 5, 4 of 16
     "answer": (0.20, 0.20),  # a final answer that the steps do not give: 0 of 3, by Laplace's rule
     "nowhere": (0.14, 0.14),  # a number without an origin, where the answer is known to be wrong: 18 of 132

@@ -45,6 +45,7 @@ from prefixloss.detect.maths.expressions import (
 from prefixloss.detect.maths.identities import misses
 from prefixloss.detect.maths.lexemes import declared
 from prefixloss.detect.maths.names import Names, gaps
+from prefixloss.detect.maths.properties import wrong_property
 from prefixloss.detect.maths.reader import SUPPOSING, Chain, Reading, Run, read
 from prefixloss.detect.maths.scope import RESTARTS, Scopes
 from prefixloss.detect.maths.task import Task, parts
@@ -151,6 +152,8 @@ class _Response:
             self._chain(chain)
         if not reading.ends:
             self.last = None
+        if reason := wrong_property(text):
+            raise WrongError(reason, "false")
         if self.task.expression:
             self._copies(reading, before)
         self._answer(text, reading)
@@ -272,7 +275,8 @@ class _Response:
         rewrites = left.names == right.names and (later or (chained and not used & self.bound))
         if not left.name:
             self.bound |= used
-        if self.mentions or "i" in used or left.name or (right.name and len(gap) == 1):
+        one = later and len(used) == 1 < len(gap)  # what is rewritten within a supposition has to be the same too
+        if (self.mentions and not one) or "i" in used or left.name or (right.name and len(gap) == 1):
             return False
         if rewrites and 1 in (len(used), len(gap)):
             raise WrongError("two sides that are not the same", "rewriting")
