@@ -84,7 +84,7 @@ ALL_OF_THE_LOSS = [
     "test_objective", "test_products", "test_retained_graph", "test_batch_invariance", "test_half_precision",
     "test_kernels", "test_tune", "test_contract_loss", "test_contract_advantages", "test_torch_operators",
     "test_operators", "test_triton_backend", "test_new_objectives", "test_user_objectives", "test_kept",
-    "test_gradient_tolerance", "test_compile_report", "test_package",
+    "test_gradient_tolerance", "test_sharded", "test_distill", "test_compile_report", "test_package",
 ]  # fmt: skip
 SECONDS = 1800  # of one file's tests, four times what the longest takes; a mutant that takes longer hangs
 

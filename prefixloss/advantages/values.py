@@ -51,7 +51,6 @@ def gae(
     for t in reversed(range(width)):
         following = v_tight[:, t + 1] if t + 1 < width else torch.zeros_like(a)
         a = r_tight[:, t] + gamma * following - v_tight[:, t] + gamma * lam * a
-        a = torch.where(t < lengths, a, 0.0)
         made.append(a)
     padded = torch.stack(made[::-1], 1) if made else v_tight
     out = torch.zeros_like(v)

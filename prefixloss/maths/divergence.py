@@ -16,8 +16,9 @@ Each is a sum of terms. With w_j = p_j dD/dp_j, less what is the same multiple o
 A class that neither can have adds nothing; one that only the first argument of a KL can have makes it infinite. Of an
 infinite divergence there is no slope: its gradient is 0.
 
-The classes are the vocabulary, or the ids that a teacher lists and all others together, the tail: a row's gradient with
-respect to the tail's score is shared out by the others' own probabilities.
+The classes are the vocabulary, or the ids that a teacher lists, or those that both have where they share a vocabulary
+in part, and all others together, the tail: a row's gradient with respect to the tail's score is shared out by the
+others' own probabilities.
 """
 
 from __future__ import annotations
@@ -135,9 +136,32 @@ class Divergence:
         a = classes - classes.logsumexp(1, keepdim=True)
         # every process has all of the classes
         value, gradient = self.rows(a, torch.cat([teacher.logps, teacher.tail[:, None]], 1), Parts())
-        # exp(-inf - -inf) where nothing but the listed ids is possible
-        shares = others.sub_(log_others.masked_fill(log_others == -math.inf, 0)).exp_().mul_(gradient[:, -1:])
+        shares = _shares(others, log_others).mul_(gradient[:, -1:])
         return value, place.put(shares, gradient[:, :-1])
+
+    def shared(self, scores: Tensor, teacher_scores: Tensor, vocabulary: Tensor) -> tuple[Tensor, Tensor]:
+        """From scores [n, V] and [n, V_t], and the teacher's ids for the student's [V], -1 for none: the divergence [n]
+        over the ids that both have and one class for each side's rest, and d / d scores [n, V]."""
+        own = (vocabulary >= 0).nonzero().squeeze(1)
+        a, others, log_others = _with_rest(scores, own)
+        b, _, _ = _with_rest(teacher_scores, vocabulary[own])
+        value, gradient = self.rows(a, b, Parts())
+        shares = _shares(others, log_others).mul_(gradient[:, -1:])
+        return value, shares.index_copy_(1, own, gradient[:, :-1])
+
+
+def _with_rest(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-probs [n, K + 1] of the chosen columns [K] and of all others together; the others' scores, -inf at the
+    chosen, and log-sums [n, 1]."""
+    others = scores.index_fill(1, chosen, -math.inf)
+    log_others = others.logsumexp(1, keepdim=True)
+    classes = torch.cat([scores[:, chosen], log_others], 1)
+    return classes - classes.logsumexp(1, keepdim=True), others, log_others
+
+
+def _shares(others: Tensor, log_others: Tensor) -> Tensor:
+    """Each one's share of all others, in their memory; 0 where none of them is possible: exp(-inf - -inf)."""
+    return others.sub_(log_others.masked_fill(log_others == -math.inf, 0)).exp_()
 
 
 class Listed(NamedTuple):

@@ -347,11 +347,12 @@ def test_hidden_states_have_a_width_and_a_vocabulary_a_word(backend: str, width:
         refused(function, right | empty | {"backend": backend}, name, f"D = {width}")
 
 
-def test_no_response_at_all_is_taken() -> None:
+@pytest.mark.parametrize(("responses", "length"), [(0, T), (B, 0)])
+def test_no_response_and_no_token_at_all_are_taken(responses: int, length: int) -> None:
     empty = {
-        "hidden": torch.zeros(0, T, D),
-        "tokens": torch.zeros(0, T, dtype=torch.int64),
-        "advantages": torch.zeros(0),
+        "hidden": torch.zeros(responses, length, D),
+        "tokens": torch.zeros(responses, length, dtype=torch.int64),
+        "advantages": torch.zeros(responses),
     }
     assert linear_prefix_loss(**empty, lm_head_weight=torch.zeros(V, D)).loss == 0
 

@@ -68,7 +68,8 @@ def _student_rows(asked: Distil, tensors: Tensors, needs: tuple[bool, ...]) -> R
     transform = transform_of(asked.settings.student)
     if len(tensors) == 1:
         return LogitRows(tensors[0], transform, needs)
-    buffers = 1 if asked.teacher.weight is None else 2
+    weight = asked.teacher.weight
+    buffers = 1 if weight is None else 1 + -(-len(weight) // max(1, len(tensors[1])))
     return LinearRows(Head(*tensors), transform, needs, buffers, asked.columns)
 
 
@@ -112,6 +113,8 @@ def _block(
     divergence, transform, dtype = asked.settings.divergence, student.transform, scores.dtype
     if teacher_scores is None:
         value, gradient = divergence.listed(scores, asked.teacher.listed(rows, dtype), parts)
+    elif asked.vocabulary is not None:
+        value, gradient = divergence.shared(scores, teacher_scores.to(dtype), asked.vocabulary)
     else:
         value, gradient = divergence.whole(scores, teacher_scores.to(dtype), parts)
     if transform.softcap is not None:
@@ -152,7 +155,7 @@ class _TokenLosses(torch.autograd.Function):
         values, _ = one_pass(asked, tensors, batch.learning, batch.weights, (False,) * len(tensors))
         ctx.asked, ctx.needs = asked, needs
         # all that the backward reads again, so that autograd notices if any of it was changed in between
-        ctx.save_for_backward(*tensors, *asked.teacher)
+        ctx.save_for_backward(*tensors, *asked.teacher, asked.vocabulary)
         ctx.mark_non_differentiable(values)
         return _weighted(values, batch) / batch.denominator, values
 
