@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefixloss import LossConfig, TokenAdvantages, linear_prefix_loss, prefix_loss
-from prefixloss._kernels.objective import POLICIES
+from prefixloss._kernels.objective import CORRECTIONS, POLICIES
 from prefixloss.config import RatioLevel, Stats
-from prefixloss.maths import corrections, reductions
 from prefixloss.maths import kl as estimators
+from prefixloss.maths import reductions
 
 NAN = float("nan")
 # every name there is: a new one is tested without being asked for. The others' objectives are in test_new_objectives
-OBJECTIVES, REDUCTIONS, CORRECTIONS = POLICIES, tuple(reductions.BY_NAME), tuple(corrections.BY_NAME)
+OBJECTIVES, REDUCTIONS = POLICIES, tuple(reductions.BY_NAME)
 KLS, RATIO_LEVELS, STATS = (*estimators.BY_NAME, estimators.FULL), get_args(RatioLevel), get_args(Stats)
 METRICS = (
     "scored_tokens",
@@ -445,7 +445,7 @@ def finite(values: Tensor) -> Tensor:
 def model_of(case: Case, hidden: Any, weight: Any, bias: Any, logits: Any) -> Model:
     """A logit from a head is a float32 sum of D products and a bias: D + 2 roundings of the sum of their sizes.
     The scale, the temperature, the argument of the exponential and its two units: 6 of the score's size and 2 more; a
-    soft cap's tanh, made of exponentials, is right to 2 units of the cap. A log-prob has the error of its own score and
+    soft cap's tanh is right to 14 units of itself. A log-prob has the error of its own score and
     the mean error of the others', and that of a sum over V. 8: the logarithm, and sums of a few.
     """
     option = oracle.DEFAULTS | case.options
@@ -458,8 +458,10 @@ def model_of(case: Case, hidden: Any, weight: Any, bias: Any, logits: Any) -> Mo
         raw = hidden @ weight.t() + bias
         error = (hidden.shape[1] + 2) * SINGLE * (hidden.abs() @ weight.abs().t() + finite(bias).abs())
     z, cap = finite(raw) * option["logit_scale"], option["softcap"]
-    error = (error * option["logit_scale"] + 2 * SINGLE * (cap or 0.0)) / option["temperature"]
-    z = z if cap is None else cap * torch.tanh(z / cap)
+    error = error * option["logit_scale"] / option["temperature"]
+    if cap is not None:
+        z = cap * torch.tanh(z / cap)
+        error = error + 14 * SINGLE * z.abs() / option["temperature"]
     logp = oracle.log_probs(raw, **{key: option[key] for key in ("temperature", "softcap", "logit_scale")})
     error = error + SINGLE * (6 * z.abs() / option["temperature"] + 2)
     error = error + (logp.exp() * error).sum(-1, keepdim=True) + (raw.shape[-1] + 8) * SINGLE

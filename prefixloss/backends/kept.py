@@ -6,7 +6,6 @@ A column that is not used has the logit -inf, so that all that is computed is of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from prefixloss.backends import memory
 from prefixloss.backends.autograd import first_order
 from prefixloss.backends.problem import Head
+from prefixloss.backends.sparse import Entries, add_transposed, product
 from prefixloss.inputs.kept import Kept
 from prefixloss.maths.precision import accumulation_dtype
 
@@ -51,7 +51,7 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, ids, rows)
         out = torch.zeros(ids.shape, dtype=accumulation_dtype(hidden, weight), device=hidden.device)
-        for part in _parts(rows, ids, hidden, out.dtype):
+        for part in _pieces(rows, ids.shape[1] * hidden.shape[1] * out.dtype.itemsize):
             out[part] = _chunk(hidden, weight, bias, ids, part)
         return out
 
@@ -61,21 +61,20 @@ class _Products(torch.autograd.Function):
         hidden, weight, bias, ids, rows = ctx.saved_tensors
         needs, dtype = ctx.needs_input_grad, grad.dtype
         d_hidden = torch.zeros_like(hidden) if needs[0] else None
-        d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs[1] else None
-        d_bias = torch.zeros(len(weight), dtype=dtype, device=weight.device) if bias is not None and needs[2] else None
+        d_weight = memory.zeros(weight.shape, dtype, weight.device) if needs[1] else None
+        d_bias = memory.zeros((len(weight), 1), dtype, weight.device) if bias is not None and needs[2] else None
         live = rows[(grad[rows] != 0).any(1)]
-        for part in _parts(live, ids, hidden, dtype):
-            g, chosen = grad[part], ids[part]
+        for part in _pieces(live, hidden.shape[1] * dtype.itemsize):
+            row, place = (grad[part] != 0).nonzero().unbind(1)
+            entries = Entries(row, ids[part][row, place], grad[part][row, place])
             if d_hidden is not None:
-                d_hidden[part] = torch.bmm(g[:, None], weight[chosen].to(dtype)).squeeze(1).to(d_hidden.dtype)
+                d_hidden[part] = product(entries, len(part), weight, dtype).to(d_hidden.dtype)
             if d_weight is not None:
-                outer = g[:, :, None] * hidden[part].to(dtype)[:, None]
-                # a sum in a fixed order on every device, which index_add_ is not
-                d_weight.index_put_((chosen.reshape(-1),), outer.reshape(-1, outer.shape[2]), accumulate=True)
+                add_transposed(d_weight, entries, hidden[part].to(dtype))
             if d_bias is not None:
-                d_bias.index_put_((chosen.reshape(-1),), g.reshape(-1), accumulate=True)
+                add_transposed(d_bias, entries, d_bias.new_ones(len(part), 1))
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
-        return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None
+        return d_hidden, d_weight, None if d_bias is None else d_bias.squeeze(1).to(bias.dtype), None, None
 
 
 def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, rows: Tensor) -> Tensor:
@@ -85,7 +84,6 @@ def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, row
     return made if bias is None else made + bias.to(dtype)[chosen]
 
 
-def _parts(rows: Tensor, ids: Tensor, hidden: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The rows in pieces whose gathered columns fit into the memory budget."""
-    per_row = max(1, ids.shape[1] * hidden.shape[1] * dtype.itemsize)
-    return iter(rows.split(memory.rows_in_budget(max(1, len(rows)), per_row, hidden.device))) if len(rows) else iter(())
+def _pieces(rows: Tensor, bytes_per_row: int) -> tuple[Tensor, ...]:
+    """The rows in pieces that fit into the memory budget."""
+    return rows.split(memory.rows_in_budget(len(rows), max(1, bytes_per_row), rows.device)) if len(rows) else ()

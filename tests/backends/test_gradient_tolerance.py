@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from prefixloss import LossConfig, LossOutput, linear_logps, linear_prefix_loss, prefix_loss
+from prefixloss.backends import sparse
 from prefixloss.backends.columns import Columns
 from prefixloss.backends.torch import entries
 from prefixloss.backends.torch.entries import Tolerance
@@ -29,7 +30,7 @@ BANNED = 7
 
 
 @pytest.fixture(autouse=True)
-def sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+def never_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """The small matrices here are never dense."""
     monkeypatch.setattr(entries, "_DENSE", 1)
     monkeypatch.setattr(entries, "_LOOKED_AT", 1)
@@ -204,8 +205,8 @@ def test_nothing_is_left_out_of_the_gradient_of_logits() -> None:
 def test_flat_rows_keep_their_dense_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     taken: list[str] = []
-    monkeypatch.setattr(entries, "product", lambda *_: taken.append("hidden"))
-    monkeypatch.setattr(entries, "add_transposed", lambda *_: taken.append("head"))
+    monkeypatch.setattr(sparse, "product", lambda *_: taken.append("hidden"))
+    monkeypatch.setattr(sparse, "add_transposed", lambda *_: taken.append("head"))
     config = LossConfig(gradient_tolerance=1e-2, head_gradient_tolerance=1e-2)
     exact, got = made("flat", LossConfig()), made("flat", config)
     assert taken == []
@@ -230,23 +231,23 @@ def test_what_is_no_measure_leaves_nothing_out(size: float) -> None:
 def test_products_of_entries_are_those_of_their_matrix_in_any_dtype(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(entries, "_AT_ONCE", 3 * 5)  # three rows of the head at a time
+    monkeypatch.setattr(sparse, "_AT_ONCE", 3 * 5)  # three rows of the head at a time
     gradient, weight, hidden = random(6, 11).float(), random(11, 5).to(dtype), random(6, 5).float()
     gradient[gradient.abs() < 0.8] = 0
     gradient[2] = 0
     gradient[:, 4] = 0
     row, column = gradient.nonzero().unbind(1)
-    some = entries.Entries(row, column, gradient[row, column])
+    some = sparse.Entries(row, column, gradient[row, column])
     # a handful of products of size 1 in another order
     close = {"rtol": 1e-6, "atol": 1e-6}
-    torch.testing.assert_close(entries.product(some, 6, weight, torch.float32), gradient @ weight.float(), **close)
+    torch.testing.assert_close(sparse.product(some, 6, weight, torch.float32), gradient @ weight.float(), **close)
     total = torch.ones(11, 5)
-    entries.add_transposed(total, some, hidden)
+    sparse.add_transposed(total, some, hidden)
     torch.testing.assert_close(total, 1 + gradient.T @ hidden, **close)
     assert torch.equal(total[4], torch.ones(5))
-    nothing = entries.Entries.none(hidden)
-    assert torch.equal(entries.product(nothing, 6, weight, torch.float32), torch.zeros(6, 5))
-    entries.add_transposed(total, nothing, hidden)
+    nothing = sparse.Entries.none(hidden)
+    assert torch.equal(sparse.product(nothing, 6, weight, torch.float32), torch.zeros(6, 5))
+    sparse.add_transposed(total, nothing, hidden)
 
 
 def test_auto_is_a_quarter_of_what_rounding_moves() -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from prefixloss.backends import memory, products
+from prefixloss.backends import memory, products, sparse
 from prefixloss.backends.columns import Columns, Shard
 from prefixloss.backends.problem import Head
 from prefixloss.backends.torch import entries
@@ -174,7 +174,7 @@ class LinearRows:
             if for_hidden is None:
                 product = self.hidden_gradient(gradient, scale)
             else:
-                product = entries.product(for_hidden, len(rows), self.weight, self.dtype)
+                product = sparse.product(for_hidden, len(rows), self.weight, self.dtype)
                 product.mul_(self.transform.before * scale)
             self.d_hidden.index_copy_(0, rows, product.to(self.d_hidden.dtype))
         if for_head is None:
@@ -182,10 +182,10 @@ class LinearRows:
             return
         for_head = for_head.times(scale)
         if self.d_weight is not None:
-            entries.add_transposed(self.d_weight, for_head, self._hidden(rows))
+            sparse.add_transposed(self.d_weight, for_head, self._hidden(rows))
         if self.d_bias is not None:
             ones = self.d_bias.new_full((len(rows), 1), self.transform.before)
-            entries.add_transposed(self.d_bias[:, None], for_head, ones)
+            sparse.add_transposed(self.d_bias[:, None], for_head, ones)
 
     def _add_head_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
         if self.d_weight is not None:
