@@ -13,7 +13,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prefixloss.rl import UsageError, checkpoint, start, task, train
+from prefixloss.rl import UsageError, checkpoint, start, task, trackers, train
 from prefixloss.rl.config import Config
 from prefixloss.rl.policy import Policy, load_policy
 from prefixloss.rl.report import Report
@@ -290,6 +290,22 @@ def test_tensorboard_has_every_figure_once_after_a_resumed_run(model, data, tmp_
     for name in ("reward", "kl", "pass@1"):
         expected = [(m["update"], m[name]) for m in history if name in m]
         assert [(e.step, e.value) for e in events.Scalars(name)] == [(s, pytest.approx(v)) for s, v in expected]
+
+
+def test_tensorboard_forgets_updates_that_are_made_again(tmp_path):
+    """A run that was killed resumes from a checkpoint before its last figures."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
+
+    for done, updates in ((0, (1, 2, 3)), (1, (2,))):
+        with trackers.opened("tensorboard", tmp_path, {}, done) as log:
+            for update in updates:
+                log({"update": update, "reward": update + 10.0 * done})
+        for number, file in enumerate(sorted((tmp_path / "tensorboard").iterdir())):
+            file.rename(file.with_name(f"events.out.tfevents.{done + number}"))  # both within a second
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 1.0), (2, 12.0)]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
