@@ -232,7 +232,11 @@ def test_bfloat16_products_leave_float32_weights_and_gradients(model):
     sampled_by = load_policy(model)
     policy = start.open_policy(Config(model=model, dtype="bfloat16"), "cpu")
     sampled = policy.written(["What is 2+3?"], ["Step 1: 2+3=5"])
+    made = set()
+    policy.decoder.layers[0].mlp.down_proj.register_forward_hook(lambda *given: made.add(given[-1].dtype))
     hidden = policy.hidden(sampled)
+    policy.sample(["What is 2+3?"], 2)
+    assert made == {torch.bfloat16}
     assert hidden.dtype == policy.weight.dtype == torch.bfloat16
     (hidden.float().sum() + policy.weight.float().sum()).backward()
     assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
