@@ -35,8 +35,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from prefixloss import LossConfig
-from prefixloss._kernels import rows, scale
-from prefixloss._kernels.problem import Tokens
+from prefixloss._kernels import entries, rows, scale
+from prefixloss._kernels.problem import Problem, Tokens
 from prefixloss.backends.triton import problems
 
 from ..files import write_json
@@ -57,7 +57,8 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 class Case(NamedTuple):
-    """A configuration that ships. run: "row", "split" (slices, combination, gradient) or "gradient" (its own kernel).
+    """A configuration that ships. run: "row", "split" (slices, combination, gradient), "gradient" (its own kernel) or
+    "entries" (the choice of a few and their products).
 
     chunk: logits are a float32 chunk made from hidden states, and gradients lie in the same memory. bounds: the most
     instructions per logit in the loops for statistics and gradient, NVIDIA's and then AMD's; a tenth above what the
@@ -107,6 +108,11 @@ CASES = {
     "chunk, exact KL, entropy": Case(logits=F32, options=PENALTIES, chunk=True, bounds=(25, 18, 28, 20)),
     "chunk, gradient alone": Case(run="gradient", logits=F32, chunk=True),
     "chunk, statistics": Case(logits=F32, terms=False, gradient=False, chunk=True, bounds=(14, 8, 16, 13)),
+    "chunk, entries, bf16": Case(run="entries", logits=F32, chunk=True, bounds=(30, 0, 24, 0)),
+    "chunk, entries, fp32": Case(run="entries", logits=F32, grads=F32, chunk=True, bounds=(26, 0, 27, 0)),
+    "chunk, entries, exact KL, entropy": Case(
+        run="entries", logits=F32, options=PENALTIES, chunk=True, bounds=(42, 0, 34, 0)
+    ),
     "scale, bf16": Case(run="scale"),
     "scale, fp32": Case(run="scale", logits=F32),
 }
@@ -199,6 +205,8 @@ def launch(case: Case) -> None:
     grads = logits if own_width else logits.view(case.grads)[:, case.vocabulary :]
     if case.run == "row":
         rows.launch_rows(problem, stats, terms, grads, stats)
+    elif case.run == "entries":
+        _launch_entries(problem, stats, terms[3:], case.grads)
     elif case.run == "gradient":
         rows.launch_gradient(problem, stats, terms[3:], grads, stats, 1)
     else:
@@ -207,6 +215,17 @@ def launch(case: Case) -> None:
         rows.launch_combine(problem, sums, stats, terms)
         rows.launch_gradient(problem, stats, terms[3:], grads, stats, 4)
     return None
+
+
+def _launch_entries(problem: Problem, stats: torch.Tensor, coefficients: torch.Tensor, dtype: torch.dtype) -> None:
+    width, (columns, values) = 4096, torch.empty(2, ROWS, entries.CAPACITY)
+    columns, counts = columns.to(torch.int32), torch.zeros(ROWS, dtype=torch.int32)
+    entries.launch_measure(problem, stats, coefficients, stats)
+    entries.launch_select(problem, stats, coefficients, torch.ones(()), columns, values, counts, stats)
+    entries.launch_gather(columns, values, counts, torch.empty(ROWS, width, dtype=dtype), torch.empty(ROWS, width))
+    ends = rows_of = torch.zeros(ROWS, dtype=torch.int64)
+    hidden, total = torch.empty(ROWS, width, dtype=dtype), torch.empty(ROWS, width)
+    entries.launch_scatter(counts, ends, rows_of, values[0], hidden, total)
 
 
 # --- reading what was compiled

@@ -126,6 +126,26 @@ def test_a_fused_product_is_rounded_once() -> None:
     assert special[2] == np.inf
 
 
+def test_bits_are_taken_out_of_a_number() -> None:
+    # bits 4 to 6 of the thread's number, and all from bit 5 on
+    out = run("bfe.u32 %r4, %r0, 4, 3; bfe.s32 %r5, %r0, 4, 2; mad.lo.s32 %r3, %r5, 100, %r4;" + STORE)
+    signed = {0: 0, 1: 1, 2: -2, 3: -1}
+    assert out[0].tolist() == [100 * signed[t >> 4 & 3] + (t >> 4 & 7) for t in range(THREADS)]
+
+
+def test_bytes_of_two_numbers_are_chosen() -> None:
+    # 0x..a5 and 0x04030201: a byte of either, the sign of the first one's, and one of the second's
+    out = run("mov.b32 %r4, 0xa5; mov.b32 %r5, 0x04030201; prmt.b32 %r3, %r4, %r5, 0x7805U;" + STORE)
+    assert np.unique(out[0].view(np.uint32)).tolist() == [0x04FFA502]
+
+
+def test_a_warp_adds_up() -> None:
+    out = run("mov.b32 %r4, -1; redux.sync.add.s32 %r3, %r0, %r4;" + STORE)
+    assert out[0].tolist() == [sum(range(32))] * 32 + [sum(range(32, 64))] * 32
+    with pytest.raises(UnknownInstructionError):
+        run("mov.b32 %r4, 1; redux.sync.add.s32 %r3, %r0, %r4;" + STORE)
+
+
 def test_bf16_is_rounded_to_even() -> None:
     x = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-7, np.inf, 3.4e38], np.float32)
     want = np.array([1, 1 + 2.0**-6, -1 - 2.0**-7, np.inf, np.inf], np.float32)
