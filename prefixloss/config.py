@@ -59,6 +59,10 @@ def _pair(low: float, *, above: bool, ordered: bool) -> tuple[Callable[[Any], bo
     return accepts, wants + (", the first not above the second" if ordered else "")
 
 
+def _share() -> tuple[Callable[[Any], bool], str]:
+    return lambda v: check.is_number(v) and 0 < v <= 1, "a number > 0, at most 1"
+
+
 def _positive_int() -> tuple[Callable[[Any], bool], str]:
     return lambda v: check.is_whole(v, 1), "a whole number > 0"
 
@@ -104,11 +108,19 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "vespo_positive": _pair(0, above=True, ordered=False),
     "vespo_other": _pair(0, above=True, ordered=False),
     "divergence_cap": _number(0),
+    "m2_threshold": _number(0, above=True),
+    "cov_share": _share(),
+    "cov_bounds": _pair(0, above=False, ordered=True),
+    "cov_kl_coef": _number(0),
+    "top_entropy_quantile": _share(),
     "ratio_level": _one_of(get_args(RatioLevel)),
     "sampler_correction": _or_none(_one_of(corrections.BY_NAME), " | "),
     "sampler_bounds": _pair(0, above=False, ordered=True),
+    "sampler_missing": _or_none((lambda v: check.is_whole(v) and v <= 1, "0 or 1")),
+    "off_policy_mask_threshold": _or_none(_number(0)),
     "kl": _or_none(_one_of(kl.BY_NAME, kl.FULL), " | "),
     "kl_coef": _any_number,
+    "kl_clamp": _or_none(_number(0, above=True)),
     "kl_importance": _flag,
     "entropy_coef": _any_number,
     "reduction": _one_of(reductions.BY_NAME),
@@ -130,12 +142,12 @@ class LossConfig:
 
     Per-token objective, with rho = exp(logp - old_logp) and advantage A:
         objective: a name of `prefixloss.maths.objectives`, where formulas and papers stand: "clip" (PPO, GRPO, DAPO),
-            "cispo", "sapo", "reinforce", "topr", "gmpo", "vespo", "dppo-tv" or "dppo-kl"; or a function
-            f(logp, given) -> loss of each token, [n] like logp, in plain torch and differentiable in logp (and
-            given.entropy, given.kl). `given` is
-            `prefixloss.maths.objectives.View`. The function is tried once on made-up tokens: where it uses
-            `given.response`, the log-probs of whole responses come first; where its loss and derivatives are 0 for an
-            advantage of 0, such tokens do not learn. It must treat every token alike, whatever else is in the tensor.
+            "cispo", "sapo", "reinforce", "topr", "gmpo", "vespo", "dppo-tv", "dppo-kl", "m2po", "clip-cov" or
+            "kl-cov"; or a function f(logp, given) -> loss of each token, [n] like logp, in plain torch and
+            differentiable in logp (and given.entropy, given.kl). `given` is `prefixloss.maths.objectives.View`. The
+            function is tried once on made-up tokens: where it uses `given.response` or `given.batch`, the log-probs of
+            whole responses, or of all tokens, come first; where its loss and derivatives are 0 for an advantage of 0,
+            such tokens do not learn. It must treat every token alike, whatever else is in the tensor.
         clip_low, clip_high: "clip" keeps rho inside [1 - clip_low, 1 + clip_high], "gmpo" log rho inside [-clip_low,
             clip_high] (0.4 both in its paper). For "cispo", `clip_high` is the cap
             on rho itself, at least 1: 5.0 is usual, as in TRL, and the default 0.2 is refused.
@@ -144,14 +156,26 @@ class LossConfig:
         sapo_tau: the temperatures of "sapo" for A > 0 and for A <= 0.
         vespo_positive, vespo_other: k and lambda of "vespo" for A >= 0 and for A < 0.
         divergence_cap: of "dppo-tv" and "dppo-kl".
+        m2_threshold: of "m2po".
+        cov_share, cov_bounds, cov_kl_coef: of "clip-cov" and "kl-cov": which share of the tokens is chosen, between
+            which covariances ("clip-cov"), and the weight of |log rho| for those chosen ("kl-cov").
+        top_entropy_quantile: below 1, only this share of the scored tokens, those of the largest entropy, has a policy
+            term ("80/20", `objectives.top_entropy`; TRL's name). Penalties and the entropy bonus are of all tokens.
         ratio_level: "token", or "sequence" for GSPO in its token form.
         sampler_correction: weights the policy term by q = exp(old_logp - sampler_logp): "tis" caps q at
-            sampler_bounds[1], "icepop" drops tokens whose q lies outside sampler_bounds
-            (`prefixloss.maths.corrections`).
+            sampler_bounds[1], "token_truncate" holds it within both sampler_bounds, "icepop" drops tokens whose q lies
+            outside them; "sequence_truncate" and "sequence_mask" do these two with one q a response, the product of its
+            tokens', "geometric_truncate" and "geometric_mask" with their geometric mean
+            (`prefixloss.maths.corrections`). TRL's default is "sequence_mask" with bounds (0, 3).
+        sampler_missing: for a sampler log-prob that is NaN: 1 counts it as q = 1, as TRL does, 0 drops the token (and
+            counts q = 1 in its response's). None: an error.
+        off_policy_mask_threshold: DeepSeek-V3.2's mask (and TRL's name): a token with A < 0 has no policy term where
+            its response's mean of sampler_logp (old_logp without it) - logp is above this.
     Penalties:
         kl, kl_coef: the estimator of KL(policy || reference), "k1", "k2" or "k3" (`prefixloss.maths.kl`), and its
             weight. "k1" has zero expected gradient on policy,
             so as a loss term it only adds noise; "full" is the exact sum over the vocabulary.
+        kl_clamp: ref_logp - logp is held within [-kl_clamp, kl_clamp] in "k1", "k2" and "k3"; beyond, no gradient.
         kl_importance: multiply the KL term by rho (before any cap); the gradient flows through both. With ratio_level
             "sequence" rho is the token form here as everywhere: its value is the response's, and its gradient is each
             token's own, rho k d logp. TRL and Liger go through the mean there, which hands a token the mean of the
@@ -188,11 +212,19 @@ class LossConfig:
     vespo_positive: tuple[float, float] = (2.0, 3.0)
     vespo_other: tuple[float, float] = (3.0, 2.0)
     divergence_cap: float = 0.15
+    m2_threshold: float = 0.04
+    cov_share: float = 0.0002
+    cov_bounds: tuple[float, float] = (1.0, 5.0)
+    cov_kl_coef: float = 1.0
+    top_entropy_quantile: float = 1.0
     ratio_level: RatioLevel = "token"
     sampler_correction: str | None = None
     sampler_bounds: tuple[float, float] = (0.0, 2.0)
+    sampler_missing: int | None = None
+    off_policy_mask_threshold: float | None = None
     kl: str | None = None
     kl_coef: float = 0.0
+    kl_clamp: float | None = None
     kl_importance: bool = False
     entropy_coef: float = 0.0
     reduction: str = "token-mean"
@@ -236,6 +268,8 @@ class LossConfig:
         object.__setattr__(self, "_encoded", self._all_encoded())
         if self.kl is None and self.kl_coef != 0:
             warnings.warn(f"kl_coef={self.kl_coef!r} has no effect: kl is None", stacklevel=3)
+        if self.kl_clamp is not None and self.exact_kl:
+            check.fail("kl_clamp", f'{self.kl_clamp!r} with kl="full"', "None, or an estimator of the KL")
 
     def _all_encoded(self) -> str:
         return " ".join(map(self._encoded_field, fields(self)))
@@ -249,7 +283,8 @@ class LossConfig:
     def traits(self, like: Tensor, recorded: tuple[bool, ...]) -> Traits:
         """What the objective does. like, recorded: see `prefixloss.maths.trial.tried`."""
         if isinstance(self.objective, str):
-            return Traits(objectives.BY_NAME[self.objective].by_response, silent=True)
+            made = objectives.BY_NAME[self.objective]
+            return Traits(made.by_response, made.by_batch, silent=not made.by_batch)
         return Traits(*_traits_of(self.encoded, str(like.device), str(like.dtype), *recorded))
 
     @property
@@ -277,6 +312,20 @@ class LossConfig:
         return self.ratio_level == "sequence"
 
     @property
+    def of_responses(self) -> str | None:
+        """An option, if any, for which a token's loss needs the log-probs of all its response, the objective apart."""
+        if self.sequence_ratio:
+            return 'ratio_level="sequence"'
+        if self.sampler_correction in corrections.LEVELS:
+            return f'sampler_correction="{self.sampler_correction}"'
+        return None if self.off_policy_mask_threshold is None else "off_policy_mask_threshold"
+
+    @property
+    def of_batch(self) -> bool:
+        """Whether a token's loss needs the entropies of all tokens, the objective apart."""
+        return self.top_entropy_quantile < 1
+
+    @property
     def summed(self) -> reductions.Reduction:
         """The reduction itself."""
         return reductions.BY_NAME[self.reduction]
@@ -287,9 +336,9 @@ class LossConfig:
         return self.stats == "scored"
 
 
-def _traits_of(options: str, device: str, dtype: str, *recorded: bool) -> tuple[bool, bool]:
-    by_response, silent = _tried(options, device, dtype, recorded)
-    return by_response, silent
+def _traits_of(options: str, device: str, dtype: str, *recorded: bool) -> tuple[bool, bool, bool]:
+    by_response, by_batch, silent = _tried(options, device, dtype, recorded)
+    return by_response, by_batch, silent
 
 
 # under compilation it is tried while the graph is made: what torch.compiler.assume_constant_result says of a function,

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from prefixloss import door
-from prefixloss.backends import reference_distill
 from prefixloss.backends.problem import Distil
-from prefixloss.backends.torch import distill as torch_distill
 from prefixloss.inputs.distillation import Distillation, GivenTeacher, TokensToDistil
 
 
@@ -101,9 +99,8 @@ def linear_distill_loss(
         reduction: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum" or "none".
         tp_group: processes that have the same hidden states and consecutive rows of the heads, as for the policy loss.
         vocab_size: ids from there on are padding of the student's head, and of the teacher's, which may be longer.
-        backend: "auto" | "triton" | "torch" | "reference". There are no kernels for distillation yet: "auto" and
-            "triton" are chunked torch operations on the tensors' device, as "torch" is. Inside `torch.compile` the call
-            is a graph break.
+        backend: "auto" | "triton" | "torch" | "reference". "auto" is "triton", the kernels, on GPUs and without a
+            tp_group, else "torch". Inside `torch.compile` the call is a graph break.
 
     A divergence is infinite where the first distribution of its KL has a token that the other has not ("jsd" and the
     skewed ones never are). Then the loss is infinite, and that token's gradient 0: it has no slope. Nothing is NaN.
@@ -160,8 +157,7 @@ def _answer(chosen: str, asked: Distil, first: Tensor) -> DistillOutput:
     shape, batch = first.shape[:-1], asked.batch
     # no autocast: its half-precision products would undo float32 accumulation
     with torch.autocast(first.device.type, enabled=False):
-        by = reference_distill if chosen == "reference" else torch_distill
-        total, values = by.distillation(asked)
+        total, values = door.distiller(chosen).distillation(asked)
     scored, learning, detached = batch.layout.scored.sum(), batch.learning.sum(), total.detach()
     metrics = {
         "scored_tokens": scored,

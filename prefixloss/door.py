@@ -16,10 +16,12 @@ from torch.autograd import forward_ad
 
 from prefixloss import check
 from prefixloss.backends import kept as kept_columns
-from prefixloss.backends import memory, reference
+from prefixloss.backends import memory, reference, reference_distill
 from prefixloss.backends.columns import Columns, Shard
 from prefixloss.backends.problem import Backend, Distil, Head, HeadLoss, HeadStatistics, LogitLoss, by_rows
 from prefixloss.backends.torch import compiled, eager
+from prefixloss.backends.torch import distill as torch_distill
+from prefixloss.backends.two_stages import Statistics
 from prefixloss.config import LossConfig
 from prefixloss.inputs import distillation
 from prefixloss.inputs.batch import Batch, TokenInputs
@@ -119,7 +121,8 @@ def kept_loss(
 ) -> LogitLoss:
     head, exact, shape = _head(given, inputs.tokens, None), config.exact_kl, inputs.tokens.shape
     layout = Layout.of(shape, inputs.tokens.device, inputs.mask, inputs.cu_seqlens)
-    kept, inputs = _replayed(replay, inputs, layout, len(head.weight))
+    kept = _replayed(replay, inputs.tokens, layout, len(head.weight))
+    inputs = dataclasses.replace(inputs, tokens=kept.places.reshape(shape))
     needed = {"ref_hidden": ref_given[0], "ref_lm_head_weight": ref_given[1]}
     columns = Columns(kept.ids.shape[1])
     batch = inputs.checked(config, accumulation_dtype(head.hidden, head.weight), columns.vocabulary, needed)
@@ -136,7 +139,8 @@ def kept_logit_loss(
 ) -> LogitLoss:
     check.logits("logits", logits, inputs.tokens)
     layout = Layout.of(inputs.tokens.shape, inputs.tokens.device, inputs.mask, inputs.cu_seqlens)
-    kept, inputs = _replayed(replay, inputs, layout, logits.shape[-1])
+    kept = _replayed(replay, inputs.tokens, layout, logits.shape[-1])
+    inputs = dataclasses.replace(inputs, tokens=kept.places.reshape(inputs.tokens.shape))
     columns = Columns(kept.ids.shape[1])
     batch = inputs.checked(config, accumulation_dtype(logits), columns.vocabulary, {"ref_logits": ref_logits})
     made = None
@@ -147,6 +151,17 @@ def kept_logit_loss(
         made = kept_columns.of_logits(by_rows(ref_logits).detach(), kept, layout.scored)
     chosen = kept_columns.of_logits(by_rows(logits), kept, layout.scored)
     return LogitLoss(chosen, made, batch, config, columns, False, batch.weights.new_zeros(()))
+
+
+def kept_statistics(
+    given: GivenHead, tokens: Tensor, mask: Tensor | None, config: LossConfig, replay: Replay, plain: bool
+) -> Statistics:
+    """Log-probs and entropies; the kept columns are few, so that every back-end has them from plain torch."""
+    head = _head(given, tokens, None)
+    layout = Layout.of(tokens.shape, tokens.device, mask, None)
+    kept, rows = _replayed(replay, tokens, layout, len(head.weight)), layout.scored.nonzero().squeeze(1)
+    logits = kept_columns.of_head(head, kept, layout.scored, plain)
+    return reference.statistics(config, logits[rows], kept.places, rows)
 
 
 def replay_of(
@@ -164,15 +179,13 @@ def replay_of(
     return Replay(kept_ids, kept_offsets, vocab_size)
 
 
-def _replayed(replay: Replay, inputs: TokenInputs, layout: Layout, columns: int) -> tuple[Kept, TokenInputs]:
-    """The kept sets, and the inputs with the tokens' places in them for their ids."""
+def _replayed(replay: Replay, tokens: Tensor, layout: Layout, columns: int) -> Kept:
+    """The kept sets, checked."""
     if replay.vocab_size is not None:
         check.vocab_size(replay.vocab_size, columns, None)
     vocabulary = columns if replay.vocab_size is None else int(replay.vocab_size)
-    tokens = inputs.tokens
     layout.check_token_ids(tokens.reshape(-1), vocabulary)
-    kept = kept_sets(replay.ids, replay.offsets, tokens, layout, vocabulary)
-    return kept, dataclasses.replace(inputs, tokens=kept.places.reshape(tokens.shape))
+    return kept_sets(replay.ids, replay.offsets, tokens, layout, vocabulary)
 
 
 # --- heads and vocabularies
@@ -223,7 +236,8 @@ def _unpadded(head: Head, columns: Columns) -> Head:
 def _most_tokens(given: int | None, mask: Tensor | None, batch: Batch, config: LossConfig) -> int | None:
     """An upper bound on the tokens to compute, if one is known without looking; none where a tolerance makes the host
     wait anyway."""
-    every_scored = config.shows_every_scored or config.sequence_ratio
+    of_many = config.of_responses is not None or config.of_batch or batch.by_batch
+    every_scored = config.shows_every_scored or of_many
     if given is not None:
         check.most_tokens("max_learning_tokens", given, batch.layout.scored if every_scored else batch.computed)
         return int(given)
@@ -307,12 +321,20 @@ def _interpreted() -> bool:
 
 
 def distils_by(name: Any, inputs: tuple[Any, ...], tp_group: Any) -> str:
-    """The back-end for the student's tensors: "torch", for the kernels too, or "reference"; and its first checks."""
+    """The back-end for the student's tensors, and its first checks."""
     chosen = _chosen(name, tp_group, None, *inputs)
-    if chosen == "reference":
-        return chosen
-    _no_transforms(chosen, *inputs)
-    return "torch"
+    if chosen != "reference":
+        _no_transforms(chosen, *inputs)
+    return chosen
+
+
+def distiller(chosen: str) -> Any:
+    """The module of a back-end whose `distillation` answers a `Distil`."""
+    if chosen == "triton":
+        from prefixloss.backends.triton import distill  # noqa: PLC0415 (as in `_loaded`)
+
+        return distill
+    return reference_distill if chosen == "reference" else torch_distill
 
 
 def head_distillation(

@@ -197,6 +197,8 @@ def linear_logps(
     chunk_tokens: int | None = None,
     gradient_tolerance: float | Literal["auto"] = 0.0,
     head_gradient_tolerance: float | Literal["auto"] = 0.0,
+    kept_ids: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
 ) -> LogpOutput:
     """Log-probs (and entropies) of `tokens`, differentiable, for trainers that keep their own loss.
 
@@ -205,7 +207,8 @@ def linear_logps(
     max_scored_tokens: an upper bound on the tokens in the mask, with which nothing waits for the device (and the
     backward skips none of them; a bound that is too low makes everything NaN). chunk_tokens and the tolerances as in
     `LossConfig`.
-    tp_group, vocab_size and errors as in `linear_prefix_loss`.
+    tp_group, vocab_size, kept_ids, kept_offsets and errors as in `linear_prefix_loss`; of kept sets only their columns
+    are computed, and chunk_tokens, the tolerances and the bound are not needed.
     """
     given = (hidden, lm_head_weight, lm_head_bias)
     check.flag("entropy", entropy)
@@ -220,9 +223,15 @@ def linear_logps(
         head_gradient_tolerance=head_gradient_tolerance,
     )
     chosen = door.backend(backend, tokens, given, config, tp_group)
-    asked = door.head_statistics(given, tokens, mask, config, tp_group, vocab_size, max_scored_tokens)
-    with _as_given(hidden):
-        made = chosen.head_statistics(asked)
+    replay = door.replay_of(kept_ids, kept_offsets, tp_group, vocab_size)
+    if replay is None:
+        asked = door.head_statistics(given, tokens, mask, config, tp_group, vocab_size, max_scored_tokens)
+        with _as_given(hidden):
+            made = chosen.head_statistics(asked)
+    else:
+        check.tensor("hidden", hidden, "float")
+        with _as_given(hidden):
+            made = door.kept_statistics(given, tokens, mask, config, replay, plain=backend == "reference")
     return LogpOutput(made.logp.reshape(tokens.shape), made.entropy.reshape(tokens.shape) if entropy else None)
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefixloss import LossConfig, TokenAdvantages, linear_prefix_loss, prefix_loss
-from prefixloss._kernels.objective import POLICIES
+from prefixloss._kernels.objective import CORRECTIONS, POLICIES
 from prefixloss.config import RatioLevel, Stats
-from prefixloss.maths import corrections, reductions
 from prefixloss.maths import kl as estimators
+from prefixloss.maths import reductions
 
 NAN = float("nan")
 # every name there is: a new one is tested without being asked for. The others' objectives are in test_new_objectives
-OBJECTIVES, REDUCTIONS, CORRECTIONS = POLICIES, tuple(reductions.BY_NAME), tuple(corrections.BY_NAME)
+OBJECTIVES, REDUCTIONS = POLICIES, tuple(reductions.BY_NAME)
 KLS, RATIO_LEVELS, STATS = (*estimators.BY_NAME, estimators.FULL), get_args(RatioLevel), get_args(Stats)
 METRICS = (
     "scored_tokens",

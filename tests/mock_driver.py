@@ -6,6 +6,7 @@ A program of its own, since a process either interprets kernels or compiles them
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -21,9 +22,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from prefixloss import LossConfig, config
+from prefixloss._kernels import distill as distill_kernels
 from prefixloss._kernels import launch, problem, rows, scale, tune
 from prefixloss._kernels.problem import Problem, Tokens
-from prefixloss.backends.triton import from_head, from_logits, problems
+from prefixloss.backends.triton import distill, from_head, from_logits, problems
+from prefixloss.inputs.distillation import Teacher
 
 COMPUTED, LEARNING = problem.COMPUTED.value, problem.LEARNING.value
 
@@ -68,6 +71,21 @@ def loss_of_head(tokens: int = 320, vocabulary: int = 4096, **options: Any) -> N
     from_head.linear_loss(hidden, weight, *none, ids, flags, given, False, encoded, tokens, [True, True, False])
 
 
+def distilled(
+    tokens: int = 320, vocabulary: int = 4096, ids: int = 0, name: str = "jsd", beta: float = 0.5,
+    temperature: float = 1.0,
+) -> None:  # fmt: skip
+    """The operator on hidden states, with every gradient; a teacher that lists so many ids, or has a head."""
+    hidden, weight = torch.zeros(tokens, 8), torch.zeros(vocabulary, 8)
+    teacher = Teacher(hidden, weight)
+    if ids:
+        listed = torch.arange(ids).expand(tokens, ids)
+        teacher = Teacher(ids=listed, logps=torch.full((tokens, ids), -9.0))
+    wanted, config = torch.ones(tokens, dtype=torch.bool), LossConfig(temperature=temperature).encoded
+    kind = (name, beta, config, config)
+    distill.linear_distillation(hidden, weight, None, *teacher, wanted, torch.ones(tokens), *kind, [True, True, False])
+
+
 def variants() -> dict[str, list[str]]:
     """The kernels that each call compiles beyond those that the calls before it did; nothing runs."""
     seen: set[Any] = set()
@@ -105,6 +123,14 @@ def variants() -> dict[str, list[str]]:
         "few rows": lambda: loss_of_logits(batch=2, length=32),
         "as few rows": lambda: loss_of_logits(batch=2, length=28),
         "other few rows": lambda: loss_of_logits(batch=2, length=31),
+        "distillation": distilled,
+        "distillation of more tokens": lambda: distilled(tokens=515),
+        "another beta": lambda: distilled(beta=0.3, temperature=0.7),
+        "another divergence": lambda: distilled(name="reverse"),
+        "a list": lambda: distilled(ids=20),
+        "another list": lambda: distilled(ids=17, tokens=330),
+        "a list of one": lambda: distilled(ids=1),
+        "a longer list": lambda: distilled(ids=100),
     }
     result = {}
     for name, call in calls.items():
@@ -138,6 +164,14 @@ def problem_on(device: torch.device | None = None, vocabulary: int = 4096) -> Pr
     return problems.problem_of(LossConfig(), logits, None, tokens, False, logits.dtype, terms=True, gradient=True)
 
 
+def distillation_on(problem: Problem) -> distill_kernels.DistillProblem:
+    """The same logits beside themselves."""
+    rows_of = distill_kernels.Rows(torch.arange(4), torch.zeros(4), torch.ones(4))
+    kind = distill._Kind("reverse", 0.5, LossConfig().encoded, LossConfig().encoded)
+    made = distill._problem(kind, torch.zeros(4, 4096), torch.zeros(4, 4096), rows_of, torch.float32, gradient=True)
+    return dataclasses.replace(made, logits=problem.logits, teacher=problem.logits)
+
+
 def launches(problem: Problem) -> dict[str, Callable[[], None]]:
     """Every launcher, by its name."""
     stats, terms, sums, grads = torch.zeros(7, 4), torch.zeros(6, 4), torch.zeros(6, 4, 2), torch.zeros(4, 4096)
@@ -146,6 +180,7 @@ def launches(problem: Problem) -> dict[str, Callable[[], None]]:
         "launch_slices": lambda: rows.launch_slices(problem, sums),
         "launch_combine": lambda: rows.launch_combine(problem, sums, stats, terms),
         "launch_gradient": lambda: rows.launch_gradient(problem, stats, terms[3:], grads, stats, 2),
+        "launch_distill": lambda: distill_kernels.launch_distill(distillation_on(problem), grads, stats),
         "launch_scale": lambda: scale.launch_scale(problem.logits, torch.ones(())),
     }
 
@@ -202,6 +237,7 @@ def row_offsets() -> dict[str, list[str]]:
     JITFunction.run = compiled
     loss_of_logits()
     loss_of_logits(batch=2)
+    distilled(ids=20)
     return {name: offset_types(text) for name, text in code.items()}
 
 

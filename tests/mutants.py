@@ -32,7 +32,10 @@ ROOT = Path(__file__).parents[1]
 # the tests that are about a module, quickest first
 CORE, KERNELS = ["test_backends", "test_contract_loss"], ["test_kernels", "test_half_precision", "test_triton_backend"]
 TESTS_OF = {
-    "prefixloss/advantages.py": ["test_advantages", "test_contract_advantages"],
+    "prefixloss/advantages/first_error.py": ["test_advantages", "test_contract_advantages"],
+    "prefixloss/advantages/groups.py": ["test_baselines", "test_advantages", "test_contract_advantages"],
+    "prefixloss/advantages/outcomes.py": ["test_baselines", "test_contract_advantages"],
+    "prefixloss/advantages/values.py": ["test_baselines"],
     "prefixloss/maths/objective.py": ["test_objective", *CORE],
     "prefixloss/maths/softmax.py": ["test_softmax", *CORE],
     "prefixloss/maths/objectives.py": ["test_objective", "test_new_objectives", *CORE],
@@ -81,7 +84,7 @@ ALL_OF_THE_LOSS = [
     "test_objective", "test_products", "test_retained_graph", "test_batch_invariance", "test_half_precision",
     "test_kernels", "test_tune", "test_contract_loss", "test_contract_advantages", "test_torch_operators",
     "test_operators", "test_triton_backend", "test_new_objectives", "test_user_objectives", "test_kept",
-    "test_gradient_tolerance", "test_compile_report", "test_package",
+    "test_gradient_tolerance", "test_sharded", "test_distill", "test_compile_report", "test_package",
 ]  # fmt: skip
 SECONDS = 1800  # of one file's tests, four times what the longest takes; a mutant that takes longer hangs
 

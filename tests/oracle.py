@@ -74,11 +74,19 @@ DEFAULTS: dict[str, Any] = {
     "vespo_positive": (2.0, 3.0),
     "vespo_other": (3.0, 2.0),
     "divergence_cap": 0.15,
+    "m2_threshold": 0.04,
+    "cov_share": 0.0002,
+    "cov_bounds": (1.0, 5.0),
+    "cov_kl_coef": 1.0,
+    "top_entropy_quantile": 1.0,
     "ratio_level": "token",
     "sampler_correction": None,
     "sampler_bounds": (0.0, 2.0),
+    "sampler_missing": None,
+    "off_policy_mask_threshold": None,
     "kl": None,
     "kl_coef": 0.0,
+    "kl_clamp": None,
     "kl_importance": False,
     "entropy_coef": 0.0,
     "reduction": "token-mean",
@@ -191,11 +199,73 @@ def response_terms(opt: dict[str, Any], adv: list[float], logp: list[Tensor], ol
     raise AssertionError(opt["objective"])
 
 
+def batch_terms(
+    opt: dict[str, Any], adv: list[float], ratio: list[Tensor], logp: list[Tensor], old: list[Tensor]
+) -> list[Tensor]:
+    """The losses of all scored tokens, for objectives that choose among them."""
+    tokens = range(len(adv))
+    plain = [-r * a for r, a in zip(ratio, adv, strict=True)]
+    apart = [float(x.detach() - y) for x, y in zip(logp, old, strict=True)]
+    if opt["objective"] == "m2po":
+        kept = sorted(tokens, key=lambda n: apart[n] ** 2)
+        while kept and sum(apart[n] ** 2 for n in kept) / len(kept) >= opt["m2_threshold"]:
+            kept.pop()
+        return [term if n in kept else term * 0.0 for n, term in enumerate(plain)]
+    mean_a, mean_x = sum(adv) / len(adv), sum(float(x) for x in logp) / len(adv)
+    covariance = [(a - mean_a) * (float(x) - mean_x) for a, x in zip(adv, logp, strict=True)]
+    most = max(1, int(opt["cov_share"] * len(adv)))
+    if opt["objective"] == "kl-cov":
+        chosen = sorted(tokens, key=lambda n: -covariance[n])[:most]
+        size = [opt["cov_kl_coef"] * (x - y).abs() for x, y in zip(logp, old, strict=True)]
+        return [term + size[n] if n in chosen else term for n, term in enumerate(plain)]
+    low, high = 1 - opt["clip_low"], 1 + opt["clip_high"]
+    held = [(a > 0 and float(r) > high) or (a < 0 and float(r) < low) for a, r in zip(adv, ratio, strict=True)]
+    inside = [n for n in tokens if opt["cov_bounds"][0] < covariance[n] < opt["cov_bounds"][1] and not held[n]]
+    chosen = sorted(inside, key=lambda n: -covariance[n])[:most]
+    return [
+        -torch.minimum(r * a, r.clamp(low, high) * a) * (0.0 if n in chosen else 1.0)
+        for n, (r, a) in enumerate(zip(ratio, adv, strict=True))
+    ]
+
+
 WHOLE = ("gmpo", "vespo")
+OF_BATCH = ("m2po", "clip-cov", "kl-cov")
 
 
-def kl_term(name: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
+def sampler_weights(opt: dict[str, Any], log_q: list[float], scored: list[bool], response: list[int]) -> list[float]:
+    """A weight a token; NaN in log_q is a sampler's log-prob that is missing."""
+    name, (low, high) = opt["sampler_correction"], opt["sampler_bounds"]
+    weights = []
+    for n, own in enumerate(log_q):
+        q = 0.0 if math.isnan(own) else own
+        if name.startswith(("sequence", "geometric")):
+            of_b = [m for m in range(len(log_q)) if response[m] == response[n] and scored[m]]
+            q = sum(0.0 if math.isnan(log_q[m]) else log_q[m] for m in of_b)
+            q = q if name.startswith("sequence") else q / max(1, len(of_b))
+        q = math.exp(q)
+        if name == "tis":
+            weight = min(q, high)
+        elif name.endswith("truncate"):
+            weight = max(min(q, high), low)
+        else:
+            weight = q if low <= q <= high else 0.0
+        weights.append(0.0 if opt["sampler_missing"] == 0 and math.isnan(own) else weight)
+    return weights
+
+
+def off_policy(opt: dict[str, Any], drift: list[float], scored: list[bool], response: list[int]) -> list[bool]:
+    """Which tokens lie in a response that the policy would no longer write."""
+    far = []
+    for b in response:
+        of_b = [n for n in range(len(drift)) if response[n] == b and scored[n]]
+        total = sum(0.0 if math.isnan(drift[n]) else drift[n] for n in of_b)
+        far.append(total / max(1, len(of_b)) > opt["off_policy_mask_threshold"])
+    return far
+
+
+def kl_term(name: str, logp: Tensor, ref_logp: Tensor, clamp: float | None = None) -> Tensor:
     d = ref_logp - logp
+    d = d if clamp is None else d.clamp(-clamp, clamp)
     return {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}[name]
 
 
@@ -239,7 +309,7 @@ def solve(case: Case) -> Result:  # noqa: PLR0912, PLR0915  (METHOD's order, top
             ref_raw = ref_raw if case.ref_bias is None else ref_raw + case.ref_bias.double()
         kl = full_kl(logp_all, log_probs(ref_raw.reshape(count, ref_raw.shape[-1]), **transform).detach())
     elif opt["kl"] is not None:
-        kl = kl_term(opt["kl"], logp, flat(case.ref_logps))
+        kl = kl_term(opt["kl"], logp, flat(case.ref_logps), opt["kl_clamp"])
 
     has_kl = kl is not None and opt["kl_coef"] != 0
     learning = [scored[n] and (adv[n] != 0 or has_kl or opt["entropy_coef"] != 0) for n in range(count)]
@@ -253,19 +323,28 @@ def solve(case: Case) -> Result:  # noqa: PLR0912, PLR0915  (METHOD's order, top
                 learning[n] = learning[n] or seen
             made = response_terms(opt, *([x[n] for n in of_b] for x in (adv, logp, old))) if of_b else []
             policy |= dict(zip(of_b, made, strict=True))
+    if opt["objective"] in OF_BATCH:
+        of_all = [n for n in range(count) if scored[n]]
+        learning = list(scored)
+        made = batch_terms(opt, *([x[n] for n in of_all] for x in (adv, ratio, logp, old))) if of_all else []
+        policy |= dict(zip(of_all, made, strict=True))
+    weights, far = [1.0] * count, [False] * count
+    before = old if case.sampler_logps is None else flat(case.sampler_logps)
+    if opt["sampler_correction"] is not None:
+        weights = sampler_weights(opt, (old - before).tolist(), scored, response)
+    if opt["off_policy_mask_threshold"] is not None:
+        far = off_policy(opt, (before - logp.detach()).tolist(), scored, response)
+    floor = -INF
+    if opt["top_entropy_quantile"] < 1 and any(scored):
+        of_scored = torch.stack([entropy[n] for n in range(count) if scored[n]]).detach()
+        floor = float(torch.quantile(of_scored, 1 - opt["top_entropy_quantile"]))
     terms: list[Tensor] = []
     for n in range(count):
         if not scored[n]:
             terms.append(torch.zeros((), dtype=torch.float64))
             continue
         term = policy[n] if n in policy else objective_term(opt, adv[n], ratio[n], logp[n], old[n])
-        if opt["sampler_correction"] is not None:
-            q = math.exp(float(old[n]) - float(flat(case.sampler_logps)[n]))
-            low, high = opt["sampler_bounds"]
-            if opt["sampler_correction"] == "tis":
-                term = term * min(q, high)
-            else:
-                term = term * (q if low <= q <= high else 0.0)
+        term = term * (0.0 if (far[n] and adv[n] < 0) or entropy[n] < floor else weights[n])
         if has_kl:
             term = term + opt["kl_coef"] * kl[n] * (ratio[n] if opt["kl_importance"] else 1.0)
         terms.append(term - opt["entropy_coef"] * entropy[n])
@@ -362,7 +441,7 @@ def metrics_of(
 def held_back(opt: dict[str, Any], adv: float, ratio: float) -> str:
     """Which of the objective's bounds holds the ratio of a token back: "low", "high" or neither, ""."""
     name = opt["objective"]
-    if name == "clip":
+    if name in ("clip", "clip-cov"):
         low, high = adv < 0 and ratio < 1 - opt["clip_low"], adv > 0 and ratio > 1 + opt["clip_high"]
         return "low" if low else "high" if high else ""
     if name == "cispo":  # the cap is on every ratio; as in TRL and Liger, only those with A > 0 count
@@ -372,7 +451,7 @@ def held_back(opt: dict[str, Any], adv: float, ratio: float) -> str:
     if name == "gmpo":
         low, high = adv < 0 and ratio < math.exp(-opt["clip_low"]), adv > 0 and ratio > math.exp(opt["clip_high"])
         return "low" if low else "high" if high else ""
-    if name in ("sapo", "reinforce", "vespo", "dppo-tv", "dppo-kl"):
+    if name in ("sapo", "reinforce", "vespo", "dppo-tv", "dppo-kl", "m2po", "kl-cov"):
         return ""
     raise AssertionError(name)
 

@@ -14,6 +14,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from torch import Tensor
 
 from prefixloss import LossConfig
 from prefixloss._kernels import problem, rows
+from prefixloss._kernels.distill import Rows, launch_distill
 from prefixloss._kernels.launch import Launch
 from prefixloss._kernels.problem import Problem, Tokens
 from prefixloss._kernels.scale import launch_scale
-from prefixloss.backends.triton import problems
+from prefixloss.backends.triton import distill, problems
+from prefixloss.inputs.distillation import Teacher
 
 COMPUTED, LEARNING = problem.COMPUTED.value, problem.LEARNING.value
 # two warps, and blocks of 256 or 512 logits: whole ones and a rest in which every load has a thread with work. The last
@@ -109,6 +112,32 @@ def sliced_rows() -> list[Tensor]:
     return [logits, sums, stats, terms]
 
 
+def distilled(listed: bool) -> list[Tensor]:
+    """Rows of tokens 3, 1, 4 of five, of which the second has no gradient: beside a teacher's, in place; or beside a
+    list, float16 gradients over their own float32 logits."""
+    logits, teacher = random(5, VOCABULARY, seed=1), random(5, VOCABULARY, seed=2)
+    tokens, values, given = torch.tensor([3, 1, 4]), torch.full((5,), 9.0), torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5])
+    EMULATOR.fenced = [logits[0], logits[2], *([] if listed else [teacher[0], teacher[2]])]
+    options = LossConfig(softcap=6.0, temperature=1.4).encoded
+    kind = distill._Kind("skew-reverse" if listed else "jsd", 0.3, options, options)
+    grads = logits.view(torch.float16)[:, VOCABULARY:] if listed else logits
+    made = distill._problem(
+        kind, logits, None if listed else teacher, Rows(tokens, values, given), grads.dtype, gradient=True,
+        narrowed=listed, rescaled=listed,
+    )  # fmt: skip
+    if listed:
+        places = torch.zeros(5, 7, dtype=torch.int64)
+        places[1] = torch.tensor([1, 255, 256, 511, 800, 801, -1])
+        places[3] = torch.tensor([0, 255, 256, 511, 640, 900, VOCABULARY - 1])
+        places[4] = torch.tensor([0, 5, 100, 200, 250, 251, 255])  # behind it the memory ends, in the first block
+        said = Teacher(ids=places, logps=random(5, 7, seed=3).log_softmax(1) - 0.1)
+        of_rows, count = distill._listed(said, tokens, VOCABULARY)
+        made = replace(made, listed=of_rows, count=count)
+    scales = torch.full((3,), 9.0)
+    launch_distill(replace(made, launch=Launch(LANES, 4, WARPS)), grads, scales)
+    return [logits, values, scales]
+
+
 def scaled() -> list[Tensor]:
     EMULATOR.fenced = []
     x = random(5000, seed=1).bfloat16()
@@ -120,6 +149,8 @@ RUNS: dict[str, tuple[Callable[[], list[Tensor]], tuple[str, ...]]] = {
     "whole rows": (whole_rows, ("row_kernel",)),
     "narrowed rows": (narrowed_rows, ("row_kernel",)),
     "slices": (sliced_rows, ("slice_kernel", "combine_kernel", "gradient_kernel")),
+    "distillation": (lambda: distilled(listed=False), ("distill_kernel",)),
+    "distillation from a list": (lambda: distilled(listed=True), ("distill_kernel",)),
     "scale": (scaled, ("scale_kernel",)),
 }
 

@@ -21,7 +21,8 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def test_every_example_is_here() -> None:
-    known = {"distill.py", "find_errors.py", "fsdp2.py", "loop.py", "tour.ipynb", "transformers_lora.py", "trl_vppo.py"}
+    known = {"distill.py", "find_errors.py", "fsdp2.py", "loop.py", "objective.py", "tour.ipynb"}
+    known |= {"transformers_lora.py", "trl_vppo.py"}
     assert {path.name for path in EXAMPLES.iterdir() if path.name != "__pycache__"} == known
 
 
@@ -38,6 +39,12 @@ def test_find_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     run("find_errors.py", monkeypatch, str(file), "--out", str(tmp_path / "found"))
     assert capsys.readouterr().out.endswith("no error found: 1\nstep 2: 1\n")
     assert (tmp_path / "found.html").read_text().count('class="why"') == 2
+
+
+def test_objective(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("objective.py", monkeypatch, "--steps", "20")
+    rewards = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines()]
+    assert rewards[-1] > rewards[0] + 0.2
 
 
 def test_transformers_lora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

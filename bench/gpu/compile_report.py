@@ -21,7 +21,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,8 +36,10 @@ from triton.backends.compiler import GPUTarget
 
 from prefixloss import LossConfig
 from prefixloss._kernels import entries, rows, scale
+from prefixloss._kernels.distill import Rows, launch_distill
 from prefixloss._kernels.problem import Problem, Tokens
-from prefixloss.backends.triton import problems
+from prefixloss.backends.triton import distill, problems
+from prefixloss.inputs.distillation import Teacher
 
 from ..files import write_json
 
@@ -57,12 +59,12 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 class Case(NamedTuple):
-    """A configuration that ships. run: "row", "split" (slices, combination, gradient), "gradient" (its own kernel) or
-    "entries" (the choice of a few and their products).
+    """A configuration that ships. run: "row", "split" (slices, combination, gradient), "gradient" (its own kernel),
+    "entries" (the choice of a few and their products), "scale" or "distill".
 
-    chunk: logits are a float32 chunk made from hidden states, and gradients lie in the same memory. bounds: the most
-    instructions per logit in the loops for statistics and gradient, NVIDIA's and then AMD's; a tenth above what the
-    worst of Triton 3.6 to 3.9 made.
+    chunk: logits are a float32 chunk made from hidden states, and gradients lie in the same memory. divergence, listed:
+    of a distillation, and whether its teacher lists ids. bounds: the most instructions per logit in the loops for
+    statistics and gradient, NVIDIA's and then AMD's; a tenth above what the worst of Triton 3.6 to 3.9 made.
     """
 
     run: str = "row"
@@ -72,6 +74,8 @@ class Case(NamedTuple):
     terms: bool = True
     gradient: bool = True
     chunk: bool = False
+    divergence: str = ""
+    listed: bool = False
     vocabulary: int = VOCABULARY
     bounds: tuple[int, int, int, int] = (12, 8, 12, 13)
 
@@ -112,6 +116,17 @@ CASES = {
     "chunk, entries, fp32": Case(run="entries", logits=F32, grads=F32, chunk=True, bounds=(26, 0, 27, 0)),
     "chunk, entries, exact KL, entropy": Case(
         run="entries", logits=F32, options=PENALTIES, chunk=True, bounds=(42, 0, 34, 0)
+    ),
+    "distil, reverse": Case(run="distill", divergence="reverse", bounds=(28, 25, 28, 27)),
+    "distil, jsd": Case(run="distill", divergence="jsd", bounds=(67, 60, 53, 53)),
+    "distil, softcap": Case(run="distill", divergence="forward", options={"softcap": 30.0}, bounds=(55, 57, 70, 78)),
+    "distil, list": Case(run="distill", divergence="skew-reverse", listed=True, bounds=(11, 12, 12, 15)),
+    "distil, chunk": Case(run="distill", divergence="skew-forward", logits=F32, chunk=True, bounds=(66, 36, 62, 49)),
+    "distil, chunk, fp16": Case(
+        run="distill", divergence="reverse", logits=F32, grads=F16, chunk=True, bounds=(24, 22, 29, 22)
+    ),
+    "distil, chunk, list": Case(
+        run="distill", divergence="reverse", logits=F32, chunk=True, listed=True, bounds=(10, 11, 13, 15)
     ),
     "scale, bf16": Case(run="scale"),
     "scale, fp32": Case(run="scale", logits=F32),
@@ -188,6 +203,8 @@ def launch(case: Case) -> None:
     logits = torch.empty(ROWS, case.vocabulary, dtype=case.logits)
     if case.run == "scale":
         return scale.launch_scale(logits, torch.ones(()))
+    if case.run == "distill":
+        return distilled(case, logits)
     config = LossConfig(**case.options)
     stats, terms = torch.zeros(7, ROWS), torch.zeros(6, ROWS)
     ids = torch.zeros(ROWS, dtype=torch.int64)
@@ -226,6 +243,22 @@ def _launch_entries(problem: Problem, stats: torch.Tensor, coefficients: torch.T
     ends = rows_of = torch.zeros(ROWS, dtype=torch.int64)
     hidden, total = torch.empty(ROWS, width, dtype=dtype), torch.empty(ROWS, width)
     entries.launch_scatter(counts, ends, rows_of, values[0], hidden, total)
+
+
+def distilled(case: Case, logits: torch.Tensor) -> None:
+    """A distillation, of 20 ids where the teacher lists some."""
+    config, tokens, own_width = LossConfig(**case.options), torch.arange(ROWS), case.logits == case.grads
+    work = {"narrowed": not own_width, "rescaled": case.chunk and case.grads == F16, "chunk": case.chunk}
+    kind = distill._Kind(case.divergence, 0.5, config.encoded, config.encoded)
+    rows_of = Rows(tokens, torch.zeros(ROWS), torch.ones(ROWS))
+    teacher = None if case.listed else logits
+    problem = distill._problem(kind, logits, teacher, rows_of, case.grads, gradient=True, **work)
+    if case.listed:
+        said = Teacher(ids=torch.arange(20).expand(ROWS, 20), logps=torch.full((ROWS, 20), -9.0))
+        listed, count = distill._listed(said, tokens, case.vocabulary)
+        problem = replace(problem, listed=listed, count=count)
+    grads = logits if own_width else logits.view(case.grads)[:, case.vocabulary :]
+    launch_distill(problem, grads, torch.zeros(ROWS))
 
 
 # --- reading what was compiled
@@ -359,8 +392,8 @@ def read_amd(kernel: Any, target: str) -> dict[str, Any]:
 def examine(name: str, target: str, kernel: str, found: dict[str, Any]) -> Row:
     """One line of the report, with what is wrong about it."""
     case = CASES[name]
-    models = 2 if case.options.get("kl") == "full" else 1
-    loops = [loop for loop in found.pop("loops") if loop.loads]
+    models = 2 if case.options.get("kl") == "full" or (case.divergence and not case.listed) else 1
+    loops = [_of_logits(loop) if case.listed else loop for loop in found.pop("loops") if loop.loads]
     loads = sorted({width for loop in loops for width in loop.loads})
     stores = sorted({width for loop in loops for width in loop.stores})
     findings = []
@@ -368,15 +401,21 @@ def examine(name: str, target: str, kernel: str, found: dict[str, Any]) -> Row:
         findings.append(f"{found['spills']} spills")
     if _aligned(case) and loads and loads[0] < NARROWEST:
         findings.append(f"loads of {loads[0]} bytes")
-    instructions = {}
+    instructions: dict[str, float] = {}
     for loop in sorted(loops, key=lambda loop: bool(loop.stores)):
         kind = "gradient" if loop.stores else "statistics"
         a_logit = round(loop.instructions * case.logits.itemsize * models / sum(loop.loads), 2)
-        instructions[kind] = a_logit
+        instructions[kind] = max(a_logit, instructions.get(kind, 0.0))
         bound = case.bounds[(0 if target.startswith("sm") else 2) + (kind == "gradient")]
         if a_logit > bound:
             findings.append(f"{a_logit} instructions per logit in the {kind} loop, more than {bound}")
     return Row(name, target, kernel, loads=loads, stores=stores, instructions=instructions, findings=findings, **found)
+
+
+def _of_logits(loop: Loop) -> Loop:
+    """Without the loads of one listed id, the next, on each way to it."""
+    ids = [width for width in loop.loads if width == 4][:2]
+    return loop._replace(loads=[width for width in loop.loads if width != 4] + [4] * (loop.loads.count(4) - len(ids)))
 
 
 def _aligned(case: Case) -> bool:

@@ -87,8 +87,8 @@ class Distil:
     """The divergence of a student from a teacher: the reduced loss ([N] for "none"), differentiable, and the
     divergences [N] of the learning tokens.
 
-    student: a head, or logits [N, V] alone. It is answered by `reference_distill.distillation` and by
-    `torch.distill.distillation`, on any device.
+    student: a head, or logits [N, V] alone. It is answered by `reference_distill.distillation`, by
+    `torch.distill.distillation` and by `triton.distill.distillation`.
     """
 
     student: Head | tuple[Tensor]

@@ -42,9 +42,14 @@ def logit_loss(asked: LogitLoss) -> tuple[Tensor, TokenValues]:
 def head_statistics(asked: HeadStatistics) -> Statistics:
     """See `prefixloss.backends.problem.Backend`."""
     dtype, rows = accumulation_dtype(asked.head.hidden, asked.head.weight), asked.wanted.nonzero().squeeze(1)
-    scores = distribution_scores(asked.config, linear_logits(asked.head, rows, dtype))
-    made = log_probs(scores, asked.tokens[rows]), entropies(scores)
-    logp, entropy = (x.new_zeros(len(asked.tokens)).index_copy(0, rows, x) for x in made)
+    return statistics(asked.config, linear_logits(asked.head, rows, dtype), asked.tokens, rows)
+
+
+def statistics(config: LossConfig, logits: Tensor, tokens: Tensor, rows: Tensor) -> Statistics:
+    """From the logits [n, V] of the tokens `rows` [n] out of `tokens` [N]."""
+    scores = distribution_scores(config, logits)
+    made = log_probs(scores, tokens[rows]), entropies(scores)
+    logp, entropy = (x.new_zeros(len(tokens)).index_copy(0, rows, x) for x in made)
     return Statistics(logp, entropy, None)
 
 
@@ -133,6 +138,19 @@ class _Plain:
         return self._each(torch.max, x)
 
 
+class _All:
+    """What an objective may ask of all scored tokens, [n] of them."""
+
+    def __init__(self, tokens: int) -> None:
+        self.count = torch.tensor(tokens)
+
+    def mean(self, x: Tensor) -> Tensor:
+        return x.detach().mean()
+
+    def descending(self, x: Tensor) -> Tensor:
+        return x.detach().sort(descending=True).values
+
+
 def reduce(config: LossConfig, batch: Batch, rows: Tensor, losses: Tensor) -> Tensor:
     """The losses of the scored tokens as one number; [N] for "none". `batch.denominator` may be the caller's."""
     reduction = config.summed
@@ -162,8 +180,10 @@ def _loss(
         full_kl = exact_kl(scores, distribution_scores(config, ref_logits))
     given = batch.given.at(rows)
     log_ratio = mean_log_ratio(config, batch, rows, logp, given)
-    responses = _Plain(batch.layout.response_of_token("objective")[rows]) if batch.by_response else NONE
-    losses, ratio, kl = token_losses(config, given, logp, entropy, full_kl, log_ratio, responses)
+    asks = batch.by_response or config.of_responses is not None
+    responses = _Plain(batch.layout.response_of_token("objective")[rows]) if asks else NONE
+    everyone = _All(len(rows)) if batch.by_batch or config.of_batch else NONE
+    losses, ratio, kl = token_losses(config, given, logp, entropy, full_kl, log_ratio, responses, everyone)
     losses = torch.where(batch.computed[rows], losses, 0.0)
     total = reduce(config, batch, rows, losses)
 

@@ -1,4 +1,4 @@
-"""Sums, means and maxima over responses, for objectives: of tokens [N] laid out anyhow, over processes too."""
+"""What objectives ask of responses and of all tokens: of tokens [N] laid out anyhow, over processes too."""
 
 from __future__ import annotations
 
@@ -40,6 +40,30 @@ class LaidOut:
     def _reduced(self, x: Tensor, how: str, initial: float) -> Tensor:
         """[N] -> [B], in a fixed order on every device."""
         return torch.segment_reduce(x, how, lengths=self.sizes, unsafe=True, initial=initial)
+
+
+class Everyone:
+    """`prefixloss.maths.objectives.Everyone` of a whole batch."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    @property
+    def count(self) -> Tensor:
+        return self.layout.scored_tokens()
+
+    def mean(self, x: Tensor) -> Tensor:
+        total = torch.where(self.layout.scored, x.detach(), 0.0).sum()
+        total = total if self.layout.group is None else self.layout.of_all(total).sum(0)
+        return total / self.count.clamp(min=1)
+
+    def descending(self, x: Tensor) -> Tensor:
+        here = torch.where(self.layout.scored, x.detach(), -torch.inf)
+        if self.layout.group is not None:
+            longest = int(self.layout.of_all(torch.tensor(len(here), device=here.device)).max())
+            here = torch.nn.functional.pad(here, (0, longest - len(here)), value=-torch.inf)
+            here = self.layout.of_all(here).flatten()
+        return here.sort(descending=True).values
 
 
 class _Added(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
 A back-end makes the statistics and, later, turns the gradient that arrives at them into the logits' gradient; what
 lies between is a few operations on [N], here. Needed for a ratio over the whole response, an objective that looks at
-whole responses, a tolerance relative to the largest gradient, and losses per token that the caller weights.
+whole responses or all tokens, a tolerance relative to the largest gradient, and losses per token that the caller
+weights.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefixloss.backends.responses import LaidOut
+from prefixloss.backends.responses import Everyone, LaidOut
 from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Batch, Given, TokenValues
 from prefixloss.maths.objective import NONE, token_log_ratio, token_losses
@@ -28,7 +29,8 @@ class Statistics(NamedTuple):
 
 
 def needed_by(config: LossConfig, batch: Batch) -> bool:
-    return batch.by_response or config.sequence_ratio or config.row_tolerance > 0 or config.summed.by_token
+    of_many = batch.by_response or batch.by_batch or config.of_responses is not None or config.of_batch
+    return of_many or config.row_tolerance > 0 or config.summed.by_token
 
 
 def loss(statistics: Callable[[Tensor], Statistics], batch: Batch, config: LossConfig) -> tuple[Tensor, TokenValues]:
@@ -37,11 +39,13 @@ def loss(statistics: Callable[[Tensor], Statistics], batch: Batch, config: LossC
     statistics: makes those of the tokens in a mask, bool [N].
     """
     needed = batch.computed
-    if config.sequence_ratio:
-        # a response's ratio is the mean over all its scored tokens, the ones that do not learn included
-        response = batch.layout.response_of_token("ratio_level")
-        of_response = batch.layout.sum_by_response(needed.float(), "ratio_level") > 0
+    if config.of_responses is not None:
+        # of all the response's scored tokens, the ones that do not learn included
+        response = batch.layout.response_of_token(config.of_responses)
+        of_response = batch.layout.sum_by_response(needed.float(), config.of_responses) > 0
         needed = batch.layout.scored & of_response[response]
+    if config.of_batch or batch.by_batch:
+        needed = batch.layout.scored
     logp, entropy, exact_kl = statistics(needed)
     # what was given for other tokens may be anything
     given = batch.given.where(needed)
@@ -54,8 +58,9 @@ def loss(statistics: Callable[[Tensor], Statistics], batch: Batch, config: LossC
         return torch.where(batch.learning, x, x.detach())
 
     followed = learned(logp), learned(entropy), None if exact_kl is None else learned(exact_kl)
-    responses = LaidOut(batch.layout) if batch.by_response else NONE
-    token_loss, ratio, kl = token_losses(config, given, *followed, log_ratio, responses)
+    responses = LaidOut(batch.layout) if batch.by_response or config.of_responses is not None else NONE
+    everyone = Everyone(batch.layout) if batch.by_batch or config.of_batch else NONE
+    token_loss, ratio, kl = token_losses(config, given, *followed, log_ratio, responses, everyone)
     token_loss = torch.where(needed, token_loss, 0.0)
     weighted = token_loss * batch.weights / batch.denominator
     shown = (token_loss, logp, entropy, kl, ratio)

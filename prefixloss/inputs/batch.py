@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,7 +39,8 @@ class Batch:
 
     tokens: int64 [N]. given: advantages and recorded log-probs, [N] each. weights [N] and denominator (0-d): the
     reduction. learning, computed, in_prefix: bool [N]: tokens that may have a gradient, tokens whose statistics are
-    reported, tokens of a good prefix. by_response: whether the objective looks at whole responses.
+    reported, tokens of a good prefix. by_response, by_batch: whether the objective looks at whole responses, at
+    all tokens.
     """
 
     layout: Layout
@@ -51,6 +53,7 @@ class Batch:
     computed: Tensor
     in_prefix: Tensor
     by_response: bool = False
+    by_batch: bool = False
 
 
 class TokenValues(NamedTuple):
@@ -110,13 +113,13 @@ class TokenInputs:
             check.tensor("group_ids", self.group_ids, "integer")
             check.shape("group_ids", self.group_ids, (layout.responses("group_ids"),), "[B]")
             check.device("group_ids", self.group_ids, device)
-        if config.sequence_ratio:
-            layout.starts('ratio_level="sequence"')
+        if config.of_responses is not None:
+            layout.starts(config.of_responses)
         advantages, in_prefix = self._advantages(layout)
         given = Given(
             advantages.detach().to(dtype),
             self._logps("old_logps", layout, dtype),
-            self._logps("sampler_logps", layout, dtype),
+            self._logps("sampler_logps", layout, dtype, missing=config.sampler_missing is not None),
             self._logps("ref_logps", layout, dtype),
         )
         layout.check_finite("advantages", given.advantages)
@@ -144,10 +147,11 @@ class TokenInputs:
             computed=layout.scored if config.shows_every_scored else learning,
             in_prefix=in_prefix,
             by_response=traits.by_response,
+            by_batch=traits.by_batch,
         )
 
-    def _logps(self, name: str, layout: Layout, dtype: torch.dtype) -> Tensor | None:
-        """Recorded log-probs, [N]."""
+    def _logps(self, name: str, layout: Layout, dtype: torch.dtype, missing: bool = False) -> Tensor | None:
+        """Recorded log-probs, [N]. missing: whether they may be NaN."""
         value: Tensor | None = getattr(self, name)
         if value is None:
             return None
@@ -155,7 +159,7 @@ class TokenInputs:
         check.shape(name, value, self.tokens.shape, "the shape of tokens")
         check.device(name, value, self.tokens.device)
         flat = value.detach().reshape(-1).to(dtype)
-        layout.check_finite(name, flat)
+        layout.check_finite(name, flat.nan_to_num(0.0, math.inf, -math.inf) if missing else flat)
         return flat
 
     def _advantages(self, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -55,9 +55,9 @@ def policy_loss(
     """A policy loss in SkyRL's signature, registered as prefix_clip, prefix_cispo, ...; tensors [B, T].
 
     config: its AlgorithmConfig. eps_clip_low and eps_clip_high are those of "clip"; 1 + cispo.cispo_eps_clip_high is
-    the cap on the ratio of "cispo" (which has no lower one); sapo.tau_pos and tau_neg are those of "sapo". SkyRL has
-    put the reduction into the advantages, so this is a sum over the mask; entropy and KL terms are added by SkyRL, its
-    off-policy correction is made by its own function.
+    the cap on the ratio of "cispo" (which has no lower one); sapo.tau_pos and tau_neg are those of "sapo", clip_cov and
+    kl_cov those of "clip-cov" and "kl-cov". SkyRL has put the reduction into the advantages, so this is a sum over the
+    mask; entropy and KL terms are added by SkyRL, its off-policy correction is made by its own function.
     """
     cispo, sapo = getattr(config, "cispo", None), getattr(config, "sapo", None)
     high = cispo.cispo_eps_clip_high if objective == "cispo" and cispo else config.eps_clip_high
@@ -67,6 +67,7 @@ def policy_loss(
         clip_high=clip_high(objective, high),
         sapo_tau=(float(sapo.tau_pos), float(sapo.tau_neg)) if sapo else (1.0, 1.05),
         reduction="none",
+        **_by_covariance(objective, config),
     )
     mask = None if loss_mask is None else loss_mask != 0
     out = loss_of(log_probs, old_log_probs, advantages, mask, options)
@@ -82,6 +83,17 @@ def policy_loss(
         )
         seen |= extra
     return (losses if loss_mask is None else losses * loss_mask).sum(), seen
+
+
+def _by_covariance(objective: str, config: Any) -> dict[str, Any]:
+    """SkyRL's own settings of Clip-Cov and KL-Cov, in our terms."""
+    given = getattr(config, objective.replace("-", "_"), None)
+    if given is None or objective not in ("clip-cov", "kl-cov"):
+        return {}
+    if objective == "kl-cov":
+        return {"cov_share": float(given.kl_cov_frac), "cov_kl_coef": float(given.ppo_kl_coef)}
+    bounds = (float(given.clip_cov_lb), float(given.clip_cov_ub))
+    return {"cov_share": float(given.clip_ratio), "cov_bounds": bounds}
 
 
 def advantage_estimator(
@@ -102,7 +114,7 @@ def advantage_estimator(
     `generator.step_wise_trajectories` is not for this: SkyRL gives every step the credit of the last one's positions.
     """
     options = dict(options or {})
-    if estimator == "neutral_prefix":
+    if estimator == "neutral_prefix" and options.get("of", "grpo") == "grpo":
         options.setdefault("std", grpo_norm_by_std)
     spread = token_advantages(token_level_rewards.sum(-1), response_mask.bool().sum(-1), index, estimator, **options)
     of_token = spread.per_token(response_mask, response_mask)

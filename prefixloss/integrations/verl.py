@@ -72,12 +72,14 @@ def policy_loss(
 
     config: verl's ActorConfig. clip_ratio_low, clip_ratio_high and clip_ratio_c (dual clip) are those of "clip", and
     1 + clip_ratio_high is the cap on the ratio of "cispo" (which has no lower one); tau_pos and tau_neg those of
-    "sapo". Entropy and KL terms are added by verl.
+    "sapo", policy_loss.clip_cov_*, kl_cov_ratio and ppo_kl_coef those of "clip-cov" and "kl-cov". Entropy and KL terms
+    are added by verl.
     """
     shape = log_prob.shape
     reduction, normalizer = _reduction(loss_agg_mode, response_mask, config.global_batch_info)
     if rollout_is_weights is not None:
-        advantages = advantages * rollout_is_weights  # every objective is linear in its advantage
+        # every objective is linear in its advantage; those that choose tokens by it see it weighed
+        advantages = advantages * rollout_is_weights
     out = loss_of(
         log_prob,
         old_log_prob,
@@ -100,7 +102,18 @@ def _loss_config(objective: str, config: Any, reduction: Any) -> LossConfig:
         dual_clip=float(config.get("clip_ratio_c", 3.0)) if objective == "clip" else None,
         sapo_tau=(float(config.get("tau_pos", 1.0)), float(config.get("tau_neg", 1.05))),
         reduction=reduction,
+        **_by_covariance(objective, config.get("policy_loss", None)),
     )
+
+
+def _by_covariance(objective: str, given: Any) -> dict[str, Any]:
+    """verl's own settings of Clip-Cov and KL-Cov, in our terms."""
+    if given is None or objective not in ("clip-cov", "kl-cov"):
+        return {}
+    if objective == "kl-cov":
+        return {"cov_share": float(given.kl_cov_ratio), "cov_kl_coef": float(given.ppo_kl_coef)}
+    bounds = (float(given.clip_cov_lb), float(given.clip_cov_ub))
+    return {"cov_share": float(given.clip_cov_ratio), "cov_bounds": bounds}
 
 
 def _reduction(mode: str, mask: Tensor, info: Any) -> tuple[str, float | Tensor]:
@@ -134,7 +147,7 @@ def advantage_estimator(
     of its own, off unless set, and cliff has none.
     """
     options = dict((config.get(estimator) if config is not None else None) or {})
-    if estimator == "neutral_prefix" and config is not None:
+    if estimator == "neutral_prefix" and options.get("of", "grpo") == "grpo" and config is not None:
         options.setdefault("std", config.get("norm_adv_by_std_in_grpo", True))
     scores = _in_scored_tokens(token_level_rewards, response_mask.bool())
     spread = token_advantages(scores, response_mask.bool().sum(-1), index, estimator, **options)

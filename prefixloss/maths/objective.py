@@ -21,22 +21,27 @@ from prefixloss.inputs.batch import Given
 from prefixloss.maths import corrections, objectives
 from prefixloss.maths import kl as estimators
 from prefixloss.maths.derivatives import known, ratio_of, recording
-from prefixloss.maths.objectives import Responses, View, with_options
+from prefixloss.maths.objectives import Everyone, Responses, View, with_options
 from prefixloss.maths.trial import called
 
 
-class _NoResponses:
-    """In place of responses, where a function has been found not to ask for them."""
+class _Nobody:
+    """In place of responses and of the batch, where a function has been found not to ask for them."""
+
+    @property
+    def count(self) -> Tensor:
+        return self.sum(torch.zeros(()))
 
     def sum(self, x: Tensor) -> Tensor:
         wants = "one that asks for them whatever its values are, or never"
-        check.fail("objective", "a function that asks for given.response for some values only", wants)
+        got = "a function that asks for given.response or given.batch for some values only"
+        check.fail("objective", got, wants)
         raise AssertionError
 
-    mean = max = sum
+    mean = max = descending = sum
 
 
-NONE = _NoResponses()
+NONE = _Nobody()
 
 
 class Terms(NamedTuple):
@@ -58,25 +63,32 @@ def token_losses(
     exact_kl: Tensor | None,
     log_ratio: Tensor | None = None,
     responses: Responses = NONE,
+    everyone: Everyone = NONE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss before any reduction, ratio and KL of each token, [n], differentiable in logp, entropy and exact_kl.
 
     logp, entropy, exact_kl (None unless kl="full"): [n]. log_ratio: the response's mean log ratio, for GSPO. responses:
-    where the tokens are those of whole responses.
+    where the tokens are those of whole responses. everyone: where they are all.
     """
-    watch = None if isinstance(config.objective, str) else _Watch(responses is not NONE)
+    watch = None if isinstance(config.objective, str) else _Watch(responses is not NONE or everyone is not NONE)
     if watch is not None:
         logp, entropy = watch.of("logp", logp), watch.of("entropy", entropy)
         exact_kl = None if exact_kl is None else watch.of("kl", exact_kl)
     ratio = ratio_of(logp, torch.exp(token_log_ratio(given, logp) if log_ratio is None else log_ratio))
     seen = entropy if config.entropy_coef != 0 else None
     recorded = (given.advantages, given.old_logps, given.sampler_logps, given.ref_logps)
-    loss = policy_losses(config, logp, View(*recorded, ratio, seen, exact_kl, responses))
+    loss = policy_losses(config, logp, View(*recorded, ratio, seen, exact_kl, responses, everyone))
     loss = loss if watch is None else watch.result(loss)
     if config.sampler_correction is not None:
-        weight = sampler_weights(config, given, logp)
+        weight = sampler_weights(config, given, logp, responses)
         # a dropped token counts 0 even if its own loss overflowed
         loss = torch.where(weight == 0, 0.0, weight * loss)
+    if config.top_entropy_quantile < 1:
+        loss = torch.where(objectives.top_entropy(entropy, everyone, config.top_entropy_quantile), loss, 0.0)
+    if config.off_policy_mask_threshold is not None:
+        far = responses.mean(_drift(given, logp))
+        kept = corrections.near_enough(given.advantages, far, config.off_policy_mask_threshold)
+        loss = torch.where(kept, loss, 0.0)
     kl, slope = divergences(config, given, logp, exact_kl)
     if config.penalises_kl:
         penalty = kl
@@ -136,8 +148,8 @@ class _Watch:
     The tensors handed to the function are copies that tell of their gradients.
     """
 
-    def __init__(self, by_response: bool) -> None:
-        self.by_response = by_response
+    def __init__(self, of_many: bool) -> None:
+        self.of_many = of_many
         self.fine: Tensor | None = None
 
     def of(self, name: str, x: Tensor) -> Tensor:
@@ -164,7 +176,7 @@ class _Watch:
 
             def got(grad: Tensor) -> None:
                 self.fine = finite & grad.isfinite()
-                if self.by_response:  # any other token's may have come over
+                if self.of_many:  # any other token's may have come over
                     self.fine = self.fine & self.fine.all()
 
             loss.register_hook(got)
@@ -179,12 +191,27 @@ def clipped(config: LossConfig, advantages: Tensor, ratio: Tensor) -> tuple[Tens
     return low, high
 
 
-def sampler_weights(config: LossConfig, given: Given, logp: Tensor) -> Tensor:
-    """The policy term's weight, a constant, from q = exp(old_logp - sampler_logp)."""
-    assert config.sampler_correction is not None
-    assert given.sampler_logps is not None
-    q = torch.exp((logp.detach() if given.old_logps is None else given.old_logps) - given.sampler_logps)
-    return corrections.BY_NAME[config.sampler_correction](q, *config.sampler_bounds)
+def sampler_weights(config: LossConfig, given: Given, logp: Tensor, responses: Responses = NONE) -> Tensor:
+    """The policy term's weight, a constant, from q = exp(old_logp - sampler_logp) of a token or its response."""
+    name, sampler = config.sampler_correction, given.sampler_logps
+    assert name is not None
+    assert sampler is not None
+    log_q = (logp.detach() if given.old_logps is None else given.old_logps) - sampler
+    if config.sampler_missing is not None:
+        log_q = torch.where(sampler.isnan(), 0.0, log_q)
+    level = corrections.LEVELS.get(name)
+    if level is not None:
+        log_q = responses.sum(log_q) if level == "sequence" else responses.mean(log_q)
+    weight = corrections.BY_NAME[name](torch.exp(log_q), *config.sampler_bounds)
+    return torch.where(sampler.isnan(), 0.0, weight) if config.sampler_missing == 0 else weight
+
+
+def _drift(given: Given, logp: Tensor) -> Tensor:
+    """sampler_logp - logp, a constant; old_logp in its place where no sampler's was recorded, 0 for one that is NaN."""
+    before = given.old_logps if given.sampler_logps is None else given.sampler_logps
+    if before is None:
+        return torch.zeros_like(logp)
+    return torch.where(before.isnan(), 0.0, before - logp.detach())
 
 
 def divergences(
@@ -199,5 +226,9 @@ def divergences(
         return exact_kl, None
     assert given.ref_logps is not None
     estimator, d = estimators.BY_NAME[config.kl], given.ref_logps - logp
-    slope = estimator.slope(d)
-    return known(logp, estimator.value(d), slope), slope
+    if config.kl_clamp is None:
+        slope = estimator.slope(d)
+        return known(logp, estimator.value(d), slope), slope
+    held = d.clamp(-config.kl_clamp, config.kl_clamp)
+    slope = torch.where(held == d, estimator.slope(held), 0.0)
+    return known(logp, estimator.value(held), slope), slope

@@ -35,14 +35,28 @@ class Responses(Protocol):
     def max(self, x: Tensor, /) -> Tensor: ...
 
 
+class Everyone(Protocol):
+    """All scored tokens of the call, over all processes of a cp_group; what it returns are constants."""
+
+    @property
+    def count(self) -> Tensor:
+        """How many, 0-d."""
+
+    def mean(self, x: Tensor, /) -> Tensor:
+        """Of x [n], 0-d."""
+
+    def descending(self, x: Tensor, /) -> Tensor:
+        """The values of x [n] from the largest on, `count` of them, and then -inf."""
+
+
 @dataclass(frozen=True)
 class View:
     """What an objective sees of its tokens beside their log-probs; float [n] each.
 
     advantages: A. old_logps, sampler_logps, ref_logps: as recorded, or None. ratio: rho, differentiable in logp; where
     old_logps is None it is 1 with gradient. entropy, kl (the exact one): differentiable, None unless the config asks
-    for them (entropy_coef, kl="full"). response: sum, mean and max over responses; what does not use it is computed a
-    chunk of tokens at a time.
+    for them (entropy_coef, kl="full"). response: sum, mean and max over responses; batch: of all scored tokens. What
+    uses neither is computed a chunk of tokens at a time.
     """
 
     advantages: Tensor
@@ -53,6 +67,7 @@ class View:
     entropy: Tensor | None
     kl: Tensor | None
     response: Responses
+    batch: Everyone
 
 
 def clip(
@@ -127,20 +142,15 @@ def gmpo_holds(a: Tensor, ratio: Tensor, *, clip_low: float, clip_high: float) -
 
 
 def vespo(
-    logp: Tensor,
-    given: View,
-    log_weight: Tensor | None = None,
-    *,
-    vespo_positive: tuple[float, float],
-    vespo_other: tuple[float, float],
+    logp: Tensor, given: View, *, vespo_positive: tuple[float, float], vespo_other: tuple[float, float]
 ) -> Tensor:
     """-sg(phi(w)) A logp, phi(w) = exp(lambda) w^k exp(-lambda w), w the product of the response's ratios: VESPO
     (2602.10693). k and lambda are one pair for A >= 0, another for A < 0. As in TRL each log rho is held within 20, and
-    log w between log 1e-8 and 20. log_weight: what to add to log w, a number a response.
+    log w between log 1e-8 and 20.
     """
     a = given.advantages
     log_w = given.response.sum(log_ratio(logp, given).detach().clamp(-20, 20))
-    log_w = (log_w if log_weight is None else log_w + log_weight).clamp(math.log(1e-8), 20)
+    log_w = log_w.clamp(math.log(1e-8), 20)
     k, decay = (torch.where(a >= 0, a.new_full((), x), y) for x, y in zip(vespo_positive, vespo_other, strict=True))
     return -torch.exp(decay + k * log_w - decay * torch.exp(log_w)) * a * logp
 
@@ -174,14 +184,80 @@ def dppo_kl(logp: Tensor, given: View, *, divergence_cap: float) -> Tensor:
     return _within(logp, given, old.exp() * (old - new) + others, divergence_cap)
 
 
+def m2po(logp: Tensor, given: View, *, m2_threshold: float) -> Tensor:
+    """-M rho A, M = 0 for the tokens of the largest (log rho)^2, as few of them as make the batch's mean over the
+    others less than the threshold: M2PO (2510.01161).
+    """
+    m2 = log_ratio(logp, given).detach() ** 2
+    ordered, count = given.batch.descending(m2), given.batch.count
+    before = torch.arange(len(ordered), device=m2.device)
+    there = before < count
+    sums = torch.where(there, ordered, 0.0).flip(0).cumsum(0).flip(0)
+    dropped = (there & (sums >= m2_threshold * (count - before))).sum()
+    # equal ones go together
+    least = torch.where(dropped > 0, at(ordered, dropped - 1), math.inf)
+    return torch.where(m2 < least, -given.ratio * given.advantages, 0.0)
+
+
+def _covariances(logp: Tensor, given: View) -> Tensor:
+    """(A - mean A) (logp - mean logp), constants."""
+    a, x = given.advantages, logp.detach()
+    return (a - given.batch.mean(a)) * (x - given.batch.mean(x))
+
+
+def _largest(values: Tensor, given: View, share: float) -> Tensor:
+    """bool [n]: the largest of the batch, a share of all tokens, at least one; -inf never; equal ones all."""
+    wanted = (share * given.batch.count).long().clamp(min=1)
+    return (values >= at(given.batch.descending(values), wanted - 1)) & (values > -math.inf)
+
+
+def clip_cov(
+    logp: Tensor, given: View, *, clip_low: float, clip_high: float, cov_share: float, cov_bounds: tuple[float, float]
+) -> Tensor:
+    """The loss of "clip", 0 for a share of the tokens whose covariance (A - mean A) (logp - mean logp), means over the
+    batch, lies between the bounds, and which the clip does not hold: Clip-Cov (2505.22617). The paper draws them at
+    random; these are those of the largest covariance, the same on every back-end and process.
+    """
+    low, high = clip_holds(given.advantages, given.ratio.detach(), clip_low=clip_low, clip_high=clip_high)
+    covariance = _covariances(logp, given)
+    open_to = (covariance > cov_bounds[0]) & (covariance < cov_bounds[1]) & ~(low | high)  # type: ignore[operator]
+    chosen = _largest(torch.where(open_to, covariance, -math.inf), given, cov_share)
+    loss = clip(logp, given, clip_low=clip_low, clip_high=clip_high, ratio_cap=None, dual_clip=None)
+    return torch.where(chosen, 0.0, loss)
+
+
+def kl_cov(logp: Tensor, given: View, *, cov_share: float, cov_kl_coef: float) -> Tensor:
+    """-rho A, plus coef |log rho| for the share of tokens of the largest covariance: KL-Cov (2505.22617)."""
+    chosen = _largest(_covariances(logp, given), given, cov_share)
+    penalty = cov_kl_coef * log_ratio(logp, given).abs()
+    return -given.ratio * given.advantages + torch.where(chosen, penalty, 0.0)
+
+
+def at(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] for an index 0-d, held within x, without a look at it; 0 for an empty x."""
+    if len(x) == 0:
+        return x.new_zeros(())
+    return x.gather(0, index.long().clamp(0, len(x) - 1).reshape(1)).squeeze(0)
+
+
+def top_entropy(entropy: Tensor, everyone: Everyone, share: float) -> Tensor:
+    """bool [n]: tokens whose entropy is not below the (1 - share) quantile of the batch, "80/20" (2506.01939). As in
+    TRL the quantile lies between two tokens' in a straight line."""
+    place = share * (everyone.count - 1).to(torch.float64)  # from the largest on
+    ordered, below = everyone.descending(entropy.detach()), place.floor()
+    first, second = at(ordered, below), at(ordered, place.ceil())
+    return entropy.detach() >= first + (place - below).to(first.dtype) * (second - first)
+
+
 @dataclass(frozen=True)
 class Objective:
     """loss: as this module says; for A = 0 it is 0, with no gradient. holds: which tokens the objective's own bounds on
-    rho hold back, below and above. by_response: whether it looks at `given.response`."""
+    rho hold back, below and above. by_response, by_batch: whether it looks at `given.response`, at `given.batch`."""
 
     loss: Callable[..., Tensor]
     holds: Callable[..., tuple[Tensor | None, Tensor | None]] | None = None
     by_response: bool = False
+    by_batch: bool = False
 
 
 BY_NAME = {
@@ -194,6 +270,9 @@ BY_NAME = {
     "vespo": Objective(vespo, by_response=True),
     "dppo-tv": Objective(dppo_tv),
     "dppo-kl": Objective(dppo_kl),
+    "m2po": Objective(m2po, by_batch=True),
+    "clip-cov": Objective(clip_cov, clip_holds, by_batch=True),
+    "kl-cov": Objective(kl_cov, by_batch=True),
 }
 
 

@@ -17,10 +17,11 @@ _RESPONSES, _LENGTH = 32, 4
 
 
 class Traits(NamedTuple):
-    """by_response: it uses `given.response`. silent: where A is 0 (for all tokens of a response, with by_response) the
-    loss and its derivatives are 0."""
+    """by_response, by_batch: it uses `given.response`, `given.batch`. silent: where A is 0 (for all tokens of a
+    response, with by_response) the loss and its derivatives are 0; never with by_batch."""
 
     by_response: bool
+    by_batch: bool
     silent: bool
 
 
@@ -42,6 +43,26 @@ class _Watched:
 
     def max(self, x: Tensor) -> Tensor:
         return self._spread(x, "amax")
+
+
+class _WatchedBatch:
+    """All those tokens, likewise."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @property
+    def count(self) -> Tensor:
+        self.asked = True
+        return torch.tensor(_RESPONSES * _LENGTH)
+
+    def mean(self, x: Tensor) -> Tensor:
+        self.asked = True
+        return x.detach().mean()
+
+    def descending(self, x: Tensor) -> Tensor:
+        self.asked = True
+        return x.detach().sort(descending=True).values
 
 
 def called(function: Callable[..., Any], logp: Tensor, given: View) -> Tensor:
@@ -72,9 +93,9 @@ def tried(function: Callable[..., Any], like: Tensor, recorded: tuple[bool, ...]
     logp = -drawn(3.0).abs()
     others = [logp - drawn(scale) if there else None for scale, there in zip((4.0, 1.0, 2.0), recorded, strict=True)]
     advantages, extra = drawn(1.0), [drawn(2.0).abs() if there else None for there in (entropy, kl)]
-    asked, found = False, []
+    asked, asked_batch, found = False, False, []
     for a in (advantages, torch.zeros_like(advantages)):
-        watched = _Watched()
+        watched, batch = _Watched(), _WatchedBatch()
         with torch.inference_mode(False), recording():
             leaves = [None if x is None else x.clone().requires_grad_() for x in (logp, *extra)]
             follow = [None if x is None else x.clone() for x in leaves]
@@ -82,14 +103,14 @@ def tried(function: Callable[..., Any], like: Tensor, recorded: tuple[bool, ...]
             assert x is not None
             old = others[0]
             ratio = ratio_of(x, torch.ones_like(x) if old is None else torch.exp(x - old))
-            view = View(a, old, others[1], others[2], ratio, follow[1], follow[2], watched)
+            view = View(a, old, others[1], others[2], ratio, follow[1], follow[2], watched, batch)
             loss = called(function, x, view)
             if not loss.requires_grad:
                 check.fail("objective", "a result that does not depend on logp", "one that is differentiable in it")
             wanted = [x for x in leaves if x is not None]
             slopes = torch.autograd.grad(loss.sum(), wanted, materialize_grads=True)
-        asked |= watched.asked
+        asked, asked_batch = asked | watched.asked, asked_batch | batch.asked
         if bool(loss.isfinite().all()) and not all(bool(x.isfinite().all()) for x in slopes):
             check.fail("objective", "a derivative that is not finite where the loss is", "a finite one")
         found.append(all(not bool((x != 0).any()) for x in (loss, *slopes)))
-    return Traits(asked, found[1])
+    return Traits(asked, asked_batch, found[1] and not asked_batch)

@@ -10,7 +10,7 @@ import torch
 from cases import Counter, small_case, solve_with_grads
 from torch import Tensor
 
-from prefixloss import LossConfig, linear_prefix_loss, prefix_loss
+from prefixloss import LossConfig, linear_logps, linear_prefix_loss, prefix_loss
 
 VOCABULARY, KEPT = 9, 4
 OPTIONS: list[dict[str, Any]] = [
@@ -92,6 +92,42 @@ def test_it_is_the_loss_with_all_other_ids_banned(backend: str, level: str, form
     torch.testing.assert_close(out.entropy.double().reshape(-1)[shown], want.entropy.detach()[shown], **near)
 
 
+@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_log_probs_and_entropies_are_of_the_kept_ids_too(backend: str, form: str) -> None:
+    case = small_case("linear", vocab=VOCABULARY)
+    kept = kept_of(case.tokens)
+    banned = torch.ones(*case.tokens.shape, VOCABULARY + 1, dtype=torch.bool)
+    banned = banned.scatter(-1, torch.where(kept < 0, VOCABULARY, kept), False)[..., :-1]
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    leaves = [x.detach().to(dtype).clone().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    sets = {"kept_ids": kept} if form == "padded" else packed_sets(kept)
+    got = linear_logps(
+        leaves[0], leaves[1], case.tokens, mask=case.mask, lm_head_bias=leaves[2], temperature=0.7, softcap=3.0,
+        entropy=True, backend=backend, **sets,
+    )  # fmt: skip
+    dense = [x.detach().clone().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    scores = (3.0 * torch.tanh((dense[0] @ dense[1].T + dense[2]) / 3.0) / 0.7).masked_fill(banned, -math.inf)
+    logp = scores.log_softmax(-1)
+    want = logp.gather(-1, case.tokens[..., None])[..., 0], -(logp.exp() * logp.masked_fill(banned, 0.0)).sum(-1)
+    near = {"rtol": 2e-4, "atol": 2e-5} if backend == "triton" else {"rtol": 1e-9, "atol": 1e-11}
+    scale = torch.linspace(-1, 2, case.tokens.numel()).reshape(case.tokens.shape).double()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), torch.where(case.mask, b, 0.0), **near)
+    sum(((x * scale).sum() for x in got), torch.zeros(())).backward()
+    sum(((x * scale * case.mask).sum() for x in want), torch.zeros(())).backward()
+    for a, b in zip(leaves, dense, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, **near)
+
+
+def test_log_probs_of_a_set_without_the_token_are_refused() -> None:
+    case = small_case("linear", vocab=VOCABULARY)
+    with pytest.raises(ValueError, match=r"^kept_ids: got a set without the token at"):
+        linear_logps(case.hidden, case.weight, case.tokens, kept_ids=(case.tokens[..., None] + 1) % VOCABULARY)
+    with pytest.raises(ValueError, match=r"^kept_ids: got None with kept_offsets"):
+        linear_logps(case.hidden, case.weight, case.tokens, kept_offsets=case.tokens)
+
+
 def test_only_the_kept_columns_are_computed() -> None:
     case = small_case("linear", batch=4, length=8, width=64, vocab=512)
     case.mask[:] = True
@@ -103,6 +139,9 @@ def test_only_the_kept_columns_are_computed() -> None:
     # forward; both gradients are sums of rows, one for each kept column
     assert counter.products == 32 * 4 * 64
     assert counter.largest == 512 * 64  # the head's gradient
+    with Counter() as counter:
+        linear_logps(hidden, weight, case.tokens, kept_ids=kept).logps.sum().backward()
+    assert counter.products == 32 * 4 * 64
 
 
 def test_values_outside_the_mask_do_not_matter() -> None:

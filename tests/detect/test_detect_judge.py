@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from prefixloss.detect.base import FirstError
 from prefixloss.detect.cost import spent
-from prefixloss.detect.models import endpoint
-from prefixloss.detect.models.endpoint import UnansweredError
 from prefixloss.detect.models.judge import Judge, _prompt, _read_verdict
+from prefixloss.io import endpoint
+from prefixloss.io.endpoint import UnansweredError
 
 KEY = "sk-secret-0123456789"
 STEPS = ["One and one is two.", "Two and one is four.", "The answer is four."]
@@ -186,7 +186,7 @@ def test_a_verdict_is_read_from_its_last_box_or_field(server, text, step):
 def test_a_verdict_out_of_range_or_of_another_form_is_unreadable_not_all_right(server, text):
     found = judge(server, says(text))
     assert (found.step, found.confidence) == (None, 0.0)
-    assert found.reason.startswith("unreadable verdict:")
+    assert found.reason.startswith("unreadable reply:")
     assert len(found.reason) <= 200
     assert len(server.requests) == 1
 
@@ -211,7 +211,7 @@ def test_a_verdict_out_of_range_or_of_another_form_is_unreadable_not_all_right(s
 def test_a_reply_that_is_no_whole_completion_is_unreadable(server, garbage):
     found = judge(server, garbage)
     assert (found.step, found.confidence) == (None, 0.0)
-    assert found.reason.startswith("unreadable verdict:")
+    assert found.reason.startswith("unreadable reply:")
     assert len(found.reason) <= 200
     assert "\n" not in found.reason
 
@@ -227,21 +227,21 @@ def test_a_packed_reply_is_not_unpacked(server, monkeypatch, encoding):
     monkeypatch.setattr("httpx._decoders.GZipDecoder.decode", None)
     monkeypatch.setattr("httpx._decoders.DeflateDecoder.decode", None)
     found = judge(server, packed(COMPLETION, 2, Content_Encoding=encoding))
-    reason = f"unreadable verdict: packed ({encoding.lower()}), which was not asked for"
+    reason = f"unreadable reply: packed ({encoding.lower()}), which was not asked for"
     assert found == (None, reason, 0.0)
     assert len(server.requests) == 1
     assert server.requests[0][1]["Accept-Encoding"] == "identity"
 
 
 def test_a_reply_that_hides_that_it_is_packed_is_unreadable_and_one_that_says_it_is_not_is_read(server):
-    assert judge(server, packed(COMPLETION)).reason.startswith("unreadable verdict:")
+    assert judge(server, packed(COMPLETION)).reason.startswith("unreadable reply:")
     assert judge(server, packed(COMPLETION, 0, Content_Encoding="identity")).step == 1
     assert judge(server, packed(COMPLETION, 0, Content_Encoding="")).step == 1
 
 
 def test_an_endless_reply_is_cut_off_at_the_bound(server):
     found = judge(server, floods)
-    assert found == (None, "unreadable verdict: more than 2097152 bytes", 0.0)
+    assert found == (None, "unreadable reply: more than 2097152 bytes", 0.0)
     assert len(server.requests) == 1
 
 

@@ -17,10 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from prefixloss.detect.base import FirstError
 from prefixloss.detect.choose import by_name
 from prefixloss.detect.cost import spent
-from prefixloss.detect.models import endpoint, rollouts
+from prefixloss.detect.models import rollouts
 from prefixloss.detect.models.prm import PRM
 from prefixloss.detect.models.rollouts import OwnRollouts, Rollouts, ServedRollouts, kept, sampler_of, says
 from prefixloss.detect.models.search import Counts, Prefix, prefix_of, search
+from prefixloss.io import endpoint
 
 # ---- the search
 

@@ -11,8 +11,8 @@ from test_detect_prm import SEPARATOR, VOCABULARY, ids_of, known_rewards, tokeni
 from prefixloss.detect.base import FirstError
 from prefixloss.detect.choose import by_name
 from prefixloss.detect.cost import spent
-from prefixloss.detect.models import endpoint
 from prefixloss.detect.models.served_prm import ServedPRM
+from prefixloss.io import endpoint
 
 PROBLEM, STEPS = "problem x", ["good good", "so 2 + 2", "bad bad bad", "good"]
 END = VOCABULARY[SEPARATOR]

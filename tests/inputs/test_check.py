@@ -148,6 +148,7 @@ def response_arguments(*names: str, **options: Any) -> dict[str, Any]:
 OPTIONAL = {
     "mask", "old_logps", "sampler_logps", "ref_logps", "lm_head_bias", "ref_lm_head_bias", "group_ids of a loss",
     "judged", "cu_seqlens", "ref_hidden of None", "softcap", "ratio_cap", "dual_clip", "max_length", "chunk_tokens",
+    "sampler_missing", "off_policy_mask_threshold", "kl_clamp",
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "normalizer": NORMALIZERS, "config": NAMES | {"None": None, "a dict": {}}, "backend": NAMES | {"None": None},
@@ -155,12 +156,16 @@ KINDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("max_learning_tokens", "max_scored_tokens", "vocab_size", "max_length", "chunk_tokens"), WHOLE),
     **dict.fromkeys(("inplace", "entropy", "relu", "std", "averaged", "kl_importance"), FLAGS),
     "temperature": numbers({"zero": 0.0, "negative": -1.0}), "logit_scale": numbers({"zero": 0.0, "negative": -1.0}),
-    **dict.fromkeys(("softcap", "ratio_cap"), numbers({"zero": 0.0, "negative": -1.0})),
+    **dict.fromkeys(("softcap", "ratio_cap", "kl_clamp"), numbers({"zero": 0.0, "negative": -1.0})),
     "dual_clip": numbers({"one": 1.0}), "alpha": SHARES, "weight": SHARES, "shorten": SHORTENS,
     **dict.fromkeys(("keep", "beta", "gamma", "kl_coef", "entropy_coef"), numbers({})),
     **dict.fromkeys(("clip_low", "clip_high", "divergence_cap", "row_tolerance"), numbers({"negative": -0.1})),
+    **dict.fromkeys(("off_policy_mask_threshold", "std_floor"), numbers({"negative": -0.1})),
+    **dict.fromkeys(("cov_share", "top_entropy_quantile"), numbers({"zero": 0.0, "more than all": 1.01})),
+    "m2_threshold": numbers({"zero": 0.0}), "cov_kl_coef": numbers({"negative": -0.1}),
+    "sampler_missing": WHOLE | {"two": 2, "negative": -1, "half": 0.5},
     **dict.fromkeys(("gradient_tolerance", "head_gradient_tolerance"), numbers({"negative": -0.1, "a name": "all"})),
-    **dict.fromkeys(("sapo_tau", "sampler_bounds", "vespo_positive", "vespo_other"), PAIRS),
+    **dict.fromkeys(("sapo_tau", "sampler_bounds", "vespo_positive", "vespo_other", "cov_bounds"), PAIRS),
     **dict.fromkeys(("objective", "ratio_level", "reduction", "stats", "sampler_correction", "kl"), NAMES),
 }  # fmt: skip
 CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
@@ -171,25 +176,33 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         advantages.vppo,
         lambda: response_arguments(
             "correct", "lengths", "first_error", "group_ids", "prompt_lengths",
-            alpha=0.5, shorten="prompt", relu=False, std=False,
+            alpha=0.5, shorten="prompt", relu=False, std=False, std_floor=0.0,
         ),
     ),
     "cliff": (
         advantages.cliff, lambda: response_arguments("correct", "lengths", "first_error", "group_ids", keep=0.0),
     ),
-    "grpo": (advantages.grpo, lambda: response_arguments("rewards", "group_ids", std=True)),
+    "grpo": (advantages.grpo, lambda: response_arguments("rewards", "group_ids", std=True, std_floor=0.0)),
+    "rloo": (advantages.rloo, lambda: response_arguments("rewards", "group_ids")),
+    "opo": (advantages.opo, lambda: response_arguments("rewards", "lengths", "group_ids")),
+    "reinforce_pp": (advantages.reinforce_pp, lambda: response_arguments("rewards", "lengths", std_floor=0.0)),
+    "reinforce_pp_baseline": (
+        advantages.reinforce_pp_baseline,
+        lambda: response_arguments("rewards", "lengths", "group_ids", std_floor=0.0),
+    ),
+    "varied": (advantages.varied, lambda: response_arguments("rewards", "group_ids")),
     "neutral_prefix": (
         advantages.neutral_prefix, lambda: response_arguments("response_advantages", "correct", "first_error"),
     ),
     "rts": (
         advantages.rts,
         lambda: response_arguments(
-            "correct", "right_steps", "total_steps", "group_ids", beta=-10.0, gamma=20.0, std=True
+            "correct", "right_steps", "total_steps", "group_ids", beta=-10.0, gamma=20.0, std=True, std_floor=0.0,
         ),
     ),
     "mixed": (
         advantages.mixed,
-        lambda: response_arguments("rewards", "mean_step_scores", "group_ids", weight=0.8, std=True),
+        lambda: response_arguments("rewards", "mean_step_scores", "group_ids", weight=0.8, std=True, std_floor=0.0),
     ),
     "LossConfig": (LossConfig, lambda: {f.name: getattr(LossConfig(), f.name) for f in fields(LossConfig)}),
 }  # fmt: skip
@@ -334,11 +347,12 @@ def test_hidden_states_have_a_width_and_a_vocabulary_a_word(backend: str, width:
         refused(function, right | empty | {"backend": backend}, name, f"D = {width}")
 
 
-def test_no_response_at_all_is_taken() -> None:
+@pytest.mark.parametrize(("responses", "length"), [(0, T), (B, 0)])
+def test_no_response_and_no_token_at_all_are_taken(responses: int, length: int) -> None:
     empty = {
-        "hidden": torch.zeros(0, T, D),
-        "tokens": torch.zeros(0, T, dtype=torch.int64),
-        "advantages": torch.zeros(0),
+        "hidden": torch.zeros(responses, length, D),
+        "tokens": torch.zeros(responses, length, dtype=torch.int64),
+        "advantages": torch.zeros(responses),
     }
     assert linear_prefix_loss(**empty, lm_head_weight=torch.zeros(V, D)).loss == 0
 

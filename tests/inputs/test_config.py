@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CORRECTIONS, KLS, RATIO_LEVELS, REDUCTIONS, STATS, of_objective
+from cases import KLS, RATIO_LEVELS, REDUCTIONS, STATS, of_objective
 from torch import Tensor
 
 from prefixloss import LossConfig, advantages, linear_prefix_loss, parallel, prefix_loss
@@ -24,7 +24,7 @@ from prefixloss.maths import kl as estimators
 NAMES: dict[str, tuple[str, ...]] = {
     "objective": tuple(objectives.BY_NAME),
     "ratio_level": RATIO_LEVELS,
-    "sampler_correction": CORRECTIONS,
+    "sampler_correction": tuple(corrections.BY_NAME),
     "kl": KLS,
     "reduction": REDUCTIONS,
     "stats": STATS,
@@ -161,6 +161,10 @@ PLAIN: dict[str, Callable[[advantages.Outcome], Any]] = {
     ),
     "rts": lambda o: advantages.rts(o.correct, o.right_steps, o.total_steps, o.group_ids),
     "mixed": lambda o: advantages.mixed(o.correct.float(), o.right_steps / o.total_steps, o.group_ids),
+    "rloo": lambda o: advantages.rloo(o.correct.float(), o.group_ids),
+    "opo": lambda o: advantages.opo(o.correct.float(), o.lengths, o.group_ids),
+    "reinforce++": lambda o: advantages.reinforce_pp(o.correct.float(), o.lengths),
+    "reinforce++-baseline": lambda o: advantages.reinforce_pp_baseline(o.correct.float(), o.lengths, o.group_ids),
 }
 
 

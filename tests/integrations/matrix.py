@@ -33,6 +33,7 @@ TRAINERS = [
         "test_a_trainer_runs_the_same_under_the_patch[rloo]",
         "test_the_fused_loss_has_trls_value_gradient_and_metrics[grpo-0.1]",
         "test_the_fused_loss_has_trls_value_gradient_and_metrics[dapo-0.0]",
+        "test_losses_of_more_than_a_token_have_trls_value_gradient_and_metrics",
         "test_absolute_positions_are_those_of_generation",
         "test_every_token_gets_its_advantage[vppo-expected0]",
         "test_a_fused_run_is_trls_run[grpo]",

@@ -463,6 +463,38 @@ def test_verl_weights_of_a_sampler_scale_each_tokens_loss(verl: Any) -> None:
         same(loss, (each.view_as(weights) * weights).sum(), case)
 
 
+def chosen_by_covariance(case: Case, objective: str, share: float, coef: float, low: float, high: float) -> Tensor:
+    """The losses of the scored tokens as verl and SkyRL have them, but for chance: the largest of those open to it."""
+    x, old, a = (v.detach()[case.mask] for v in (case.logps, case.old, case.uniform))
+    ratio, most = torch.exp(x - old), max(1, int(share * len(x)))
+    covariance = (a - a.mean()) * (x - x.mean())
+    held = ratio.clamp(0.8, 1.28)
+    if objective == "kl-cov":
+        chosen = torch.zeros_like(x).index_fill(0, covariance.topk(most).indices, 1.0)
+        return -ratio * a + chosen * coef * (x - old).abs()
+    open_to = (covariance > low) & (covariance < high) & ~(-held * a > -ratio * a)
+    ordered = torch.where(open_to, covariance, -torch.inf).topk(min(most, int(open_to.sum()))).indices
+    return torch.maximum(-ratio * a, -held * a).index_fill(0, ordered, 0.0)
+
+
+@pytest.mark.parametrize("objective", ["clip-cov", "kl-cov"])
+def test_settings_of_clip_cov_and_kl_cov_are_the_trainers_own(verl: Any, objective: str) -> None:
+    case = Case.of(4)
+    share, coef, low, high = 0.3, 0.7, 0.05, 2.0
+    want = chosen_by_covariance(case, objective, share, coef, low, high)
+    assert not torch.allclose(want, chosen_by_covariance(case, objective, 0.0002, 0.0, 1.0, 5.0))
+    theirs = SimpleNamespace(
+        clip_cov_ratio=share, kl_cov_ratio=share, ppo_kl_coef=coef, clip_cov_lb=low, clip_cov_ub=high,
+        kl_cov_frac=share, clip_ratio=share,
+    )  # fmt: skip
+    config = verl_config(policy_loss=theirs)
+    loss = verl.policy_loss(case.old, case.logps, case.uniform, case.mask, "token-sum", config, objective=objective)[0]
+    torch.testing.assert_close(loss.detach(), want.sum())
+    settings = skyrl_config(clip_cov=theirs, kl_cov=theirs, eps_clip_high=0.28)
+    loss = skyrl.policy_loss(case.logps, case.old, case.uniform, settings, case.mask.long(), objective=objective)[0]
+    torch.testing.assert_close(loss.detach(), want.sum())
+
+
 @pytest.mark.parametrize("mode", VERL_MODES)
 def test_verl_ranks_average_to_the_whole_batch(verl: Any, mode: str) -> None:
     case = Case.of(1)

@@ -16,10 +16,13 @@ from typing import Any
 
 import pytest
 
+from prefixloss.maths.divergence import BY_NAME
+
 ROOT = Path(__file__).parents[2]
 DEVICE_CODE = ROOT / "csrc_triton"
 # what asks the compiler alone is the same without the emulator
-KERNELS = ("tests/kernels/test_kernels.py", "tests/kernels/test_entries.py", "-k", "not compile and not 64_bits")
+FILES = ("tests/kernels/test_kernels.py", "tests/kernels/test_distill_kernels.py", "tests/kernels/test_entries.py")
+KERNELS = (*FILES, "-k", "not compile and not 64_bits")
 
 
 def compiling() -> dict[str, str]:
@@ -59,10 +62,13 @@ def flags(kernel: str) -> dict[str, set[str]]:
         "gradient_kernel": "aligned softcap reference penalty indexed clear rescaled",
         "measure_kernel": "softcap reference penalty",
         "select_kernel": "aligned softcap reference penalty",
+        "distill_kernel": "aligned softcap mixed listed chunk gradient narrowed rescaled",
     }[kernel]
     wanted = {f"WORK.{name}": both for name in work.split()}
     if kernel in ("measure_kernel", "select_kernel"):
         return wanted
+    if kernel == "distill_kernel":
+        return wanted | {"NAME": set(BY_NAME), "TILE": {"1", "32", "64"}, "grads": {"*fp32", "*fp16", "*bf16"}}
     if kernel != "row_kernel":
         return wanted | ({"SPLITS": {"4"}})
     return wanted | {"logits": {"*fp32"}, "grads": {"*fp32", "*fp16", "*bf16"}, "VECTOR": {"4", "8"}}
@@ -90,9 +96,9 @@ def test_no_test_of_the_kernels_depends_on_the_bits_of_approximate_instructions(
         tmp_path,
         "--noise",
         "1",
-        "tests/kernels/test_kernels.py",
+        *FILES,
         "-k",
-        "slices or functions or rescaled",
+        "slices or functions or rescaled or terms",
     )
 
 
@@ -106,6 +112,8 @@ def test_the_autotuned_launches_pass_as_machine_code(record_property: Any, tmp_p
     "file",
     [
         "kernels/test_kernels",
+        "kernels/test_distill_kernels",
+        "backends/test_distill_triton",
         "backends/test_operators",
         "backends/test_triton_backend",
         "integrations/test_training_tools",

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import prefixloss.maths.objective as torch_form
 from prefixloss import LossConfig
-from prefixloss._kernels import launch, problem, rows, scale
+from prefixloss._kernels import distill, launch, problem, rows, scale
 from prefixloss._kernels import objective as device_form
 from prefixloss._kernels.launch import Launch
 from prefixloss._kernels.maths import expm1, log1p, softplus, tanh
@@ -252,7 +252,9 @@ def test_policy_takes_the_torch_form_s_branch_at_every_bound(config: LossConfig)
     leaf = logp.requires_grad_()
     # the ratio itself, so that it is exactly at a bound
     moving = ratio_of(leaf, ratio)
-    want = torch_form.policy_losses(config, leaf, View(a, None, None, None, moving, None, None, torch_form.NONE))
+    want = torch_form.policy_losses(
+        config, leaf, View(a, None, None, None, moving, None, None, torch_form.NONE, torch_form.NONE)
+    )
     (want_slope,) = torch.autograd.grad(want.sum(), leaf)
     want_loss = want.detach()
     assert torch.equal(d_logp == 0, want_slope == 0)
@@ -851,7 +853,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 
 def test_every_kernel_computes_its_offsets_in_64_bits(compiler: Compiled) -> None:
     offsets = compiler["offsets"]
-    assert set(offsets) == {"row_kernel", "slice_kernel", "combine_kernel", "gradient_kernel"}
+    assert set(offsets) == {"row_kernel", "slice_kernel", "combine_kernel", "gradient_kernel", "distill_kernel"}
     for kernel, types in offsets.items():
         assert len(types) > 5, kernel
         assert set(types) == {"i64"}, kernel
@@ -863,7 +865,7 @@ def test_a_kernel_runs_where_its_tensors_are_whatever_device_is_current(
 ) -> None:
     asked = dict(compiler["devices"][tensors])
     assert asked.pop("after") == [0]  # the caller's current device is as it was
-    launchers = {name for module in (rows, scale) for name in vars(module) if name.startswith("launch_")}
+    launchers = {name for module in (distill, rows, scale) for name in vars(module) if name.startswith("launch_")}
     assert set(asked) == launchers  # none is forgotten
     assert all(devices == [runs_on] for devices in asked.values()), asked
 
@@ -894,6 +896,9 @@ def test_a_call_compiles_one_kernel_and_few_rows_three(compiler: Compiled) -> No
         "head in other chunks",
         "as few rows",
         "other few rows",
+        "distillation of more tokens",
+        "another list",
+        "a list of one",
     ],
 )
 def test_another_number_of_tokens_compiles_nothing(compiler: Compiled, change: str) -> None:
@@ -909,6 +914,7 @@ def test_another_number_of_tokens_compiles_nothing(compiler: Compiled, change: s
         "another softcap",
         "a whole softcap",
         "another whole softcap",
+        "another beta",
     ],
 )
 def test_another_number_in_the_options_compiles_nothing(compiler: Compiled, change: str) -> None:
@@ -918,6 +924,11 @@ def test_another_number_in_the_options_compiles_nothing(compiler: Compiled, chan
 @pytest.mark.parametrize("change", ["entropy", "softcap", "another objective", "another dtype", "an odd vocabulary"])
 def test_what_the_kernel_is_compiled_for_compiles_one_more(compiler: Compiled, change: str) -> None:
     assert compiler["variants"][change] == ["row_kernel"]
+
+
+@pytest.mark.parametrize("change", ["distillation", "another divergence", "a list", "a longer list"])
+def test_a_distillation_is_one_kernel(compiler: Compiled, change: str) -> None:
+    assert compiler["variants"][change] == ["distill_kernel"]
 
 
 # --- a gradient times a number

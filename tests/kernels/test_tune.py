@@ -61,3 +61,20 @@ def test_without_the_option_nothing_is_timed(timed: list[float], monkeypatch: py
     monkeypatch.delenv("PREFIXLOSS_AUTOTUNE")
     call()
     assert timed == []
+
+
+def test_a_timed_gradient_gets_the_rows_that_a_real_one_gets(
+    timed: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where log-probs alone are asked for, a token has three coefficients: of its log-prob, its entropy and its KL."""
+    from prefixloss._kernels import rows  # noqa: PLC0415
+
+    launch, seen = rows.launch_gradient, set()
+
+    def noted(problem, stats, coefficients, *others):
+        seen.add((len(stats), len(coefficients)))
+        return launch(problem, stats, coefficients, *others)
+
+    monkeypatch.setattr(rows, "launch_gradient", noted)
+    call(reduction="none")
+    assert seen == {(7, 3)}

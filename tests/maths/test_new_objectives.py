@@ -12,6 +12,8 @@ from cases import OBJECTIVES, call_with_grads, packed, small_case, solve_with_gr
 from prefixloss import LossConfig, prefix_loss
 from prefixloss.maths import objectives
 
+# of few tokens
+CHOICE: dict[str, Any] = {"m2_threshold": 0.13, "cov_share": 0.3, "cov_bounds": (0.05, 1.0)}
 NEW = tuple(name for name in objectives.BY_NAME if name not in OBJECTIVES)
 HALF = math.log(0.5)
 GMPO = {"objective": "gmpo", "clip_low": 0.4, "clip_high": 0.4}
@@ -43,6 +45,13 @@ VECTORS: list[tuple[dict[str, Any], list[float], list[float], list[float], list[
     # the same by its KL: 0.25 log 0.5 + 0.75 log 1.5 = 0.130812, within 0.15 and beyond 0.13
     ({"objective": "dppo-kl"}, [math.log(2)] * 2, [1.0, -1.0], [-2.0, 2.0], [-2.0, 2.0]),
     ({"objective": "dppo-kl", "divergence_cap": 0.13}, [math.log(2)] * 2, [1.0, -1.0], [0.0, 2.0], [0.0, 2.0]),
+    # second moments 0.01 and 0.09, their mean 0.05, that of the first 0.01; and 0.025 of 0.01 and 0.04
+    ({"objective": "m2po"}, [0.1, -0.3], [1.0, 1.0], [-1.105171, 0.0], [-1.105171, 0.0]),
+    ({"objective": "m2po"}, [0.1, -0.2], [1.0, 1.0], [-1.105171, -0.818731], [-1.105171, -0.818731]),
+    # of one log-prob, so without covariance: none within the bounds, and two of the largest
+    ({"objective": "clip-cov"}, [0.1, 0.5], [1.0, 1.0], [-1.105171, -1.2], [-1.105171, 0.0]),
+    ({"objective": "kl-cov"}, [0.5, -0.2], [1.0, 1.0], [-1.148721, -0.618731], [-0.648721, -1.818731]),
+    ({"objective": "kl-cov", "cov_kl_coef": 2.0}, [0.5, 0.0], [1.0, -1.0], [-0.648721, 1.0], [0.351279, 1.0]),
 ]
 
 
@@ -64,6 +73,46 @@ def test_numbers_by_hand(
     torch.testing.assert_close(logits.grad[..., 0] / 0.5, torch.tensor([slopes]).float(), rtol=1e-5, atol=1e-6)
 
 
+# covariances 2 * 0.843, 2 * 1.354 and 0 twice: advantages less 1, log-probs less their mean -0.948
+CHANCES, CREDIT = [0.9, 0.1, 0.5, 0.5], [3.0, -1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize(
+    ("options", "losses"),
+    [
+        ({"objective": "clip-cov", "cov_share": 0.25}, [-3.3, 0.0, -1.1, -1.1]),
+        ({"objective": "clip-cov", "cov_share": 0.5}, [0.0, 0.0, -1.1, -1.1]),
+        ({"objective": "clip-cov", "cov_share": 0.5, "cov_bounds": (2.0, 3.0)}, [-3.3, 0.0, -1.1, -1.1]),
+        ({"objective": "clip-cov", "cov_bounds": (1.0, 2.0)}, [0.0, 1.1, -1.1, -1.1]),
+        # what the clip holds is not open to it
+        ({"objective": "clip-cov", "cov_share": 0.5, "clip_high": 0.05}, [-3.15, 0.0, -1.05, -1.05]),
+        ({"objective": "kl-cov"}, [-3.3, 1.1 + math.log(1.1), -1.1, -1.1]),
+        ({"objective": "kl-cov", "cov_share": 0.5}, [-3.3 + math.log(1.1), 1.1 + math.log(1.1), -1.1, -1.1]),
+    ],
+    ids=str,
+)
+def test_tokens_are_chosen_by_their_covariance(options: dict[str, Any], losses: list[float], backend: str) -> None:
+    p = torch.tensor([CHANCES])
+    logits = torch.stack([p.log(), (1 - p).log()], -1)
+    out = prefix_loss(
+        logits, torch.zeros(1, 4).long(), torch.tensor([CREDIT]), old_logps=(p / 1.1).log(),
+        config=LossConfig(reduction="none", **options), backend=backend,
+    )  # fmt: skip
+    torch.testing.assert_close(out.loss, torch.tensor([losses]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize(("share", "kept"), [(0.5, [0, 0, 1, 1]), (0.2, [0, 0, 1, 0]), (0.75, [0, 1, 1, 1])])
+def test_only_the_tokens_of_the_largest_entropy_learn(share: float, kept: list[int], backend: str) -> None:
+    """Entropies 0.325, 0.500, 0.693, 0.673: the quantiles at 0.5, 0.8 and 0.25 are 0.587, 0.681 and 0.457."""
+    p = torch.tensor([[0.9, 0.2, 0.5, 0.4]])
+    logits = torch.stack([p.log(), (1 - p).log()], -1)
+    config = LossConfig(objective="reinforce", reduction="none", top_entropy_quantile=share)
+    out = prefix_loss(logits, torch.zeros(1, 4).long(), torch.ones(1, 4), config=config, backend=backend)
+    torch.testing.assert_close(out.loss, -p.log() * torch.tensor([kept]), rtol=1e-5, atol=1e-6)
+
+
 def test_each_new_objective_has_a_vector() -> None:
     assert {options["objective"] for options, *_ in VECTORS} == set(NEW)
 
@@ -71,7 +120,13 @@ def test_each_new_objective_has_a_vector() -> None:
 @pytest.mark.parametrize("level", ["linear", "logits"])
 @pytest.mark.parametrize(
     "more",
-    [{}, {"reduction": "none"}, {"kl": "k3", "kl_coef": 0.2, "sampler_correction": "tis"}, {"stats": "scored"}],
+    [
+        {},
+        {"reduction": "none"},
+        {"kl": "k3", "kl_coef": 0.2, "sampler_correction": "tis"},
+        {"stats": "scored"},
+        {"top_entropy_quantile": 0.37},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("objective", NEW)
@@ -79,7 +134,9 @@ def test_each_new_objective_has_a_vector() -> None:
 def test_every_back_end_agrees_with_the_oracle(
     backend: str, dtype: Any, objective: str, more: dict[str, Any], level: str
 ) -> None:
-    case = without_ref(small_case(level, objective=objective, clip_low=0.3, clip_high=0.3, **more))
+    case = without_ref(small_case(level, objective=objective, clip_low=0.3, clip_high=0.3, **CHOICE, **more))
+    # no two tokens' ratios are alike: which of equals are chosen is rounding's to say
+    case.old_logps = case.old_logps + 0.003 * torch.arange(12).reshape(3, 4)
     if "kl" in more:
         case.ref_logps = case.old_logps + 0.1
     case.advantages[0] = 0

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Counter, call_with_grads, packed, small_case, without_ref
+from oracle import Case
 from processes import group_of, in_processes
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -51,6 +52,19 @@ def with_extras(logp: Tensor, given: View) -> Tensor:
 WAYS: list[dict[str, Any]] = [{}, {"reduction": "none"}, {"stats": "scored", "row_tolerance": 1e-12}]
 
 
+def unlike(case: Case) -> Case:
+    """With no two tokens' ratios alike."""
+    spread = 0.003 * torch.arange(case.tokens.numel()).reshape(case.tokens.shape)
+    return case.but(old_logps=case.old_logps + spread)
+
+
+def above_average(logp: Tensor, given: View) -> Tensor:
+    """Those whose ratio is above the batch's mean; the largest one not."""
+    ratio = given.ratio.detach()
+    top = given.batch.descending(ratio)[0]
+    return torch.where((ratio > given.batch.mean(ratio)) & (ratio < top), -given.advantages * logp, 0.0)
+
+
 @pytest.mark.parametrize("more", WAYS, ids=str)
 @pytest.mark.parametrize("level", ["linear", "logits"])
 @pytest.mark.parametrize(("backend", "dtype"), [("reference", None), ("torch", None), ("triton", torch.float32)])
@@ -72,11 +86,11 @@ def test_a_function_of_the_built_in_s_maths_is_the_built_in(
 @pytest.mark.parametrize("level", ["linear", "logits"])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize(("backend", "dtype"), [("torch", None), ("triton", torch.float32)])
-@pytest.mark.parametrize("objective", [whole, imitate])
+@pytest.mark.parametrize("objective", [whole, imitate, above_average])
 def test_back_ends_agree_on_whole_responses_and_on_what_needs_no_advantage(
     objective: Callable[..., Tensor], backend: str, dtype: Any, layout: str, level: str, more: dict[str, Any]
 ) -> None:
-    case = without_ref(small_case(level))
+    case = unlike(without_ref(small_case(level)))
     case.advantages[0] = 0
     case = packed(case) if layout == "packed" else case
     want, want_grads = call_with_grads(case, "reference", objective=objective, **more)
@@ -85,8 +99,8 @@ def test_back_ends_agree_on_whole_responses_and_on_what_needs_no_advantage(
     torch.testing.assert_close(got.loss.double(), want.loss, **near)
     for name, grad in grads.items():
         torch.testing.assert_close(grad.double(), want_grads[name], **near)
-    # a response without advantages is still learned from by the one, and not by the other
-    assert bool(got.learning.reshape(3, -1)[0].any()) == (objective is imitate)
+    # a response without advantages is still learned from, but not by the first
+    assert bool(got.learning.reshape(3, -1)[0].any()) == (objective is not whole)
 
 
 def test_the_reference_s_gradient_is_the_formula_s_own() -> None:
@@ -156,13 +170,21 @@ def test_tokens_whose_derivative_is_0_leave_the_products() -> None:
     assert counts[1] == pytest.approx(counts[0] * (1 + 2 * learns) / 3)
 
 
-@pytest.mark.parametrize("objective", [my_clip, whole])
-def test_compiled_and_checkpointed_calls_give_the_same_gradient(objective: Callable[..., Tensor]) -> None:
-    case = without_ref(small_case("linear"))
-    config = LossConfig(objective=objective)
+# built-in options that look at whole responses as well
+OF_MANY: list[dict[str, Any]] = [
+    {"sampler_correction": "sequence_truncate", "off_policy_mask_threshold": 0.03},
+    {"objective": "m2po", "m2_threshold": 0.13, "top_entropy_quantile": 0.6},
+]
+
+
+@pytest.mark.parametrize("options", [{"objective": f} for f in (my_clip, whole, above_average)] + OF_MANY, ids=str)
+def test_compiled_and_checkpointed_calls_give_the_same_gradient(options: dict[str, Any]) -> None:
+    case = unlike(without_ref(small_case("linear")))
+    config = LossConfig(**options)
 
     def loss(hidden: Tensor) -> Tensor:
         given = {"mask": case.mask, "old_logps": case.old_logps, "config": config, "backend": "torch"}
+        given["sampler_logps"] = case.sampler_logps
         return linear_prefix_loss(hidden, case.weight, case.tokens, case.advantages, **given).loss
 
     grads = []
@@ -177,30 +199,37 @@ def test_compiled_and_checkpointed_calls_give_the_same_gradient(objective: Calla
 
 def in_parts(rank: int, size: int, file: str) -> None:
     with group_of(rank, size, file) as group:
-        case = without_ref(small_case("linear", length=6))
-        case.mask[1] = False  # a response without a token
-        want, want_grads = call_with_grads(case, "torch", objective=whole)
-        mine = slice(0, 2) if rank == 0 else slice(2, 6)
-        leaf = case.hidden[:, mine].clone().requires_grad_()
-        part = {"mask": case.mask[:, mine], "old_logps": case.old_logps[:, mine], "lm_head_bias": case.bias}
-        out = linear_prefix_loss(
-            leaf, case.weight, case.tokens[:, mine], case.advantages[:, mine], **part,
-            config=LossConfig(objective=whole), cp_group=group, backend="torch",
-        )  # fmt: skip
-        out.loss.backward()
-        total = out.loss.detach().clone()
-        torch.distributed.all_reduce(total)
-        torch.testing.assert_close(total, want.loss.detach())
-        torch.testing.assert_close(leaf.grad, want_grads["hidden"][:, mine])
-        # and a vocabulary in two parts
-        columns = slice(0, 3) if rank == 0 else slice(3, 7)
-        leaf = case.hidden.clone().requires_grad_()
-        out = linear_prefix_loss(
-            leaf, case.weight[columns], case.tokens, case.advantages, mask=case.mask, old_logps=case.old_logps,
-            lm_head_bias=case.bias[columns], config=LossConfig(objective=whole), tp_group=group,
-        )  # fmt: skip
-        out.loss.backward()
-        torch.testing.assert_close(leaf.grad, want_grads["hidden"])
+        for options in ({"objective": whole}, {"objective": above_average}, *OF_MANY):
+            in_parts_with(options, rank, group)
+
+
+def in_parts_with(options: dict[str, Any], rank: int, group: Any) -> None:
+    case = without_ref(small_case("linear", length=6))
+    case = unlike(case)
+    case.mask[1] = False  # a response without a token
+    want, want_grads = call_with_grads(case, "torch", **options)
+    mine = slice(0, 2) if rank == 0 else slice(2, 6)
+    leaf = case.hidden[:, mine].clone().requires_grad_()
+    part = {"mask": case.mask[:, mine], "old_logps": case.old_logps[:, mine], "lm_head_bias": case.bias}
+    part["sampler_logps"] = case.sampler_logps[:, mine]
+    out = linear_prefix_loss(
+        leaf, case.weight, case.tokens[:, mine], case.advantages[:, mine], **part,
+        config=LossConfig(**options), cp_group=group, backend="torch",
+    )  # fmt: skip
+    out.loss.backward()
+    total = out.loss.detach().clone()
+    torch.distributed.all_reduce(total)
+    torch.testing.assert_close(total, want.loss.detach())
+    torch.testing.assert_close(leaf.grad, want_grads["hidden"][:, mine])
+    # and a vocabulary in two parts
+    columns = slice(0, 3) if rank == 0 else slice(3, 7)
+    leaf = case.hidden.clone().requires_grad_()
+    out = linear_prefix_loss(
+        leaf, case.weight[columns], case.tokens, case.advantages, mask=case.mask, old_logps=case.old_logps,
+        lm_head_bias=case.bias[columns], sampler_logps=case.sampler_logps, config=LossConfig(**options), tp_group=group,
+    )  # fmt: skip
+    out.loss.backward()
+    torch.testing.assert_close(leaf.grad, want_grads["hidden"])
 
 
 def test_responses_that_span_processes_and_a_split_vocabulary_give_the_same_loss_and_gradient(tmp_path: Path) -> None:
@@ -235,7 +264,11 @@ def only_sometimes(logp: Tensor, given: View) -> Tensor:
         (lambda logp, given: given.advantages * 2, {}, "objective: got a result that does not depend on logp"),
         (lambda logp, given: torch.sqrt(logp - logp.detach()), {}, "objective: got a derivative that is not finite"),
         (at_an_edge, {"advantages": torch.full((3, 4), 2.0)}, "objective: got a derivative of inf by logp at logp = -"),
-        (only_sometimes, {}, "objective: got a function that asks for given.response for some values only"),
+        (
+            only_sometimes,
+            {},
+            "objective: got a function that asks for .* or given.batch for some values only",
+        ),
         (7, {}, r"objective: got 7, expected 'clip' .* or a function of \(logp, given\)"),
         ("brand-new", {}, r"objective: got 'brand-new', expected 'clip' .* or a function"),
     ],

@@ -81,7 +81,8 @@ def logit_loss(asked: LogitLoss) -> tuple[Tensor, TokenValues]:
 def _in_kernels(config: LossConfig) -> bool:
     """Whether the kernels know what a token's loss is; if not, torch makes it from their statistics."""
     known = config.objective in POLICIES and config.sampler_correction in (None, *CORRECTIONS)
-    return known and config.kl in (None, *DIVERGENCES)
+    plain = config.sampler_missing is None and config.kl_clamp is None
+    return known and plain and config.kl in (None, *DIVERGENCES)
 
 
 def _tensors(asked: HeadLoss | HeadStatistics) -> tuple[Tensor | None, ...]:

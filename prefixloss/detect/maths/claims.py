@@ -9,6 +9,7 @@ from fractions import Fraction
 from prefixloss.detect.maths.expressions import (
     DivisionByZeroError,
     Expression,
+    NoValueError,
     Rational,
     close,
     evaluate,
@@ -19,6 +20,7 @@ from prefixloss.detect.maths.expressions import (
 from prefixloss.detect.maths.reader import Run
 from prefixloss.detect.maths.text import words
 
+CONGRUENT = "\\equiv"
 EQUALITIES = frozenset(("=", "is", "~="))
 _ORDERS: dict[str, Callable[[Rational, Rational], bool]] = {
     "<": operator.lt,
@@ -28,6 +30,7 @@ _ORDERS: dict[str, Callable[[Rational, Rational], bool]] = {
     "\\ne": operator.ne,
 }
 _APPLIED = words("half third quarter twice double triple root square cube reciprocal negative remainder average mean")
+_OF_BOTH = words("of between among")
 _WHOLE = words("value sum difference product quotient result total")  # "the sum of 3 + 4" is what 3 + 4 is
 _LINKING = words("of than after before between above below")  # what stands before is told of, not the number
 _CLAIMING = words(
@@ -51,6 +54,32 @@ def holds(left: Run, right: Run, relation: str, values: Mapping[str, Rational], 
         return any(close(share * base, whole) for base in bases)
     except DivisionByZeroError:
         return False
+
+
+def divides_out(left: Run, right: Run) -> bool:
+    """Whether "a / b = q remainder r" is true; NoValueError where it says something else."""
+    if len(left.expression) != 3 or left.expression[2] != "/" or len(right.expression) != 3:
+        raise NoValueError("a remainder of something else")
+    (a, b, _), (quotient, rest, _) = ((*run.expression,) for run in (left, right))
+    return evaluate((b, quotient, "*", rest, "+"), {}) == evaluate((a,), {})
+
+
+def modulus(runs: Iterable[Run]) -> Rational | None:
+    """What the last of a chain's runs says it is calculated modulo: 7 of "3 (mod 7)"."""
+    found = None
+    for run in runs:
+        for item, following in zip(run.expression, run.expression[1:], strict=False):
+            if following == "mod" and not isinstance(item, str):
+                found = item
+    return found
+
+
+def congruent(left: Run, right: Run, values: Mapping[str, Rational], by: Rational) -> bool:
+    """Whether two integers are the same modulo `by`; NoValueError for other numbers."""
+    a, b = value(left.expression, values), value(right.expression, values)
+    if not all(isinstance(number, int) for number in (a, b, by)) or not by:
+        raise NoValueError("a congruence of no integers")
+    return (a - b) % by == 0
 
 
 def _true(
@@ -82,6 +111,7 @@ def readings(left: Run, right: Run) -> Iterator[tuple[Expression, Expression]]:
     """What the two sides may mean: as written; percentages as plain numbers (100% - 20 = 80%); in common units."""
     kinds = [{unit.dimension for _, unit in run.units} for run in (left, right)]
     sizes = {unit.size for run in (left, right) for _, unit in run.units}
+    dozens = len(kinds[0] | kinds[1]) == 1 and "number" in kinds[0] ^ kinds[1]
     common = len(sizes) > 1 and len(kinds[0] | kinds[1]) == 1 and all(kinds)
     if not (common and left.places is not None and right.places is not None):
         yield left.expression, right.expression
@@ -92,7 +122,7 @@ def readings(left: Run, right: Run) -> Iterator[tuple[Expression, Expression]]:
         readings = _percent(left.expression, percent_left), _percent(right.expression, percent_right)
         if readings != (left.expression, right.expression):
             yield readings
-    if common:
+    if common or dozens:
         yield left.converted, right.converted
 
 
@@ -108,11 +138,13 @@ def _percent(expression: Expression, keep: bool) -> Expression:
     return expression if keep else tuple(item for item in expression if item != "%")
 
 
-def describes(lead: Sequence[str], left: Run, right: Run) -> bool:
+def describes(lead: Sequence[str], between: Sequence[str], left: Run, right: Run) -> bool:
     """Whether the first relation of a chain may name something, not calculate: "the cost of 5 shirts = 5 * 20".
 
-    lead: the words before it.
+    lead, between: the words right before it, and all since the last relation.
     """
+    if "than" in lead or (lead[-1:] == ("and",) and _OF_BOTH.intersection(between)):
+        return True  # "the smallest integer greater than or equal to 7/2 is 4", "the multiple of 3! and 4! is 24"
     if _APPLIED.intersection(lead[-2:]) or (_LINKING.intersection(lead[-1:]) and not _WHOLE.intersection(lead[-2:])):
         return True  # "the square root of 16 + 9 is 5", "the last digit of 2^4 is 6", "the next after 9 * 8 is 9 * 9"
     calculates = not is_number(right.expression)
@@ -120,7 +152,8 @@ def describes(lead: Sequence[str], left: Run, right: Run) -> bool:
         return True  # "2/5 is equal to 12 hectares"
     if not is_number(left.expression):
         return left.worded and calculates
-    converts = left.units and right.units and not calculates
+    kinds, others = ({unit.dimension for _, unit in run.units} for run in (left, right))
+    converts = kinds and (others or {"number"}) == kinds and not calculates
     return not converts and (left.worded or not claims(lead))
 
 

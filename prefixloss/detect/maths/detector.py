@@ -15,13 +15,25 @@ from typing import NoReturn
 
 from prefixloss.detect.base import Detector, FirstError
 from prefixloss.detect.maths.answers import answer_in, collections_differ, differ, follows, is_collection, stated
-from prefixloss.detect.maths.claims import EQUALITIES, claims, describes, holds, rounding
+from prefixloss.detect.maths.claims import (
+    CONGRUENT,
+    EQUALITIES,
+    claims,
+    congruent,
+    describes,
+    divides_out,
+    holds,
+    modulus,
+    rounding,
+)
 from prefixloss.detect.maths.confidence import ALL_RIGHT, Kind, confidence
+from prefixloss.detect.maths.derive import Said, beside, contradicts, defines, derives, restates
 from prefixloss.detect.maths.expressions import (
     DivisionByZeroError,
     Expression,
     NoValueError,
     Rational,
+    close,
     evaluate,
     is_number,
     magnitude,
@@ -30,25 +42,23 @@ from prefixloss.detect.maths.expressions import (
     show,
     value,
 )
+from prefixloss.detect.maths.identities import misses
 from prefixloss.detect.maths.lexemes import declared
 from prefixloss.detect.maths.names import Names, gaps
 from prefixloss.detect.maths.reader import SUPPOSING, Chain, Reading, Run, read
 from prefixloss.detect.maths.scope import RESTARTS, Scopes
-from prefixloss.detect.maths.symbols import Equation, consistent
 from prefixloss.detect.maths.task import Task, parts
 from prefixloss.detect.maths.text import MAX_TEXT, UnreadableError, words
 
 MAX_RESPONSE = 10 * MAX_TEXT  # characters
+MAX_REWRITINGS = 40  # that are checked of a response
 MAX_BASES = 8  # numbers before it that a percentage may be a share of
 
 _MENTIONED_BEFORE = words("has have")  # "x^2 + 1 = 0 has no real root"
-_MENTIONED_BEHIND = words("of line axis curve graph circle parabola ellipse")  # "the roots of x^2 = 4"
+_MENTIONED_BEHIND = words(
+    "of line lines axis curve curves graph graphs circle circles parabola ellipse"
+)  # "the roots of x^2 = 4"
 _COMMON = frozenset((*range(17), 20, 24, 25, 28, 29, 30, 31, 36, 50, 52, 60, 90, 100, 180, 360, 365, 366, 1000, 3600))
-_DERIVES = re.compile(
-    r"simplif|expand|rearrang|combin|distribut|multiply|divid|subtract|add|factor|\bget\b|obtain|gives|becomes|->",
-    re.IGNORECASE,
-)
-_ALTERNATIVES = re.compile(r"\b(?:or|either|cases?|if|both|two|pair|another|suppose)\b", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+(?:[,.]\d+)*")
 _SIGNS = {"is": "=", "~=": "\u2248", "\\ne": "\u2260", "<=": "\u2264", ">=": "\u2265"}
 
@@ -116,7 +126,11 @@ class _Response:
         self.asserts = True  # whether the words before the chain let it contradict what was said before
         self.text = ""  # of the step
         self.mentions = False  # whether the chain is only supposed or mentioned
-        self.equation: Equation | None = None  # the one right before, for what may be rewritten from it
+        self.latest: Said | None = None  # the equation right before, for what may be rewritten from it
+        self.rewritings = 0  # that were checked
+        self.bound = {
+            name for equation in self.task.equations for side in equation for name in names(side)
+        }  # by equations
         self.before: set[str] = set()  # the numbers as the steps before this one write them
         self.last: Run | None = None  # where the next text may go on with "= ..."
 
@@ -156,8 +170,12 @@ class _Response:
         if len(runs) > 1 and (chain.tail == "?" or SUPPOSING.intersection(chain.lead)):  # "suppose 2 + 2 = 5"
             self._unsure("a claim that is only supposed or mentioned")
             return
+        beside_it = self.mentions and chain.between == ("and",)
         self.mentions = (
-            chain.supposed or chain.tail in _MENTIONED_BEFORE or bool(_MENTIONED_BEHIND.intersection(chain.lead[-1:]))
+            beside_it
+            or chain.supposed
+            or chain.tail in _MENTIONED_BEFORE
+            or bool(_MENTIONED_BEHIND.intersection(chain.lead[-1:]))
         )
         if (name := runs[0].name) and RESTARTS.intersection(chain.lead):
             self.names.forget(name)
@@ -171,18 +189,22 @@ class _Response:
     def _relation(self, chain: Chain, n: int) -> None:
         """The relation between run n and the next; NoValueError where it cannot be decided."""
         left, right, relation = chain.runs[n], chain.runs[n + 1], chain.relations[n]
+        self._derived(chain, n, left, right, relation)
         if left.partial or right.partial or (right.worded and right.names and n + 2 < len(chain.runs)):
             raise NoValueError("a claim that cannot be read")
         used = left.names | right.names
         if used and relation not in EQUALITIES and not self.task.expression:
             raise NoValueError("a bound on a name")
+        if relation == CONGRUENT or "rem" in right.expression:
+            self._whole_numbers(chain, n)
+            return
         if self.scopes.cases & used or (self.mentions and used):
             if relation in EQUALITIES:
-                self._rewriting(left, right, len(chain.runs) > 2 and chain.runs[0].names == used)
+                self._rewriting(left, right, len(chain.runs) > 2 and chain.runs[0].names == used, n > 0)
             raise NoValueError("a name that may stand for several things")
         if not (left.names | right.names) <= self.names.values.keys():
             if relation in EQUALITIES:
-                self._equation(left, right, len(chain.runs) > 2)
+                self._equation(left, right, len(chain.runs) > 2, n > 0)
             return
         before_it = chain.runs[max(0, n - MAX_BASES) : n] if "%" in right.expression else []
         bases = [magnitude(number) for run in before_it for number in numbers(run.expression)]
@@ -190,25 +212,78 @@ class _Response:
             self._right(right)
             if not left.names and not is_number(left.expression):
                 self.calculations.append((self.step, left.expression))
-        elif n == 0 and describes(chain.lead, left, right):
+        elif n == 0 and describes(chain.lead, chain.between, left, right):
             raise NoValueError("a claim that may be a description")
+        elif (by := modulus(chain.runs[n + 1 :])) and congruent(left, right, self.names.values, by):
+            self._right(right)
         else:
             raise WrongError(self._false(left, right, relation), "false")
 
-    def _rewriting(self, left: Run, right: Run, chained: bool) -> None:
-        """An equality whose names have no value here: it may still be an identity, or follow from the one before."""
-        if gaps(left.expression, right.expression) == {0}:
-            self.checked.add(self.step)
+    def _whole_numbers(self, chain: Chain, n: int) -> None:
+        """A quotient with a remainder, or a congruence."""
+        left, right = chain.runs[n], chain.runs[n + 1]
+        if chain.relations[n] != CONGRUENT:
+            holds = divides_out(left, right)
+        elif by := modulus(chain.runs):
+            holds = congruent(left, right, self.names.values, by)
+        else:
+            raise NoValueError("a congruence without a modulus")
+        if not holds:
+            raise WrongError("not what is left over", "false")
+        self.checked.add(self.step)
+
+    def _derived(self, chain: Chain, n: int, left: Run, right: Run, relation: str) -> None:
+        """WrongError if an equation does not follow from the one before it that it is said to be."""
+        before, self.latest = self.latest, None
+        if left.partial or right.partial or relation != "=":
             return
-        simplifies = chained and left.names == right.names != {"i"} and len(left.names) == 1 and not left.name
-        if simplifies and not self.mentions:
-            raise WrongError("two sides that are not the same", "equation")
+        if not left.names | right.names:
+            self.latest = before if n and before and not defines(before.equation) else None
+            return
         equation = left.expression, right.expression
-        before, self.equation = self.equation, None if self.mentions or left.name or right.name else equation
-        derives = self.equation and before and names(before[0]) | names(before[1]) == left.names | right.names
-        alone = _DERIVES.search(self.text) and not _ALTERNATIVES.search(self.text)
-        if derives and before and alone and not consistent((before, equation), {}):
-            raise WrongError("this does not follow from the equation before", "equation")
+        if n and gaps(*equation) == {0}:
+            self.latest = before  # E = F = G says of E = F the same as of E = G
+            return
+        first = before if n == 0 else None
+        listed = first is not None and beside(first, equation, self.step, chain.between)
+        self.latest = said = Said(equation, self.step, listed)
+        rewrites = first and not chain.supposed and derives(first, said, chain.between)
+        if first and rewrites and self._may_compare() and contradicts(first.equation, equation):
+            raise WrongError("this does not follow from the equation right before", "equation")
+        if first and not chain.supposed and restates(first, said, chain.between):
+            first_value = value(first.equation[1], {})
+            if not close(first_value, value(right.expression, {}), rounding(right)):
+                raise WrongError(f"{left.name} is {show(first_value)}", "equation")
+
+    def _may_compare(self) -> bool:
+        """Whether there is work left for comparing equations."""
+        self.rewritings += 1
+        return self.rewritings <= MAX_REWRITINGS
+
+    def _identity(self, left: Run, right: Run, chained: bool, later: bool) -> bool:
+        """Whether two sides are the same; WrongError if they are not, and are meant to be.
+
+        chained, later: whether the relation is one of several in a chain, and one behind the first: what a side was
+        said to be is rewritten. A chain's first may be an equation that was said before.
+        """
+        used, gap = left.names | right.names, gaps(left.expression, right.expression)
+        if gap == {0}:
+            return True
+        rewrites = left.names == right.names and (later or (chained and not used & self.bound))
+        if not left.name:
+            self.bound |= used
+        if self.mentions or "i" in used or left.name or (right.name and len(gap) == 1):
+            return False
+        if rewrites and 1 in (len(used), len(gap)):
+            raise WrongError("two sides that are not the same", "equation")
+        if self._may_compare() and misses((left.expression, right.expression)):
+            raise WrongError("an expansion that is not the same", "equation")
+        return False
+
+    def _rewriting(self, left: Run, right: Run, chained: bool, later: bool) -> None:
+        """An equality whose names have no value here: it may still be an identity."""
+        if self._identity(left, right, chained, later):
+            self.checked.add(self.step)
 
     def _right(self, run: Run) -> None:
         """A run whose value was found right."""
@@ -224,25 +299,24 @@ class _Response:
             return "division by zero"
         return f"{a} {_SIGNS.get(relation, relation)} {b} is false"
 
-    def _equation(self, left: Run, right: Run, chained: bool) -> None:
-        """An equality with a name that has no value. chained: whether it is one of several in a chain."""
+    def _equation(self, left: Run, right: Run, chained: bool, later: bool) -> None:
+        """An equality with a name that has no value. chained, later: whether it is one of several in a chain, and one
+        behind the first."""
         known = self.names.values.keys()
         for side, other in ((left, right), (right, left)):
             if side.name and other.names <= known:
                 self._solution(side.name, other)
                 return
+        if "i" in left.names | right.names:
+            raise NoValueError("a name that may be the imaginary unit")
         derived = any(self.names.about(name) for name in left.names | right.names)
-        simplifies = chained and left.names == right.names and not left.name
         try:
             refuted = self.names.refute(left.expression, right.expression)
         finally:
             self.names.add(left.expression, right.expression)
         if refuted:
             self._contradiction("an equation that contradicts what was said before")
-        same = gaps(left.expression, right.expression) == {0}
-        if simplifies and not same:
-            raise WrongError("two sides that are not the same", "equation")
-        if same or derived:
+        if self._identity(left, right, chained, later) or derived:
             self.checked.add(self.step)
 
     def _solution(self, name: str, run: Run) -> None:
@@ -334,10 +408,10 @@ class _Response:
             return
         beside = {chain.runs[0].expression for chain in reading.chains if len(chain.runs) == 1} - {run.expression}
         unknown = any(other.names - self.names.values.keys() for chain in reading.chains for other in chain.runs)
+        if not self.bare and (beside or unknown):
+            return  # the answer may follow in words, "8 times as many as 5 are 40", or from an equation
         if self.task.expression:
             derived = [self.results[-1][1]]
-        elif beside or unknown:
-            return  # the answer may follow in words, "8 times as many as 5 are 40", or from an equation
         else:
             derived = [result for k, result in self.results if k == self.step] or [result for _, result in self.results]
             if self.before.intersection(_NUMBER.findall(said)):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from fractions import Fraction
 
+from prefixloss.detect.maths import trigonometry
+
 Rational = int | Fraction
 Expression = tuple[Rational | str, ...]
 
@@ -20,7 +22,7 @@ MAX_FACTORIAL = 300
 MAX_ROOT = 64
 _DIGITS = decimal.Context(prec=50, Emax=9999, Emin=-9999)
 _ROUGH = 10**30
-_PI = Decimal("3.14159265358979323846264338327950288419716939937511")
+_LAST = Decimal("1e-30")  # what is nearer to an integer is one
 
 
 class NoValueError(Exception):
@@ -104,6 +106,31 @@ def factorial(a: Rational) -> Rational:
     return math.factorial(a)
 
 
+def choose(a: Rational, b: Rational) -> Rational:
+    """The binomial coefficient a over b."""
+    if not isinstance(b, int) or not 0 <= b <= MAX_FACTORIAL:
+        raise NoValueError("no binomial coefficient")
+    found: Rational = 1
+    for n in range(b):
+        found = divide(found * (a - n), n + 1)
+    return found
+
+
+def common(function: Callable[[int, int], int], a: Rational, b: Rational) -> Rational:
+    """The greatest common divisor, or the least common multiple."""
+    if not isinstance(a, int) or not isinstance(b, int):
+        raise NoValueError("no integers")
+    return bounded(function(a, b))
+
+
+def _irrational(*_: Rational) -> Rational:
+    raise IrrationalError("a function")
+
+
+def _unknown(*_: Rational) -> Rational:
+    raise NoValueError("a quotient with a remainder")
+
+
 BINARY: dict[str, Callable[[Rational, Rational], Rational]] = {
     "+": lambda a, b: bounded(a + b),
     "-": lambda a, b: bounded(a - b),
@@ -112,12 +139,23 @@ BINARY: dict[str, Callable[[Rational, Rational], Rational]] = {
     "mod": remainder,
     "^": power,
     "root": root,
+    "choose": choose,
+    "gcd": lambda a, b: common(math.gcd, a, b),
+    "lcm": lambda a, b: common(math.lcm, a, b),
+    "max": max,
+    "min": min,
+    "log": _irrational,  # of b to the base a
+    "rem": _unknown,  # "3 remainder 2": no number
 }
 UNARY: dict[str, Callable[[Rational], Rational]] = {
     "neg": lambda a: -a,
     "%": lambda a: divide(a, 100),
     "!": factorial,
     "sqrt": lambda a: root(2, a),
+    "abs": magnitude,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    **dict.fromkeys(("sin", "cos", "tan", "ln"), _irrational),
 }
 
 
@@ -148,11 +186,21 @@ _DECIMAL_BINARY: dict[str, Callable[[Decimal, Decimal], Decimal]] = {
     "/": _DIGITS.divide,
     "^": _DIGITS.power,
     "root": lambda degree, a: _DIGITS.power(a, _DIGITS.divide(Decimal(1), degree)),
+    "log": lambda base, a: _DIGITS.divide(_DIGITS.ln(a), _DIGITS.ln(base)),
+    "max": max,
+    "min": min,
 }
 _DECIMAL_UNARY: dict[str, Callable[[Decimal], Decimal]] = {
     "neg": _DIGITS.minus,
     "%": lambda a: _DIGITS.divide(a, Decimal(100)),
     "sqrt": _DIGITS.sqrt,
+    "abs": _DIGITS.abs,
+    "floor": lambda a: _DIGITS.quantize(a, _LAST).to_integral_value(decimal.ROUND_FLOOR),
+    "ceil": lambda a: _DIGITS.quantize(a, _LAST).to_integral_value(decimal.ROUND_CEILING),
+    "ln": _DIGITS.ln,
+    "sin": lambda a: trigonometry.sine(a, _DIGITS),
+    "cos": lambda a: trigonometry.cosine(a, _DIGITS),
+    "tan": lambda a: trigonometry.tangent(a, _DIGITS),
 }
 
 
@@ -166,7 +214,7 @@ def approximate(expression: Expression, values: Mapping[str, Rational]) -> Ratio
     try:
         for item in expression:
             if item == "pi":
-                stack.append(_PI)
+                stack.append(trigonometry.PI)
             elif not isinstance(item, str) or item in values:
                 stack.append(_decimal(values[item] if isinstance(item, str) else item))
             elif item in _DECIMAL_BINARY:

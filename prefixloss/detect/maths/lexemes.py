@@ -30,15 +30,16 @@ _SHORT_WORDS = _CLAUSES | _ARTICLES | words("as at by for in of on per she he to
 _COEFFICIENT_NAMES = frozenset("abcknpqrtuvwxyz")  # 3x is a product, 3m a length; other letters have to be declared
 _FUNCTIONS = words("sin cos tan sec csc cot log ln exp gcd lcm max min floor ceil abs f g h")
 QUALIFIERS = words(
-    "than remainder remainders rem quotient modulo mod"
+    "than remainder remainders rem quotient modulo mod raised"
 )  # a number before one is a part of what is meant
+_NO_UNIT = _CLAUSES | QUALIFIERS
 _VALUE_ENDS = frozenset(("value", "name", "close", "postfix"))
 _OPERANDS = frozenset(("number", "mixed", "open", "prefix", "pi"))
 _DECLARED = re.compile(
     r"(?<![A-Za-z\\\d])(?<!\d )([A-Za-z](?:_\w)?|[A-Z]{2,3})(?=\s?=)|\b(?:[Ll]et|where|call)\s{1,9}\$?([A-Za-z])\b"
     r"|(?:\$|\\\()\s?([A-Za-z])\s?(?:\$|\\\))"
 )
-_CALLED = re.compile(r"(?<![A-Za-z\\\d)])([A-Za-z])\((?:\d{1,9}|[a-z])\)\s?=")  # f(x) =, S(3) =
+_CALLED = re.compile(r"(?<![A-Za-z\\\d)])([A-Za-z])\((?:-?\d{1,9}|[a-z])\)\s?=")  # f(x) =, S(3) =
 
 
 class Lexeme(NamedTuple):
@@ -89,7 +90,8 @@ class _Lexer:
         after_value = bool(self.found) and self.found[-1].kind in _VALUE_ENDS
         if kind in ("number", "mixed"):
             if after_value:
-                append(_BREAK if self._edge(place) or (gap and self._at(place - 1).text != "}") else _OPAQUE)
+                apart = gap and self._at(place - 1).text != "}" and self._at(place - 2).text != "^"  # \sec^2 20
+                append(_BREAK if self._edge(place) or apart else _OPAQUE)
             append(self._number(place))
         elif kind == "operator":
             if after_value and text in "/-" and not gap and self._unit_follows(place):
@@ -103,7 +105,7 @@ class _Lexer:
                     return remark
                 product = not gap or kind != "open" or self._operand(place + 1)
                 append(_TIMES if product and not self._edge(place) else _BREAK)
-            append(Lexeme("name" if kind == "pi" else kind, text.strip("\\")))
+            append(Lexeme("name" if kind == "pi" else kind, text.lstrip("\\F")))
         elif kind == "postfix":
             append(self._postfix(place, after_value))
         elif kind != "currency" or self._edge(place):
@@ -119,6 +121,8 @@ class _Lexer:
         if kind == "aside":
             called = after_value and not gap and text in "([{"  # f(x, y)
             return _OPAQUE if called or (text == "}" and self._at(place + 1).text == "{") else _BREAK
+        if kind == "arrow":
+            return Lexeme("break", "->")
         opaque = text in "|_" or text.startswith("\\") or not text.isascii() or self._within_number(place)
         return _OPAQUE if opaque else Lexeme("break", text)
 
@@ -171,7 +175,7 @@ class _Lexer:
         _, text, gap = self.tokens[place]
         if after_value:
             if self._operand(place + 1):
-                return Lexeme("operator", "^" if text == "**" else text)
+                return Lexeme("operator", "^" if text == "**" else text.strip("\\"))
             return _BREAK if text == "-" and self.found[-1].worded else _OPAQUE  # a dash, or a sum with words
         before = self.found[-1].kind if self.found else "break"
         if self._at(place - 1).kind == "aside":
@@ -196,7 +200,7 @@ class _Lexer:
     def _names(self, place: int, coefficient: bool = False) -> tuple[str, ...]:
         """The names whose product a word is: declared ones, or a letter between operators, or right behind a number."""
         kind, word, _ = self._at(place)
-        if kind != "word" or len(word.partition("_")[0]) > 3:
+        if kind != "word" or len(word.partition("_")[0]) > 3 or not word.isascii():
             return ()
         following = self._at(place + 1)
         beside = self._at(place - 1).kind, following.kind
@@ -299,6 +303,13 @@ class _Lexer:
         following = self._at(place + 1)
         return following.kind == "word" and not following.gap and not self._names(place + 1)
 
+    def _behind_power(self, place: int) -> int:
+        """The place behind the power of a unit: "cm^3"."""
+        if self._at(place).text != "^":
+            return place
+        braces = self._at(place + 1).text == "{" and self._at(place + 3).text == "}"
+        return place + (4 if braces else 2) if self._at(place + 1 + braces).text in ("2", "3") else place
+
     def _unit(self, place: int) -> int:
         """Takes the words behind a value for its unit, up to the next operator or relation, else for prose."""
         end, count = place, 0
@@ -307,7 +318,7 @@ class _Lexer:
             if following.kind == "word" and (token.text == "/" or (token.text == "-" and not token.gap)):
                 end += 1
                 token, following = following, self._at(end + 1)
-            if token.kind != "word" or token.text.lower() in _CLAUSES or self._word_operator(end):
+            if token.kind != "word" or token.text.lower() in _NO_UNIT or self._word_operator(end):
                 break
             likely = token.text in self.names or (count and following.kind == "relation")
             if likely and token.gap and self._names(end):
@@ -321,6 +332,7 @@ class _Lexer:
         self.found[-1] = self.found[-1]._replace(unit=unit or self.found[-1].unit, worded=True)
         if self._at(end).kind == "open" and (remark := self._remark(end)):
             end = remark
+        end = self._behind_power(end)
         following = self._at(end)
         if count == 1 and unit and self._smaller_follows(end, unit):
             self.found.append(_PLUS)

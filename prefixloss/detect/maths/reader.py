@@ -18,6 +18,8 @@ MAX_LEXEMES = 400  # of an expression
 MAX_VISITS = 60_000  # lexemes looked at in a text
 MAX_BEHIND = 6  # lexemes looked at behind an expression
 MAX_LEAD = 4  # words kept before a chain
+MAX_BETWEEN = 24  # words kept between two claims
+UNREAD = "?"  # what stands there for maths that cannot be read
 SUPPOSING = words("if suppose assume supposing assuming")
 _TRYING = SUPPOSING | words("when whether try guess case unless consider substitute substituting plug plugging choose")
 
@@ -57,7 +59,7 @@ class Chain(NamedTuple):
 
     opening: the relation that the text starts with, where the chain goes on from the text before, else "". lead: the
     words of prose right before, the nearest last. tail: the word or sign right behind. supposed: whether the sentence
-    has an "if" before.
+    has an "if" before. between: the words since the last relation in the text, `UNREAD` for maths that cannot be read.
     """
 
     runs: list[Run]
@@ -66,6 +68,7 @@ class Chain(NamedTuple):
     lead: tuple[str, ...]
     supposed: bool
     tail: str = ""
+    between: tuple[str, ...] = ()
 
 
 class Reading(NamedTuple):
@@ -79,9 +82,16 @@ class Reading(NamedTuple):
 
 # ---- expressions ---------------------------------------------------------------------------------------------
 
-_BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "mod": 2, "neg": 3, "^": 4}
-_BEHIND_LAST = {"sqrt": "sqrt", "over": "/", "index": "root"}  # what a prefix becomes behind its last argument,
-_BEHIND_FIRST = {"frac": "over", "root": "index"}  # and behind the first of two
+_BINDS = {"+": 1, "-": 1, "rem": 1, "*": 2, "/": 2, "mod": 2, "neg": 3, "^": 4}
+_OF_ONE = ("sqrt", "abs", "floor", "ceil", "sin", "cos", "tan", "ln")
+_OF_TWO = {
+    "frac": "/",
+    "root": "root",
+    "binom": "choose",
+    **{name: name for name in ("log", "gcd", "lcm", "max", "min")},
+}
+_BEHIND_FIRST = {name: f"{name} of" for name in _OF_TWO}  # what a prefix becomes behind the first of two arguments,
+_BEHIND_LAST = {**dict(zip(_OF_ONE, _OF_ONE, strict=True)), **{f"{name} of": sign for name, sign in _OF_TWO.items()}}
 
 
 class _Parser:
@@ -123,7 +133,7 @@ class _Parser:
         elif kind == "prefix" or item == "neg":
             self.pending.append(str(item))
         else:  # between the arguments of a fraction, "*" is no product
-            return item == "pos" or (item == "*" and self.pending[-1:] in (["over"], ["index"]))
+            return item == "pos" or (item == "*" and self.pending[-1:] != [] and self.pending[-1].endswith(" of"))
         return True
 
     def _operator(self, lexeme: Lexeme) -> bool:
@@ -220,6 +230,7 @@ def read(text: str, names: Collection[str]) -> Reading:
     runs = _Runs(found)
     chains: list[Chain] = []
     lead: list[str] = []
+    between: list[str] = []
     relation = ""  # the one right before
     behind = False  # whether a run stands right before
     supposed = False  # whether the sentence has an "if"
@@ -233,14 +244,16 @@ def read(text: str, names: Collection[str]) -> Reading:
             if relation and behind:
                 chains[-1].runs.append(run[0])
                 chains[-1].relations.append(relation)
+                between = []
             else:
                 opening = relation if place - 1 == begin else ""
-                chains.append(Chain([run[0]], [], opening, tuple(lead[-MAX_LEAD:]), supposed))
+                since = tuple(between[-MAX_BETWEEN:])
+                chains.append(Chain([run[0]], [], opening, tuple(lead[-MAX_LEAD:]), supposed, between=since))
                 lead = []
             relation, behind, place = "", True, run[1]
             end = place
             continue
-        calculates = behind and len(chains[-1].runs[-1].expression) > 2
+        calculates = behind and len(chains[-1].runs[-1].expression) > 2 and chains[-1].runs[-1].expression[-1] != "mod"
         if kind == "relation" and not relation and (item != "is" or calculates):  # "2 + 3 is 5", not "x is 5"
             relation = str(item)
             unread += not behind and (loose or runs.kind(place - 1) == "opaque")
@@ -251,6 +264,8 @@ def read(text: str, names: Collection[str]) -> Reading:
                 chains[-1] = chains[-1]._replace(tail=str(item))
             supposed = item in _TRYING or (supposed and item not in _SENTENCE_ENDS)
             lead = [*lead[-MAX_LEAD:], str(item)] if kind == "word" else []
+            if kind in ("word", "opaque", "relation") or item == "->":
+                between.append(str(item) if kind in ("word", "break") else UNREAD)
             relation, behind = "", False
         place += 1
     return Reading(chains, unread, all(lexeme.kind == "break" for lexeme in found[end:]))

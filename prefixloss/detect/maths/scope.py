@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from fractions import Fraction
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from prefixloss.detect.maths.text import words
 
 RESTARTS = words("let now define denote call redefine set")
 _CASES = words("for at with either any all every each take first second third fourth")
+_INDEXED = re.compile(r"_\{?[a-zA-Z]\}?\Z")  # x_i is a different number for each i
 _SAME = 100  # values that differ by less than a part of so many are one, rounded
 
 
@@ -34,6 +36,7 @@ class Scopes(NamedTuple):
                 restarted |= chain.runs[0].names
             elif chain.runs[0].names and not chain.runs[0].partial:
                 values.setdefault(chain.runs[0].expression, []).extend(_values(chain))
+            cases.update(name for run in chain.runs for name in run.names if _INDEXED.search(name))
         several = [said for said, found in values.items() if not all(_alike(a, found[0]) for a in found)]
         cases.update(*(names(said) - restarted for said in several if len(said) > 1))
         return cls(frozenset(cases), frozenset(str(said[0]) for said in several if len(said) == 1))

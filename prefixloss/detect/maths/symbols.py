@@ -70,6 +70,31 @@ def _numerator(equation: Equation) -> Any:
     return sympy.expand(sympy.fraction(sympy.together(difference))[0])
 
 
+def terms(expression: Expression) -> tuple[dict[str, Any], bool]:
+    """The terms of a polynomial with their numbers, "" for the number alone, and whether it has products of sums.
+
+    NoValueError for what is no polynomial, or a large one.
+    """
+    sympy = _sympy()
+    degree, under = _degrees(expression)
+    if under or math.comb(len(names(expression)) + degree, degree) > MAX_TERMS:
+        raise NoValueError("no polynomial, or one beyond the bounds")
+    built = _built(expression, sympy)
+    symbols = sorted(built.free_symbols, key=str)
+    if not symbols:
+        raise NoValueError("no names")
+    multiplied = any(
+        item.is_Mul or item.is_Pow
+        for item in sympy.preorder_traversal(built)
+        if any(part.is_Add and part.free_symbols for part in item.args)
+    )
+    found = {
+        "*".join(f"{name}^{power}" for name, power in zip(symbols, powers, strict=True) if power): number
+        for powers, number in sympy.Poly(built, *symbols).terms()
+    }
+    return found, multiplied
+
+
 def _degrees(expression: Expression) -> tuple[int, int]:
     """Bounds on the degrees of numerator and denominator; NoValueError for what is no quotient of polynomials."""
     stack: list[tuple[int, int]] = []
@@ -87,9 +112,9 @@ def _degrees(expression: Expression) -> tuple[int, int]:
                 raise NoValueError("not a polynomial")
             stack.pop()
             stack[-1] = stack[-1][0] * before, stack[-1][1] * before
-        elif item in ("sqrt", "root", "!", "mod", "pi"):
-            raise NoValueError("not a polynomial")
         elif item not in ("neg", "%"):
+            if item not in names((item,)):
+                raise NoValueError("not a polynomial")
             stack.append((1, 0))
         if max(stack[-1]) > MAX_DEGREE:
             raise NoValueError("a polynomial beyond the bounds")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from prefixloss.detect.maths import functions, remainders, sums
+
 MAX_TEXT = 20_000  # characters
 
 
@@ -33,7 +35,8 @@ _CHARACTERS = str.maketrans(
         **dict(zip("\u00bd\u00bc\u00be\u2153\u2154", (" 1/2", " 1/4", " 3/4", " 1/3", " 2/3"), strict=True)),
         **dict(zip("\u2264\u2265\u2260\u21d2\u2192", ("<=", ">=", "\\ne ", "->", "->"), strict=True)),
         **{"\u3002": ".", "\u3001": ","},
-        **dict(zip("\u221a\u03c0\u00b0\u200b\u2019\u2026", ("\\sqrt ", "\\pi ", "", "", "'", "..."), strict=True)),
+        **dict(zip("\u221a\u03c0\u200b\u2019\u2026", ("\\sqrt ", "\\pi ", "", "'", "..."), strict=True)),
+        **dict(zip("\u2261\u230a\u230b\u2308\u2309", ("\\equiv ", "\\floor(", ")", "\\ceil(", ")"), strict=True)),
     }
 )
 _COMMANDS = {
@@ -47,13 +50,16 @@ _COMMANDS = {
     **dict.fromkeys(("\\displaystyle", "\\boxed", "\\fbox", "\\cancel", "\\quad", "\\qquad"), " "),
     **dict.fromkeys(("\\,", "\\;", "\\:", "\\!", "\\ "), " "),
     **dict.fromkeys(("\\(", "\\)", "\\[", "\\]"), "$"),
+    **{"\\lfloor": "\\floor(", "\\rfloor": ")", "\\lceil": "\\ceil(", "\\rceil": ")"},
+    **dict.fromkeys(("\\lvert", "\\rvert", "\\vert"), "|"),
+    **dict.fromkeys(("\\dbinom", "\\tbinom"), "\\binom"),
     **{"\\div": "/", "\\lt": "<", "\\gt": ">", "\\approx": "~=", "\\neq": "\\ne", "\\%": "%", "\\$": "$"},
 }
 _COMMAND = re.compile(r"\\(?:[A-Za-z]+|[^A-Za-z\\])")
 _TEXT = re.compile(r"\\(?:text|mathrm|mbox|operatorname|textbf|textit|emph|mathit)\s?\{([^{}]{0,200})\}")
 _LINES = re.compile(r"\\(?:begin|end)\s?\{(?:align|aligned|equation|gather|gathered|split|eqnarray)\*?\}")
 _SUBSCRIPT = re.compile(r"(\\[A-Za-z]+)\s?_\s?(?:\{[^{}]{0,60}\}|[A-Za-z0-9])")
-_DEGREES = re.compile(r"\^\s?\{?\s?\\circ\s?\}?")
+_DEGREES = re.compile(r"\^\s?(?:\{\s?\\circ\s?\}|\\circ(?![A-Za-z]))")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})")
 _SHORT_FRACTION = re.compile(r"\\frac\s?(\d)\s?(\d)")
 _MIXED_FRACTION = re.compile(r"(?<![\d.])(\d{1,9})\s?\\frac\s?\{(\d{1,4})\}\s?\{(\d{1,4})\}")
@@ -66,9 +72,10 @@ _LINE_START = re.compile(
     (?:step[ \t]?\d{1,3}(?:\*\*)?[ \t]?[-:.)]+(?:\*\*)?|\(?\d{1,3}[.)](?=\s))?""",
     re.MULTILINE | re.IGNORECASE | re.VERBOSE,
 )
+_ROW = re.compile(r"^[ \t]{0,20}\|.*\|[ \t]{0,20}$", re.MULTILINE)  # of a table
 _BOLD = re.compile(r"(?<![\w)\]*])\*\*(?=[^\s*])([^*\n]{1,300})(?<!\s)\*\*(?![\w(*])")
 _NOTE = re.compile(r"<<([^<>]{1,200})>>(\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?![\d%]|[/,.]\d))?")
-_EQUALS = re.compile(r"\b(?:is |are )?equals?(?: to)?\b(?! parts?)")
+_EQUALS = re.compile(r"(?<!than or )\b(?:is |are )?equals?(?: to)?\b(?! parts?)")
 _HEDGE = re.compile(r"(?<![=<>~!])=\s?(?:about|approximately|roughly|around)\b")
 
 
@@ -87,9 +94,10 @@ def plain(text: str) -> str:
         text = _THOUSANDS.sub(",", text)
     text = _CLOCK.sub(r" \1m ", text)
     if "\\" in text:
+        text = functions.logarithms(sums.written_out(text))
         text = _REPEATING.sub(_fraction, text)
         text = _LINES.sub("\n", _SUBSCRIPT.sub(r"\1 ", _TEXT.sub(r" \1 ", text)))
-        text = _NEXT_LINE.sub(" ", _DEGREES.sub("", text))
+        text = _NEXT_LINE.sub(" ", _DEGREES.sub("\u00b0", text))
         text = _COMMAND.sub(lambda m: _COMMANDS.get(m[0], m[0]), text.replace("\\\\", "\n").replace("&", " "))
         text = _MIXED_FRACTION.sub(r"\1 \2/\3", _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text))
         text = _ROOT.sub(r"\\root{\1}", text)
@@ -100,6 +108,9 @@ def plain(text: str) -> str:
         text = _BOLD.sub(r"\1", text)
     if "equal" in text:
         text = _EQUALS.sub("=", text)
+    text = functions.spelled(remainders.spelled(text))
+    if "|" in text:
+        text = _ROW.sub(lambda m: m[0].replace("|", " ; "), text)
     return _LINE_START.sub("", _NEXT_LINE.sub(" ", _HEDGE.sub("~=", text)))
 
 
@@ -114,19 +125,21 @@ def _fraction(repeating: re.Match[str]) -> str:
 
 _TOKEN = re.compile(
     r"""(?P<space>[^\S\n]+)
-    |(?P<operator>\*\*|-(?!>)|[+*/^])
+    |(?P<arrow>[-=]>)
+    |(?P<operator>\*\*|-(?!>)|[+*/^]|\\rem(?![A-Za-z]))
     |(?P<open>[(\[{])
     |(?P<close>[)\]}])
     |(?P<opaque>\d{1,9}:\d[\d:]*|\.\.+)  # a time, a ratio, and so on
     |(?P<mixed>(?:\d{1,9}[ ]|(?<=[ ]/[ ]))\d{1,4}/\d{1,4}(?!\d|/|\.\d))  # 3 1/2; the divisor of 3 / 1/2
     |(?P<number>(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)
         |\d{1,3}(?:[ ]\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\.\.\.|[eE][-+]?\d+(?!\w))?)
-    |(?P<word>[A-Za-z]+(?:'[a-z']*)?(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]{1,8}\}))?)
-    |(?P<relation>~=|<=|>=|(?<=\s)!=|\\ne(?![A-Za-z])|:=|=+(?!>)|<(?!-)|(?<![-=])>)
+    |(?P<word>[A-Za-z\u00c0-\u024f\u0400-\u052f\u0590-\u065f\u066e-\u06ff\u0900-\u0963\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3]+
+        (?:'[a-z']*)?(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]{1,8}\}))?)
+    |(?P<relation>~=|<=|>=|(?<=\s)!=|\\(?:ne|equiv)(?![A-Za-z])|:=|=+(?!>)|<(?!-)|(?<![-=])>)
     |(?P<postfix>%|!)
-    |(?P<prefix>\\(?:frac|sqrt|root)(?![A-Za-z]))
+    |(?P<prefix>\\(?:frac|sqrt|root|binom|abs|floor|ceil|F(?:log|gcd|lcm|max|min|sin|cos|tan|ln))(?![A-Za-z]))
     |(?P<pi>\\pi(?![A-Za-z]))
-    |(?P<currency>[$\u20ac\u00a3])
+    |(?P<currency>[$\u20ac\u00a3\u00a5\u20b9])
     |(?P<other>\\[A-Za-z]+|.|\n)""",
     re.VERBOSE | re.DOTALL,
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from prefixloss.detect.base import BatchDetector, FirstError
 from prefixloss.detect.cost import spend
-from prefixloss.detect.models.endpoint import Endpoint, UnansweredError, check_server, opened, run, tokens_used, why_not
+from prefixloss.io.endpoint import Endpoint, UnansweredError, check_server, opened, run, tokens_used, why_not
 
 _PROMPT = """\
 Below are a problem and a solution to it. The solution is cut into paragraphs, numbered from 0, each between tags with \
@@ -131,10 +131,10 @@ def _critique(reply: Any) -> str:
         choice = reply["choices"][0]
         text, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
     except (LookupError, TypeError, AttributeError):
-        raise UnansweredError(f"unreadable verdict: {reply}") from None
+        raise UnansweredError(f"unreadable reply: {reply}") from None
     spend(1, tokens_used(reply))
     if not isinstance(text, str) or cut:
-        raise UnansweredError(f"unreadable verdict: {'cut off' if cut else 'no text'}")
+        raise UnansweredError(f"unreadable reply: {'cut off' if cut else 'no text'}")
     return text
 
 
@@ -152,5 +152,5 @@ def _read_verdict(critique: str, steps: int) -> int | None:
     verdict = _VERDICT.match(critique, last)
     number = (verdict["boxed"] or verdict["json"]).replace("\u2212", "-").replace("null", "-1") if verdict else ""
     if not number or not -1 <= int(number) < steps:
-        raise UnansweredError(f"unreadable verdict: {critique}")
+        raise UnansweredError(f"unreadable reply: {critique}")
     return int(number) if int(number) >= 0 else None

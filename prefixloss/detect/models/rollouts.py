@@ -16,10 +16,10 @@ from prefixloss.detect.base import BatchDetector, FirstError
 from prefixloss.detect.cost import spend
 from prefixloss.detect.maths.answers import states
 from prefixloss.detect.models.batches import failed
-from prefixloss.detect.models.endpoint import Endpoint, check_server, opened, run, tokens_used, why_not
 from prefixloss.detect.models.loading import whole
 from prefixloss.detect.models.sampling import Sampler
 from prefixloss.detect.models.search import Ask, Counts, Prefix, prefix_of, search
+from prefixloss.io.endpoint import Endpoint, check_server, opened, run, tokens_used, why_not
 from prefixloss.steps import INSTRUCTION
 
 _LOADING = threading.Lock()

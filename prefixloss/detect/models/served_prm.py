@@ -12,7 +12,8 @@ from typing import Any
 from prefixloss.detect.base import BatchDetector, FirstError
 from prefixloss.detect.cost import spend
 from prefixloss.detect.models.batches import by_length, check_marks, failed, first_below, readable
-from prefixloss.detect.models.endpoint import (
+from prefixloss.detect.models.reading import Marked, Reader
+from prefixloss.io.endpoint import (
     Endpoint,
     SilentError,
     UnansweredError,
@@ -22,7 +23,6 @@ from prefixloss.detect.models.endpoint import (
     tokens_used,
     why_not,
 )
-from prefixloss.detect.models.reading import Marked, Reader
 
 _MOST_BYTES = 64 << 20  # of a reply: two numbers a token
 _ROUNDING = 0.01  # by which a server's probabilities may miss 1

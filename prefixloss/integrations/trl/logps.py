@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from prefixloss.backends import memory, products, reference
 from prefixloss.config import LossConfig
 from prefixloss.integrations.models.heads import as_autocast
+from prefixloss.integrations.trl import distill
 from prefixloss.integrations.trl.head import patched, per_token_logps
 from prefixloss.integrations.trl.versions import check_same, check_version, has_fused_head, theirs
 from prefixloss.loss import LossOutput, linear_logps, linear_prefix_loss
@@ -169,6 +170,9 @@ def patch_trl(backend: str = "auto") -> Patch:
     From TRL 1.15 on these are all trainers. Before, it is GRPO and RLOO (without images), and what else calls TRL's
     chunked log-probs: in 1.14 DPO and KTO with `use_liger_kernel=True`, in all of them AsyncGRPO.
 
+    Divergences from a teacher are those of `linear_distill_loss` and `distill_loss`: in `DistillationTrainer`
+    from TRL 1.12 on, and in the experimental GKD and GOLD where they reduce a divergence of logits.
+
     The hidden states are TRL's: with absolute positions (GPT-2) and prompts padded on the left they are those of other
     positions than in generation. `PrefixGRPOTrainer` sees to that, this patch does not.
 
@@ -194,6 +198,7 @@ def _tested() -> None:
     if not has_fused_head():
         for trainer in _trainers():
             _methods[trainer] = vars(trainer)[SCORER]
+    distill.places()
 
 
 # TRL's own methods, where trainers take logits
@@ -217,6 +222,8 @@ def _rebind() -> None:
                 setattr(module, name, new)
     for trainer, method in _methods.items():
         setattr(trainer, SCORER, patched(method, _scorer(_active[-1].function.backend)) if _active else method)
+    for place in distill.places():
+        place.put(_active[-1].function.backend if _active else None)
 
 
 def _scorer(backend: str) -> Any:
@@ -260,7 +267,6 @@ class FusedLoss:
     ref_logps: Tensor | None
     normalizer: Tensor | float
     backend: str
-    sampler_logps: Tensor | None = None
 
     @contextmanager
     def listening(self) -> Iterator[list[LossOutput]]:
@@ -300,7 +306,6 @@ class FusedLoss:
             cu_seqlens=pad(lengths.cumsum(0), (1, 0)),
             old_logps=None if self.old_logps is None else rows(self.old_logps),
             ref_logps=None if self.ref_logps is None else rows(self.ref_logps),
-            sampler_logps=None if self.sampler_logps is None else rows(self.sampler_logps),
             lm_head_bias=bias,
             normalizer=self.normalizer,
             config=replace(self.config, temperature=temperature, softcap=softcap, logit_scale=logit_scale),

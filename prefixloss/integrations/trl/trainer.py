@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -21,9 +20,7 @@ from prefixloss.integrations.token_loss import ESTIMATORS
 from prefixloss.integrations.trl.head import per_token_logps
 from prefixloss.integrations.trl.logps import FusedLoss, LogProbs, add_fused_loss, scored_by
 from prefixloss.integrations.trl.versions import check_version, has_fused_head, refuse_losses
-from prefixloss.maths import objectives
 from prefixloss.maths.objective import clipped
-from prefixloss.maths.objectives import View
 from prefixloss.steps import SEGMENTERS, Segmenter, step_tokens
 
 # those that need no more than outcomes and first errors; "grpo" is TRL's own, without a detector
@@ -63,11 +60,13 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             There is no verdict where that function gave None or NaN, yours gave NaN, or all gave None. Such a response
             has no credit to split: it keeps TRL's advantage, and is no part of the baseline of the others.
         answer: the dataset's column with the right answer, for the detector; rows may lack it.
-        fused_loss: make loss and gradient in one pass over the head (`linear_prefix_loss`), where TRL's `loss_type` is
-            grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo or vespo. Same loss; every log-prob of
-            this trainer then comes from prefixloss.
+        fused_loss: every log-prob of this trainer comes from prefixloss, and no [tokens, vocabulary] is held. Loss and
+            gradient are made in one pass over the head (`linear_prefix_loss`) where TRL's loss is of each token by
+            itself: grpo, bnpo, dr_grpo, dapo, luspo, cispo and sapo. Where it looks at whole responses or batches
+            (vespo, sequence level, the off-policy mask, the entropy quantile and bonus), or is one that we do not
+            know, TRL makes it from our log-probs and entropies, and a second pass the gradient. Same loss either way.
         stats: "scored" logs what TRL logs; "learning" saves the head's product for tokens without advantage, and logs
-            entropy and clipping over the others.
+            entropy and clipping over the others. For losses of one pass only.
         backend: as in `linear_prefix_loss`.
 
     Only wrong responses that ended by themselves are searched: one that was cut off has no good prefix.
@@ -120,7 +119,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self.fused_loss = fused_loss
         if fused_loss:
             refuse_losses(self.loss_type)
-            self._fused_config = replace(_loss_config(self), stats=stats)
+            self._one_pass = _one_pass_config(self)
             add_fused_loss(self.model.get_base_model() if is_peft_model(self.model) else self.model)
 
     def _checked_correct(self, correct: Correct | None) -> Correct:
@@ -247,8 +246,8 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         return score(self, model, *args, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """TRL's loss, or with `fused_loss` the same number from one pass over the head."""
-        if not self.fused_loss:
+        """TRL's loss, or with `fused_loss` the same number from one pass over the head, if it can be had so."""
+        if not self.fused_loss or self._one_pass is None:
             return super()._compute_loss(model, inputs)
         mode = "train" if self.model.training else "eval"
         accumulated = float(self.current_gradient_accumulation_steps) if mode == "train" else 1.0
@@ -256,13 +255,12 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         advantage = (advantage if advantage.dim() == 2 else advantage[:, None]).expand(mask.shape)
         correction = inputs.get("importance_sampling_ratio")
         request = FusedLoss(
-            config=self._fused_config,
+            config=self._one_pass,
             completions=inputs["completion_mask"],
             mask=mask,
             # a weight >= 0 of the policy term may as well weigh the advantage
-            advantages=advantage if correction is None or self.loss_type == "vespo" else advantage * correction,
+            advantages=advantage if correction is None else advantage * correction,
             old_logps=inputs.get("old_per_token_logps"),
-            sampler_logps=self._sampled(inputs, mask),
             ref_logps=inputs["ref_per_token_logps"] if self.beta else None,
             normalizer=self._normalizer(inputs, mask, accumulated, mode),
             backend=self.backend,
@@ -289,20 +287,9 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._log_loss(mode, inputs, logps.detach(), entropies, computed)
         return loss
 
-    def _sampled(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | None:
-        """What `_LikeTRL` has to know of the sampler, [B, T]."""
-        if self.loss_type == "vespo" and "importance_sampling_ratio" in inputs:
-            log_weight = inputs["importance_sampling_ratio"].log().clamp(math.log(1e-8), 20.0)
-            return log_weight.sum(-1, keepdim=True).expand(mask.shape)
-        if self.off_policy_mask_threshold is None:
-            return None
-        sampled = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
-        # no log-prob is above 0: a token that vLLM could not score
-        return None if sampled is None else torch.where(sampled.isnan(), 1.0, sampled)
-
     def _normalizer(self, inputs: dict[str, Any], mask: Tensor, accumulated: float, mode: str) -> Tensor | float:
         """What TRL divides the summed loss by, micro-batches included."""
-        if self.loss_type in ("dapo", "cispo", "vespo"):
+        if self.loss_type in ("dapo", "cispo"):
             # the generation batch's tokens, as a share for each process and each of its optimiser steps
             share = accumulated / self.args.steps_per_generation if mode == "train" else 1.0
             return inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes * share
@@ -316,22 +303,14 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         """The metrics that TRL's own loss logs, over the tokens in `mask`."""
         old, metrics = inputs.get("old_per_token_logps"), self._metrics[mode]
         ratio = torch.ones_like(logps) if old is None else torch.exp(logps - old)
-        if self.importance_sampling_level == "sequence":
-            # one number a response, whose means are then over responses
-            scored = _loss_mask(inputs)
-            ratio = torch.exp((ratio.log() * scored).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1))
 
         def mean(x: Tensor) -> float:
-            if x.shape[1] == 1:
-                total, count = self.accelerator.reduce(torch.stack([x.sum(), x.new_tensor(len(x))]), reduction="sum")
-                return (total / count.clamp(min=1)).item()
             total, count = self.accelerator.reduce(torch.stack([(x * mask).sum(), mask.sum().float()]), reduction="sum")
             return (total / count.clamp(min=1)).item()
 
         def extreme(x: Tensor, largest: bool) -> float:
             """Of the responses' means; those without a token have none."""
-            means = x.squeeze(1) if x.shape[1] == 1 else (x * mask).sum(1) / mask.sum(1)
-            means = self.accelerator.gather(means)
+            means = self.accelerator.gather((x * mask).sum(1) / mask.sum(1))
             means = means[~means.isnan()]
             return (means.max() if largest else means.min()).item() if len(means) else float("nan")
 
@@ -345,16 +324,10 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         advantage = inputs["advantages"]
         advantage = advantage if advantage.dim() == 2 else advantage[:, None]
         capped = ratio if self.args.delta is None else ratio.clamp(max=self.args.delta)
-        low, high = clipped(replace(self._fused_config, objective=named), advantage, capped)
+        assert self._one_pass is not None
+        low, high = clipped(replace(self._one_pass, objective=named), advantage, capped)
         if self.loss_type == "cispo":
             metrics["cispo_clip_ratio"].append(mean(high.float()))
-        elif self.loss_type == "vespo":
-            log_ratio = torch.zeros_like(logps) if old is None else logps - old
-            phi = self.get_gamma_weights(
-                advantage, log_ratio, _loss_mask(inputs), inputs.get("importance_sampling_ratio"),
-                self.args.vespo_k_pos, self.args.vespo_lambda_pos, self.args.vespo_k_neg, self.args.vespo_lambda_neg,
-            )  # fmt: skip
-            metrics["vespo/phi_seq_mean"].append(mean(phi))
         elif self.loss_type != "sapo":
             for name, held in (("low", low), ("high", high), ("region", low | high)):
                 metrics[f"clip_ratio/{name}_mean"].append(mean(held.float()))
@@ -414,93 +387,36 @@ _REDUCTIONS: dict[str, Any] = {
     "dr_grpo": "token-mean",  # over its own normaliser
     "dapo": "token-mean",
     "cispo": "token-mean",
-    "vespo": "token-mean",
 }
 
 
-def _loss_config(trainer: Any) -> LossConfig:
-    """The trainer's loss in our terms; ValueError where there is no equal."""
+def _one_pass_config(trainer: Any) -> LossConfig | None:
+    """The trainer's loss in our terms, or None where it is not of each token by itself, or we have no equal."""
     args = trainer.args
-
-    def refuse(name: str, got: Any, expected: str) -> None:
-        raise ValueError(f"{name}: got {got!r}, expected {expected} with fused_loss=True")
-
-    if trainer.loss_type not in _REDUCTIONS:
-        refuse("loss_type", trainer.loss_type, " | ".join(map(repr, _REDUCTIONS)))
-    if trainer.top_entropy_quantile < 1:
-        refuse("top_entropy_quantile", trainer.top_entropy_quantile, "1.0")
-    if trainer._entropy_bonus_enabled:
-        refuse("entropy_coef", trainer.entropy_coef, "0")
-    objective: Any = trainer.loss_type if trainer.loss_type in ("cispo", "sapo", "vespo") else "clip"
-    if objective == "cispo" and trainer.epsilon_high < 1:
-        refuse("epsilon_high", trainer.epsilon_high, 'at least 1 (it is the cap on the ratio of "cispo", 5.0 is usual)')
-    delta_below = args.delta is not None and args.delta < 1 + trainer.epsilon_high
-    masked = trainer.off_policy_mask_threshold is not None
-    by_response = trainer.importance_sampling_level == "sequence"
-    corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
-    if masked and corrected and objective == "vespo":
-        refuse("off_policy_mask_threshold", trainer.off_policy_mask_threshold, "None for vespo with vLLM's correction")
-    # a KL times a response's ratio, with the gradient through the mean, is part of the function
-    own_kl = by_response and trainer.beta and args.use_bias_correction_kl
-    penalty = {} if own_kl or not trainer.beta else {"kl": "k3", "kl_coef": trainer.beta}
-    function = by_response or masked or objective == "vespo" or (delta_below and objective == "clip")
+    objective = trainer.loss_type if trainer.loss_type in ("cispo", "sapo") else "clip"
+    of_more_than_a_token = (
+        trainer.importance_sampling_level != "token"
+        or trainer.off_policy_mask_threshold is not None
+        or trainer.top_entropy_quantile < 1
+        or getattr(trainer, "_entropy_bonus_enabled", False)  # not in every TRL
+    )
+    no_equal = (
+        trainer.loss_type not in _REDUCTIONS
+        or (objective == "cispo" and trainer.epsilon_high < 1)
+        # TRL's clip then has a bound below it
+        or (objective == "clip" and args.delta is not None and args.delta < 1 + trainer.epsilon_high)
+    )
+    if of_more_than_a_token or no_equal:
+        return None
     return LossConfig(
-        # what no objective of ours is, is a function
-        objective=_LikeTRL(trainer) if function else objective,
+        objective=objective,
         clip_low=trainer.epsilon_low,
         clip_high=trainer.epsilon_high,
         ratio_cap=args.delta if objective == "clip" else None,
         sapo_tau=(args.sapo_temperature_pos, args.sapo_temperature_neg),
-        kl_importance=bool(penalty and args.use_bias_correction_kl),
+        kl="k3" if trainer.beta else None,
+        kl_coef=trainer.beta,
+        kl_importance=bool(trainer.beta and args.use_bias_correction_kl),
         reduction=_REDUCTIONS[trainer.loss_type],
-        **penalty,
+        stats=trainer.stats,
     )
-
-
-class _LikeTRL:
-    """TRL's loss of each token where it has a ratio a response, an off-policy mask or a low cap on the ratio."""
-
-    def __init__(self, trainer: Any) -> None:
-        args = trainer.args
-        self.loss_type, self.by_response = trainer.loss_type, trainer.importance_sampling_level == "sequence"
-        self.low, self.high, self.delta = trainer.epsilon_low, trainer.epsilon_high, args.delta
-        self.tau = (args.sapo_temperature_pos, args.sapo_temperature_neg)
-        self.positive = (args.vespo_k_pos, args.vespo_lambda_pos)
-        self.other = (args.vespo_k_neg, args.vespo_lambda_neg)
-        self.most: float | None = trainer.off_policy_mask_threshold
-        self.kl_coef = trainer.beta if self.by_response and args.use_bias_correction_kl else 0.0
-
-    def __call__(self, logp: Tensor, given: View) -> Tensor:
-        loss = self._masked(logp, given, self._policy(logp, given))
-        if self.kl_coef == 0:
-            return loss
-        assert given.ref_logps is not None
-        d = given.ref_logps - logp
-        return loss + self.kl_coef * (torch.expm1(d) - d) * self._ratio(logp, given)
-
-    def _masked(self, logp: Tensor, given: View, loss: Tensor) -> Tensor:
-        if self.most is None:
-            return loss
-        # DeepSeek-V3.2: responses far from what sampled them are left out where A < 0; a missing log-prob says nothing
-        sampled = logp.detach() if given.sampler_logps is None else given.sampler_logps
-        far = torch.where(sampled > 0, 0.0, sampled - logp.detach())
-        return torch.where((given.advantages >= 0) | (given.response.mean(far) <= self.most), loss, 0.0)
-
-    def _ratio(self, logp: Tensor, given: View) -> Tensor:
-        """A response's has its gradient through the mean, unlike GSPO's token form."""
-        if not self.by_response:
-            return given.ratio
-        return torch.exp(given.response.mean(objectives.log_ratio(logp, given)))
-
-    def _policy(self, logp: Tensor, given: View) -> Tensor:
-        a, ratio = given.advantages, self._ratio(logp, given)
-        if self.loss_type == "vespo":
-            log_q = None if self.most is not None or given.sampler_logps is None else given.sampler_logps
-            return objectives.vespo(logp, given, vespo_positive=self.positive, vespo_other=self.other, log_weight=log_q)
-        if self.loss_type == "cispo":
-            return -ratio.detach().clamp(max=self.high) * a * logp
-        if self.loss_type == "sapo":
-            tau = torch.where(a > 0, a.new_full((), self.tau[0]), self.tau[1])
-            return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * a
-        capped = ratio if self.delta is None else ratio.clamp(max=self.delta)
-        return -torch.minimum(capped * a, ratio.clamp(1 - self.low, 1 + self.high) * a)

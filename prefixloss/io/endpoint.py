@@ -87,17 +87,17 @@ class Endpoint:
                     raise UnansweredError(f"HTTP {reply.status_code}")
                 packing = reply.headers.get("Content-Encoding", "identity").strip().lower()
                 if packing not in ("", "identity"):
-                    raise UnansweredError(f"unreadable verdict: packed ({packing}), which was not asked for")
+                    raise UnansweredError(f"unreadable reply: packed ({packing}), which was not asked for")
                 async for part in reply.aiter_raw():
                     body += part
                     if len(body) > self.most_bytes:
-                        raise UnansweredError(f"unreadable verdict: more than {self.most_bytes} bytes")
+                        raise UnansweredError(f"unreadable reply: more than {self.most_bytes} bytes")
         except httpx.TransportError as error:
             raise _BusyError(f"no answer: {type(error).__name__}") from None
         try:
             return json.loads(bytes(body))
         except (ValueError, RecursionError):
-            raise UnansweredError(f"unreadable verdict: {bytes(body).decode(errors='replace')}") from None
+            raise UnansweredError(f"unreadable reply: {bytes(body).decode(errors='replace')}") from None
 
     def reason(self, error: Exception) -> str:
         """One line for a reader, without the key: the text of an unexpected error might show it."""
