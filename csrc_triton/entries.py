@@ -210,7 +210,7 @@ def shorten_list(columns_row, values_row, found, rest, budget, ROOM: tl.constexp
     used = slots < found
     # what other threads have written
     tl.debug_barrier()
-    columns = tl.load(columns_row + slots, mask=used, other=0)
+    columns = tl.load(columns_row + slots)  # those behind the list's end go nowhere
     values = tl.load(values_row + slots, mask=used, other=0.0)
     tl.debug_barrier()
     # positive floats are in the order of their bits, of which the largest number that keeps the budget is made
