@@ -61,7 +61,8 @@ def read_classes(
     value = tl.sum(tl.where(used, terms, 0.0), 0) + tail_terms
     # the choice stands between product and sum, as in `total_of`
     slopes = tl.sum(tl.where(used, slope, 0.0), 0) + tail_slope
-    share = tl.where(total == 0, 0.0, (tail_slope - tail_p * slopes) / total)
+    # of a tail without any token nobody reads its share
+    share = (tail_slope - tail_p * slopes) / total
     return Classes(value, ids, z, slope - p * slopes, top, share)
 
 

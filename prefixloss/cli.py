@@ -16,7 +16,7 @@ from prefixloss.io.files import write_whole
 from prefixloss.io.visible import visible
 from prefixloss.maths.divergence import BY_NAME
 from prefixloss.rl import UsageError
-from prefixloss.rl.config import ADVANTAGES, DISTIL_FROM, GENERAL, Config
+from prefixloss.rl.config import ADVANTAGES, DISTIL_FROM, DTYPES, GENERAL, TRACKERS, Config
 from prefixloss.rl.lock import is_empty
 from prefixloss.show import read_shown, to_html, to_terminal
 from prefixloss.steps import SEGMENTERS
@@ -97,7 +97,14 @@ def train(
     model: Annotated[
         str | None, option("model", "Directory or hub name of a causal LM, instead of a tiny one.")
     ] = None,
-    data: Annotated[str | None, option("data", "JSON lines with question and answer, instead of arithmetic.")] = None,
+    data: Annotated[str | None, option("data", "JSON lines with question and answer, or a folder of them.")] = None,
+    lora: Annotated[int | None, option("lora", "Rank of adapters to train in place of the weights.")] = None,
+    dtype: Annotated[str | None, option("dtype", f"Of the products: {', '.join(DTYPES)}.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--gradient-checkpointing", help="Compute layers again on the way back: time for memory."),
+    ] = None,
+    log_to: Annotated[str | None, option("log_to", f"Send the figures to {', '.join(TRACKERS)}, too.")] = None,
     device: Annotated[str | None, option("device", "cpu, cuda or cuda:N.")] = None,
     threads: Annotated[int | None, option("threads", "CPU threads, 0: as many as PyTorch likes.")] = None,
     seed: Annotated[int | None, option("seed", "Of everything random.")] = None,

@@ -57,6 +57,7 @@ def linear_distill_loss(
     teacher_ids: Tensor | None = None,
     teacher_logps: Tensor | None = None,
     teacher_offsets: Tensor | None = None,
+    teacher_vocabulary: Tensor | None = None,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -87,6 +88,9 @@ def linear_distill_loss(
             The rest of the vocabulary is one class, with what the listed ids leave of 1. A row that lists nothing says
             nothing: its divergence is 0.
         teacher_offsets: int64 [N + 1]: then ids and log-probs are packed, [M], and rows may differ in length.
+        teacher_vocabulary: int64 [V], the teacher's id for each of the student's, -1 where it has none; None: they are
+            the same. The classes are then the ids that both have, and one for each side's rest. teacher_ids are the
+            teacher's own; its head and its logits have all of its ids and no padding. Not with a tp_group.
         mask: bool or 0/1, like the tokens; False is not scored. weights: float, like the tokens; 0 costs nothing.
         cu_seqlens: int32 or int64 [B + 1], for packed input, where the reduction is per response.
         normalizer: replaces the reduction's denominator.
@@ -111,9 +115,10 @@ def linear_distill_loss(
     settings = Distillation.checked(divergence, beta, temperature, teacher_temperature, softcap, logit_scale, reduction)
     given = (hidden, lm_head_weight, lm_head_bias)
     teacher = GivenTeacher(
-        teacher_hidden, teacher_lm_head_weight, teacher_lm_head_bias, None, teacher_ids, teacher_logps, teacher_offsets
-    )
-    chosen = door.distils_by(backend, given, tp_group)
+        teacher_hidden, teacher_lm_head_weight, teacher_lm_head_bias, None, teacher_ids, teacher_logps, teacher_offsets,
+        teacher_vocabulary,
+    )  # fmt: skip
+    chosen = door.distils_by(_reads(backend, teacher), given, tp_group)
     tokens = TokensToDistil(mask, weights, cu_seqlens, normalizer)
     return _answer(chosen, door.head_distillation(given, teacher, tokens, settings, tp_group, vocab_size), hidden)
 
@@ -126,6 +131,7 @@ def distill_loss(
     teacher_ids: Tensor | None = None,
     teacher_logps: Tensor | None = None,
     teacher_offsets: Tensor | None = None,
+    teacher_vocabulary: Tensor | None = None,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -146,10 +152,22 @@ def distill_loss(
     A chunk's temporaries are all that is held beside the logits and their gradient.
     """
     settings = Distillation.checked(divergence, beta, temperature, teacher_temperature, softcap, logit_scale, reduction)
-    teacher = GivenTeacher(logits=teacher_logits, ids=teacher_ids, logps=teacher_logps, offsets=teacher_offsets)
-    chosen = door.distils_by(backend, (logits,), tp_group)
+    teacher = GivenTeacher(
+        logits=teacher_logits, ids=teacher_ids, logps=teacher_logps, offsets=teacher_offsets,
+        vocabulary=teacher_vocabulary,
+    )  # fmt: skip
+    chosen = door.distils_by(_reads(backend, teacher), (logits,), tp_group)
     tokens = TokensToDistil(mask, weights, cu_seqlens, normalizer)
     return _answer(chosen, door.logit_distillation(logits, teacher, tokens, settings, tp_group, vocab_size), logits)
+
+
+def _reads(backend: Any, teacher: GivenTeacher) -> Any:
+    """The back-end that reads this teacher: there are no kernels for two vocabularies."""
+    if teacher.vocabulary is None or teacher.ids is not None or backend not in ("auto", "triton"):
+        return backend
+    if backend == "triton":
+        raise RuntimeError('backend: got "triton" with teacher_vocabulary, expected "auto" or "torch"')
+    return "torch"
 
 
 def _answer(chosen: str, asked: Distil, first: Tensor) -> DistillOutput:

@@ -355,12 +355,14 @@ def head_distillation(
         check.device("teacher_hidden", whole.hidden, hidden.device)
     batch = tokens.checked(shape, settings.student, accumulation_dtype(hidden, weight), hidden.device)
     columns = _columns(tp_group, len(weight), vocab_size, batch.weights, batch.weights.dtype, 2)
+    teacher = _mapped(teacher, columns, None if listed else len(whole.lm_head_weight), hidden.device, tp_group)
     if listed:
         beside = distillation.of_list(teacher, batch.layout, shape, columns.vocabulary)
-    else:
+    elif teacher.vocabulary is None:
         made = columns.head(beside.weight, beside.bias)  # type: ignore[arg-type]
         beside = beside._replace(weight=made[0], bias=made[1])
-    return Distil(_unpadded(Head(by_rows(hidden), weight, bias), columns), beside, batch, settings, columns)
+    vocabulary = None if listed else teacher.vocabulary
+    return Distil(_unpadded(Head(by_rows(hidden), weight, bias), columns), beside, batch, settings, columns, vocabulary)
 
 
 def logit_distillation(
@@ -371,15 +373,27 @@ def logit_distillation(
     shape = _token_shape("logits", logits, "V")
     count, beside = logits.shape[-1], Teacher()
     if not listed:
-        beside = distillation.of_logits(teacher.logits, shape, count, _least(vocab_size, count, tp_group))
+        beside = distillation.of_logits(teacher, shape, count, _least(vocab_size, count, tp_group))
         check.device("teacher_logits", teacher.logits, logits.device)
     batch = tokens.checked(shape, settings.student, accumulation_dtype(logits), logits.device)
     columns = _columns(tp_group, count, vocab_size, batch.weights, batch.weights.dtype, 2)
+    teacher = _mapped(teacher, columns, None if listed else teacher.logits.shape[-1], logits.device, tp_group)
     if listed:
         beside = distillation.of_list(teacher, batch.layout, shape, columns.vocabulary)
-    else:
+    elif teacher.vocabulary is None:
         beside = beside._replace(first=columns.logits(beside.first))  # type: ignore[arg-type]
-    return Distil((by_rows(columns.logits(logits)),), beside, batch, settings, columns)
+    vocabulary = None if listed else teacher.vocabulary
+    return Distil((by_rows(columns.logits(logits)),), beside, batch, settings, columns, vocabulary)
+
+
+def _mapped(
+    teacher: GivenTeacher, columns: Columns, most: int | None, device: torch.device, tp_group: Any
+) -> GivenTeacher:
+    """With its mapping of ids checked, if it has one."""
+    if teacher.vocabulary is None:
+        return teacher
+    made = distillation.mapping(teacher.vocabulary, columns.vocabulary, most, device, tp_group)
+    return teacher._replace(vocabulary=made)
 
 
 def _token_shape(argument: str, x: Any, letter: str) -> torch.Size:

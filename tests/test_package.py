@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tarfile
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -88,3 +89,24 @@ if __name__ == "__main__":
     script.write_text(code)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=120)
     assert done.stdout.strip() == "equal", done.stderr
+
+
+@pytest.mark.slow
+def test_a_source_distribution_has_all_that_its_tests_read(tmp_path: Path) -> None:
+    pytest.importorskip("build")
+    root = README.parent
+    files = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False).stdout.split(
+        "\n"
+    )
+    if not any(files):
+        pytest.skip("not in a checkout")
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    folders = ("tests/", "examples/", "docs/", "bench/", "csrc_triton/", "prefixloss/")
+    wanted = {name for name in files if name.startswith(folders) and (root / name).is_file()}
+    assert len(wanted) > 200
+    assert wanted - names == set()

@@ -19,6 +19,7 @@ from rich.progress import Progress
 from prefixloss.io.files import write_whole
 
 from . import runs as method_runs
+from . import same as method_same
 from . import show as method_show
 from . import tree as method_tree
 
@@ -87,6 +88,17 @@ def show(out: Where = DIRECTORY) -> None:
     """Tables and pictures from what was measured."""
     text = method_show.write(out, json.loads((out / "tree.json").read_text()), read_runs(out / "runs.jsonl"))
     print(text)
+
+
+@app.command()
+def same(
+    out: Where = DIRECTORY,
+    seeds: Annotated[int, typer.Option(min=2, help="Runs of each loss.")] = 4,
+    steps: Annotated[int, typer.Option(min=2, help="Of a run.")] = 200,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, with a thread each.")] = 2,
+) -> None:
+    """TRL's own loss beside ours in the same runs; needs the "trl" extra. Minutes."""
+    print(method_same.write(out, method_same.measure(seeds, steps, workers)))
 
 
 @app.command("all")

@@ -88,7 +88,9 @@ class Distil:
     divergences [N] of the learning tokens.
 
     student: a head, or logits [N, V] alone. It is answered by `reference_distill.distillation`, by
-    `torch.distill.distillation` and by `triton.distill.distillation`.
+    `torch.distill.distillation` and by `triton.distill.distillation`, which has no `vocabulary`.
+    vocabulary: int64 [V], the ids that a teacher with a head or logits has for the student's, -1 for none; None where
+    they are the same.
     """
 
     student: Head | tuple[Tensor]
@@ -96,6 +98,7 @@ class Distil:
     batch: DistillBatch
     settings: Distillation
     columns: Columns
+    vocabulary: Tensor | None = None
 
     @property
     def gradient_later(self) -> bool:

@@ -52,14 +52,26 @@ def listed_classes(log_p: Tensor, ids: Tensor, logps: Tensor) -> tuple[Tensor, T
     used = ids >= 0
     index = torch.where(used, ids, log_p.shape[1])  # a column behind the vocabulary
     is_listed = torch.zeros(len(log_p), log_p.shape[1] + 1, dtype=torch.bool, device=log_p.device)
-    is_other = ~is_listed.scatter(1, index, True)[:, :-1] & (log_p > -math.inf)
-    none = ~is_other.any(1, keepdim=True)
-    others = torch.where(is_other | none, log_p, -math.inf)
-    tail = torch.where(none.squeeze(1), -math.inf, torch.where(none, 0.0, others).logsumexp(1))
+    tail = rest(log_p, ~is_listed.scatter(1, index, True)[:, :-1])
     own = torch.where(used, log_p.gather(1, torch.where(used, ids, 0)), -math.inf)
     logps = torch.where(used, logps, -math.inf)
     teacher_tail = (1 - logps.exp().sum(1)).clamp(min=0).log()
     return torch.cat([own, tail[:, None]], 1), torch.cat([logps, teacher_tail[:, None]], 1)
+
+
+def rest(log_p: Tensor, is_other: Tensor) -> Tensor:
+    """The log-prob [n] of all others together; -inf, without a gradient, where none of them is possible."""
+    possible = is_other & (log_p > -math.inf)
+    none = ~possible.any(1, keepdim=True)
+    others = torch.where(possible | none, log_p, -math.inf)
+    return torch.where(none.squeeze(1), -math.inf, torch.where(none, 0.0, others).logsumexp(1))
+
+
+def shared_classes(log_p: Tensor, chosen: Tensor) -> Tensor:
+    """Log-probs [n, K + 1] of the chosen columns [K], and of all others together."""
+    is_other = torch.ones(log_p.shape[1], dtype=torch.bool, device=log_p.device)
+    is_other[chosen] = False
+    return torch.cat([log_p[:, chosen], rest(log_p, is_other.expand_as(log_p))[:, None]], 1)
 
 
 def distillation(asked: Distil) -> tuple[Tensor, Tensor]:
@@ -73,6 +85,9 @@ def distillation(asked: Distil) -> tuple[Tensor, Tensor]:
         log_p, log_q = listed_classes(log_p, listed.ids, listed.logps)
     else:
         log_q = distribution_scores(settings.teacher, _logits(teacher[:3], rows, dtype)).log_softmax(1)
+    if asked.vocabulary is not None:
+        own = (asked.vocabulary >= 0).nonzero().squeeze(1)
+        log_p, log_q = shared_classes(log_p, own), shared_classes(log_q, asked.vocabulary[own])
     values = divergences(settings.divergence.name, settings.divergence.beta, log_p, log_q)
     by_token = values.new_zeros(len(batch.weights)).index_copy(0, rows, values)
     losses = torch.where(batch.learning, batch.weights * by_token, 0.0) / batch.denominator

@@ -95,13 +95,14 @@ class GivenTeacher(NamedTuple):
     ids: Any = None
     logps: Any = None
     offsets: Any = None
+    vocabulary: Any = None
 
     def is_listed(self, needed: tuple[str, ...], settings: Distillation) -> bool:
         """Whether it is ids with log-probs and not the whole vocabulary, for which all of `needed` are; never both."""
         wants = f"either {' and '.join(f'teacher_{name}' for name in needed)}, or teacher_ids and teacher_logps"
         given = {name: value for name, value in self._asdict().items() if value is not None}
         listed = [name for name in given if name in ("ids", "logps", "offsets")]
-        whole = [name for name in given if name not in listed]
+        whole = [name for name in given if name not in (*listed, "vocabulary")]
         if listed and whole:
             check.fail(f"teacher_{whole[0]}", f"a second teacher beside teacher_{listed[0]}", wants)
         for name in ("ids", "logps") if listed else needed:
@@ -141,19 +142,53 @@ def of_head(given: GivenTeacher, shape: torch.Size, columns: int, least: int | N
     """Hidden states [*shape, D], head [V, D], bias [V]. columns: of the student. least: V without padding, if said."""
     hidden, weight, bias = given.hidden, given.lm_head_weight, given.lm_head_bias
     check.head(hidden, weight, bias, ("teacher_hidden", "teacher_lm_head_weight", "teacher_lm_head_bias"), shape)
-    _check_vocabulary("teacher_lm_head_weight", len(weight), columns, least)
+    if given.vocabulary is None:
+        _check_vocabulary("teacher_lm_head_weight", len(weight), columns, least)
     return Teacher(
         hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), None if bias is None else bias.detach()
     )
 
 
-def of_logits(logits: Any, shape: torch.Size, columns: int, least: int | None) -> Teacher:
+def of_logits(given: GivenTeacher, shape: torch.Size, columns: int, least: int | None) -> Teacher:
     """Logits [*shape, V]."""
+    logits = given.logits
     check.tensor("teacher_logits", logits, "float")
     if logits.dim() != len(shape) + 1 or logits.shape[:-1] != shape:
         check.fail("teacher_logits", f"shape {list(logits.shape)}", f"[*, V] with tokens of shape {list(shape)}")
-    _check_vocabulary("teacher_logits", logits.shape[-1], columns, least)
+    if given.vocabulary is None:
+        _check_vocabulary("teacher_logits", logits.shape[-1], columns, least)
     return Teacher(logits.detach().reshape(-1, logits.shape[-1]))
+
+
+def mapping(vocabulary: Any, columns: int, most: int | None, device: torch.device, tp_group: Any) -> Tensor:
+    """The teacher's ids for the student's, int64 [columns], -1 for none. most: how many the teacher has, if known."""
+    check.tensor("teacher_vocabulary", vocabulary, "integer")
+    if tp_group is not None:
+        check.fail("teacher_vocabulary", "a mapping with tp_group", "None, or heads that are whole on every process")
+    check.shape("teacher_vocabulary", vocabulary, (columns,), "[V], V of the student without padding,")
+    check.device("teacher_vocabulary", vocabulary, device)
+    ids = vocabulary.long()
+    if check.readable(ids):
+        shared = ids[ids >= 0]
+        wrong = (ids < -1) if most is None else (ids < -1) | (ids >= most)
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            wants = f"the teacher's ids{'' if most is None else f', below {most},'} or -1 where it has none"
+            check.fail("teacher_vocabulary", f"{int(ids[at])} for id {at}", wants)
+        if not len(shared):
+            check.fail("teacher_vocabulary", "-1 for every id", "an id that both have at least")
+        if len(shared.unique()) < len(shared):
+            check.fail("teacher_vocabulary", "an id of the teacher twice", "each at most once")
+    return ids
+
+
+def _students(ids: Tensor, vocabulary: Tensor) -> Tensor:
+    """A teacher's ids as the student's; -1 for those that it has not, which are left to the rest."""
+    own = (vocabulary >= 0).nonzero().squeeze(1)
+    theirs = vocabulary[own]
+    of_teacher = ids.new_full((int(theirs.max()) + 2,), -1).index_copy_(0, theirs, own)
+    known = (ids >= 0) & (ids < len(of_teacher))
+    return torch.where(known, of_teacher[torch.where(known, ids, 0)], -1)
 
 
 def _check_vocabulary(argument: str, got: int, columns: int, least: int | None) -> None:
@@ -184,7 +219,12 @@ def of_list(given: GivenTeacher, layout: Layout, shape: torch.Size, vocabulary: 
     ids, logps = ids.long(), logps.detach()
     if offsets is None:
         ids, logps = (x.reshape(-1, x.shape[-1]) for x in (ids, logps))
-    if check.readable(ids):
+    if given.vocabulary is not None:
+        if check.readable(ids):
+            # any id may be the teacher's
+            _check_values(ids, logps, offsets, layout, int(ids.max()) + 1 if ids.numel() else 1)
+        ids = _students(ids, given.vocabulary)
+    elif check.readable(ids):
         _check_values(ids, logps, offsets, layout, vocabulary)
     else:
         # unread where it is wrong, as a token id is

@@ -6,7 +6,6 @@ Loaded by verl itself in every process through the entry point group "verl.plugi
         algorithm.adv_estimator=vppo +algorithm.vppo.alpha=0.5 \\
         actor_rollout_ref.actor.policy_loss.loss_mode=prefix_clip \\
         reward.reward_manager.name=prefixloss +reward.prefixloss.detector=maths +reward.prefixloss.steps=markers \\
-        +reward.prefixloss.threshold=0.5 \\
         actor_rollout_ref.model.use_fused_kernels=True \\
         actor_rollout_ref.model.fused_kernel_options.impl_backend=torch \\
         ...
@@ -17,7 +16,7 @@ settings are in `verl_vppo.yaml` beside this file. The command needs Ray and GPU
 verl hands an estimator one reward a response. The reward manager puts the first error into it: 1 for a correct
 response, -(first_error + 1) for a wrong one, 0 where no error was found, NaN where the reward function gave no verdict
 (None or NaN; `token_loss.signed_score`); a reward function of your own may return the same. A find with less confidence
-than `threshold` (0 unless set) counts as none. first_error counts all of
+than `+reward.prefixloss.threshold` counts as none; docs/detectors.md says which to choose. first_error counts all of
 the response's tokens here, those that tools wrote as well: verl's reward loop does not say which those are, and the
 estimator finds out. So `algorithm.use_kl_in_reward` has to stay off.
 """

@@ -16,8 +16,9 @@ Each is a sum of terms. With w_j = p_j dD/dp_j, less what is the same multiple o
 A class that neither can have adds nothing; one that only the first argument of a KL can have makes it infinite. Of an
 infinite divergence there is no slope: its gradient is 0.
 
-The classes are the vocabulary, or the ids that a teacher lists and all others together, the tail: a row's gradient with
-respect to the tail's score is shared out by the others' own probabilities.
+The classes are the vocabulary, or the ids that a teacher lists, or those that both have where they share a vocabulary
+in part, and all others together, the tail: a row's gradient with respect to the tail's score is shared out by the
+others' own probabilities.
 """
 
 from __future__ import annotations
@@ -33,17 +34,14 @@ from torch import Tensor
 Terms = tuple[Tensor, Tensor]
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+def _kl(log_p: Tensor, log_q: Tensor, p: Tensor) -> Tensor:
     """p (log p - log q), class by class."""
-    terms = (log_p - log_q).mul_(log_p.exp())
-    if _has_banned(log_p) or _has_banned(log_q):
+    terms = (log_p - log_q).mul_(p)
+    # one pass to see that nobody bans anything
+    if not math.isfinite(float(terms.sum())):
         impossible = log_p == -math.inf
         terms.masked_fill_((log_q == -math.inf) & ~impossible, math.inf).masked_fill_(impossible, 0)
     return terms
-
-
-def _has_banned(logs: Tensor) -> bool:
-    return logs.numel() > 0 and bool(logs.amin() == -math.inf)
 
 
 def _log_mixture(a: Tensor, b: Tensor, beta: float) -> Tensor:
@@ -55,34 +53,35 @@ def _share(log_part: Tensor, log_whole: Tensor) -> Tensor:
     return torch.where(log_part == -math.inf, 0.0, (log_part - log_whole).exp())
 
 
-def _reverse(a: Tensor, b: Tensor, beta: float) -> Terms:
-    terms = _kl(a, b)
+def _reverse(a: Tensor, b: Tensor, p: Tensor, beta: float) -> Terms:
+    terms = _kl(a, b, p)
     return terms, terms
 
 
-def _forward(a: Tensor, b: Tensor, beta: float) -> Terms:
-    return _kl(b, a), -b.exp()
+def _forward(a: Tensor, b: Tensor, p: Tensor, beta: float) -> Terms:
+    q = b.exp()
+    return _kl(b, a, q), q.neg_()
 
 
-def _jsd(a: Tensor, b: Tensor, beta: float) -> Terms:
+def _jsd(a: Tensor, b: Tensor, p: Tensor, beta: float) -> Terms:
     log_m = _log_mixture(a, b, beta)
-    slope = _kl(a, log_m).mul_(1 - beta)
-    return _kl(b, log_m).mul_(beta).add_(slope), slope
+    slope = _kl(a, log_m, p).mul_(1 - beta)
+    return _kl(b, log_m, b.exp()).mul_(beta).add_(slope), slope
 
 
-def _skew_forward(a: Tensor, b: Tensor, beta: float) -> Terms:
+def _skew_forward(a: Tensor, b: Tensor, p: Tensor, beta: float) -> Terms:
+    log_m, q = _log_mixture(a, b, beta), b.exp()
+    return _kl(b, log_m, q), _share(a, log_m).mul_(q).mul_(beta - 1)
+
+
+def _skew_reverse(a: Tensor, b: Tensor, p: Tensor, beta: float) -> Terms:
     log_m = _log_mixture(a, b, beta)
-    return _kl(b, log_m), _share(a, log_m).mul_(b.exp()).mul_(beta - 1)
+    terms = _kl(a, log_m, p)
+    return terms, terms - _share(a, log_m).mul_(p).mul_(1 - beta)
 
 
-def _skew_reverse(a: Tensor, b: Tensor, beta: float) -> Terms:
-    log_m = _log_mixture(a, b, beta)
-    terms = _kl(a, log_m)
-    return terms, terms - _share(a, log_m).mul_(a.exp()).mul_(1 - beta)
-
-
-# log p, log q [n, C] and beta to the terms and w [n, C], which may be one tensor
-BY_NAME: dict[str, Callable[[Tensor, Tensor, float], Terms]] = {
+# log p, log q and p [n, C] and beta to the terms and w [n, C], which may be one tensor
+BY_NAME: dict[str, Callable[[Tensor, Tensor, Tensor, float], Terms]] = {
     "reverse": _reverse,
     "forward": _forward,
     "jsd": _jsd,
@@ -114,10 +113,13 @@ class Divergence:
 
     def rows(self, a: Tensor, b: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
         """log p and log q [n, C] -> the divergence [n] and its gradient by the scores [n, C], of which `a` is made."""
-        terms, slope = BY_NAME[self.name](a, b, self.beta)
-        value, total = parts.sum(torch.stack([terms.sum(1), slope.sum(1)]))
-        gradient = slope.addcmul(a.exp(), total[:, None], value=-1)
-        return value, gradient.masked_fill_((value == math.inf)[:, None], 0)
+        p = a.exp()
+        terms, slope = BY_NAME[self.name](a, b, p, self.beta)
+        value = terms.sum(1)
+        value, total = parts.sum(torch.stack([value, value if slope is terms else slope.sum(1)]))
+        gradient = slope.addcmul_(p, total[:, None], value=-1)
+        infinite = value == math.inf
+        return value, gradient.masked_fill_(infinite[:, None], 0) if bool(infinite.any()) else gradient
 
     def whole(self, scores: Tensor, teacher_scores: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
         """From scores [n, V] of both: the divergence [n] and d / d scores [n, V]."""
@@ -135,9 +137,32 @@ class Divergence:
         a = classes - classes.logsumexp(1, keepdim=True)
         # every process has all of the classes
         value, gradient = self.rows(a, torch.cat([teacher.logps, teacher.tail[:, None]], 1), Parts())
-        # exp(-inf - -inf) where nothing but the listed ids is possible
-        shares = others.sub_(log_others.masked_fill(log_others == -math.inf, 0)).exp_().mul_(gradient[:, -1:])
+        shares = _shares(others, log_others).mul_(gradient[:, -1:])
         return value, place.put(shares, gradient[:, :-1])
+
+    def shared(self, scores: Tensor, teacher_scores: Tensor, vocabulary: Tensor) -> tuple[Tensor, Tensor]:
+        """From scores [n, V] and [n, V_t], and the teacher's ids for the student's [V], -1 for none: the divergence [n]
+        over the ids that both have and one class for each side's rest, and d / d scores [n, V]."""
+        own = (vocabulary >= 0).nonzero().squeeze(1)
+        a, others, log_others = _with_rest(scores, own)
+        b, _, _ = _with_rest(teacher_scores, vocabulary[own])
+        value, gradient = self.rows(a, b, Parts())
+        shares = _shares(others, log_others).mul_(gradient[:, -1:])
+        return value, shares.index_copy_(1, own, gradient[:, :-1])
+
+
+def _with_rest(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-probs [n, K + 1] of the chosen columns [K] and of all others together; the others' scores, -inf at the
+    chosen, and log-sums [n, 1]."""
+    others = scores.index_fill(1, chosen, -math.inf)
+    log_others = others.logsumexp(1, keepdim=True)
+    classes = torch.cat([scores[:, chosen], log_others], 1)
+    return classes - classes.logsumexp(1, keepdim=True), others, log_others
+
+
+def _shares(others: Tensor, log_others: Tensor) -> Tensor:
+    """Each one's share of all others, in their memory; 0 where none of them is possible: exp(-inf - -inf)."""
+    return others.sub_(log_others.masked_fill(log_others == -math.inf, 0)).exp_()
 
 
 class Listed(NamedTuple):

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -21,13 +22,17 @@ from prefixloss.steps import SEGMENTERS
 
 ADVANTAGES = (*advantages.BY_NAME, "none")
 DISTIL_FROM = ("first-error", "wrong", "all")
+DTYPES = ("float32", "bfloat16")
+TRACKERS = ("tensorboard", "wandb", "trackio")  # by the names of their packages
 _COUNTS = (
     *("updates", "prompts", "group", "max_tokens", "epochs", "minibatches", "micro_prompts", "save_every"),
     *("eval_every", "eval_problems", "eval_samples", "k"),
     *("rollouts", "hidden_size", "layers", "warm_batch", "min_steps", "max_steps"),
 )
 _MOST = 10**9  # of any count: more is a mistake, and none of what counts with it would fail with a clear message
-_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+_KINDS: dict[Any, str] = {
+    int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null",
+}  # fmt: skip
 
 
 class SettingError(UsageError):
@@ -48,10 +53,14 @@ class Config:
 
     # the policy and its problems
     model: str | None = None  # a directory or a hub name; None trains the built-in tiny model
-    data: str | None = None  # JSON lines with question and answer; None generates chained arithmetic
+    data: str | None = None  # JSON lines with question and answer, or their folder; None: chained arithmetic
+    lora: int = 0  # rank of the adapters that are trained in place of the weights; 0: the weights themselves
+    dtype: str = "float32"  # of the products; weights that are trained stay in float32
+    gradient_checkpointing: bool = False  # layers are computed again on the way back, not kept
     device: str = "cpu"
     threads: int = 1  # 0: one a core. One is as fast for the tiny model, and its results do not depend on the machine's
     seed: int = 0
+    log_to: str | None = None  # a tracker of figures, beside metrics.jsonl
     timeout: float = 600.0  # seconds that a process waits for the others, under torchrun
     # credit
     advantage: str = "vppo"
@@ -102,9 +111,9 @@ class Config:
             self._check_type(name, kinds)
         for name in _COUNTS:
             self._expect(name, getattr(self, name) >= 1, "a whole number of at least 1")
-        for name in ("seed", "threads", "warm_steps", "lr_warmup"):
+        for name in ("seed", "threads", "warm_steps", "lr_warmup", "lora"):
             self._expect(name, getattr(self, name) >= 0, "a whole number of at least 0")
-        for name in (*_COUNTS, "threads", "warm_steps", "lr_warmup", "timeout"):
+        for name in (*_COUNTS, "threads", "warm_steps", "lr_warmup", "lora", "timeout"):
             self._expect(name, not getattr(self, name) > _MOST, f"at most {_MOST}")
         self._expect("seed", self.seed < 2**63, "below 2**63")
         for name in ("model", "data", "teacher"):
@@ -132,6 +141,12 @@ class Config:
         self._expect("shorten", cut_is_valid, '"prompt", a number of tokens, or a share below 1 such as 0.1')
         self._expect("group", self.group >= 2, "at least 2: responses are compared within their group")
         self._expect("minibatches", self.minibatches <= self.prompts, f"at most --prompts, {self.prompts}")
+        self._expect("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        self._expect("lora", not self.lora or self.model, "--model with it: the tiny model has to learn to write first")
+        self._expect("lora", not self.lora or find_spec("peft"), 'peft with it: pip install "prefixloss[lora]"')
+        self._expect("log_to", self.log_to in (None, *TRACKERS), f"one of {', '.join(TRACKERS)}")
+        there = self.log_to is None or find_spec(self.log_to)
+        self._expect("log_to", there, f"that package, which is not installed: pip install {self.log_to}")
         self._expect("k", self.k <= self.eval_samples, f"at most --eval-samples, {self.eval_samples}")
         self._expect("min_steps", self.min_steps <= self.max_steps <= 9, "at most max_steps, which is at most 9")
         self._expect("hidden_size", self.hidden_size % 8 == 0, "a multiple of 8")
@@ -146,7 +161,7 @@ class Config:
         value = getattr(self, name)
         taken = (*kinds, int) if float in kinds else kinds
         try:
-            right = isinstance(value, taken) and not isinstance(value, bool)
+            right = isinstance(value, taken) and isinstance(value, bool) == (kinds == (bool,))
             if right and isinstance(value, int) and int not in kinds:
                 float(value)
         except OverflowError:

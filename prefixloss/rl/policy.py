@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,6 +21,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from prefixloss.integrations.models.heads import LogitMap, refuse_quantised
@@ -37,9 +41,8 @@ class Policy:
         model.config.prefixloss_instruction = instruction  # saved with it, for whoever has it go on
         self.decoder = model.get_decoder()
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
-        head = model.get_output_embeddings()
-        self.weight: Tensor = head.weight
-        self.bias: Tensor | None = getattr(head, "bias", None)
+        self.lm_head = model.get_output_embeddings()
+        self.dtype = torch.float32  # of the products
         self.softcap, self.logit_scale = LogitMap.usual(model.config)
         # a model's own sampling defaults (top-p, penalties) would make samples come from another distribution
         ends = getattr(model.generation_config, "eos_token_id", None)
@@ -49,7 +52,17 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        return self.weight.device
+        return self.lm_head.weight.device
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the head, [V, D] in the products' dtype."""
+        return self.lm_head.weight.to(self.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.lm_head, "bias", None)
+        return None if bias is None else bias.to(self.dtype)
 
     @property
     def head(self) -> dict[str, Any]:
@@ -69,8 +82,13 @@ class Policy:
     def all_hidden(self, ids: Tensor, attention: Tensor) -> Tensor:
         """The last layer's output after its norm: [B, L] -> [B, L, D]."""
         positions = {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)} if self.takes_positions else {}
-        out = self.decoder(input_ids=ids, attention_mask=attention, use_cache=False, **positions)
-        return out.last_hidden_state
+        with self.products():
+            out = self.decoder(input_ids=ids, attention_mask=attention, use_cache=False, **positions)
+        return out.last_hidden_state.to(self.dtype)
+
+    def products(self) -> torch.autocast:
+        """Within it the model's products are made in `dtype`."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def hidden(self, sampled: Sampled) -> Tensor:
         """[B, T, D]; hidden[b, t] predicts sampled.tokens[b, t]."""
@@ -79,7 +97,10 @@ class Policy:
     def save(self, directory: Path) -> None:
         """A directory that `load_policy` and `transformers` can load."""
         logging.disable_progress_bar()
-        self.model.save_pretrained(directory)
+        if hasattr(self.model, "merge_and_unload"):
+            copy.deepcopy(self.model).merge_and_unload().save_pretrained(directory)
+        else:
+            self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
     def prompt(self, question: str) -> str:
@@ -102,15 +123,16 @@ class Policy:
     def sample(self, questions: Sequence[str], max_tokens: int) -> Sampled:
         """One response a question at temperature 1 from the whole distribution, from the global torch generator."""
         prompt, attention = self.encode(questions)
-        ids = self.model.generate(
-            input_ids=prompt,
-            attention_mask=attention,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=max_tokens,
-        )
+        with self.products():
+            ids = self.model.generate(
+                input_ids=prompt,
+                attention_mask=attention,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=max_tokens,
+            )
         tokens = ids[:, prompt.shape[1] :]
         ended = torch.isin(tokens, torch.tensor(self.end_ids, device=tokens.device))
         mask = ended.cumsum(1) - ended.long() == 0
@@ -132,6 +154,25 @@ class Policy:
         texts = [decode(self.tokenizer, row) for row in rows]
         both = torch.cat([attention, mask.to(attention.dtype)], 1)
         return Sampled(torch.cat([prompt, tokens], 1), both, mask, finished, texts)
+
+
+def add_lora(policy: Policy, rank: int) -> None:
+    """Adapters in float32 at every linear layer but the head; they alone are trained from here on."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 (an extra)
+
+    if policy.dtype == torch.bfloat16:
+        policy.model.to(policy.dtype)  # nothing of it moves, so nothing is lost between steps
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    policy.model = get_peft_model(policy.model, settings).eval()  # the decoder's own layers now hold them
+
+
+def add_checkpoints(policy: Policy) -> None:
+    """Layers are computed again on the way back. transformers does that in training mode only, with dropout."""
+    layers = [layer for layer in policy.decoder.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise UsageError("--gradient-checkpointing: the model has no layers that can be computed again")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def token_at(tokenizer: Any, ids: Sequence[int], offset: int) -> int:

@@ -89,7 +89,7 @@ class Report:
         table.add_row("skipped steps", "", str(updates[-1]["skipped"]) if updates else "0")
         table.add_row("minutes in this sitting", "", f"{(time.monotonic() - self.began) / 60:.1f}")
         print_table(self.console, table)
-        files = "metrics.jsonl, responses.jsonl, report.png, checkpoint.pt, policy/"
+        files = "metrics.jsonl, responses.jsonl, pages/, report.png, checkpoint.pt, policy/"
         self.console.print(visible(f"{run}: {files}"), highlight=False, markup=False)
 
 

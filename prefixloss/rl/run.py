@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prefixloss import TokenAdvantages
 from prefixloss.io.files import write_whole_directory
-from prefixloss.rl import UsageError, checkpoint, task
+from prefixloss.rl import UsageError, checkpoint, task, trackers
 from prefixloss.rl.config import Config
 from prefixloss.rl.evaluate import evaluate
 from prefixloss.rl.lock import Lock
@@ -22,7 +22,7 @@ from prefixloss.rl.optimise import State, Stepper
 from prefixloss.rl.policy import Policy
 from prefixloss.rl.report import Report
 from prefixloss.rl.rollouts import Checked, Sampled
-from prefixloss.rl.samples import write_samples
+from prefixloss.rl.samples import write_page, write_samples
 from prefixloss.rl.start import Problems, frozen, open_policy, open_problems, open_teacher, warm_start
 from prefixloss.rl.team import Team
 
@@ -46,9 +46,13 @@ def opened(config: Config, directory: Path, report: Report, overwrite: bool) -> 
             warm_start(policy, config, problems, report, stop)
         team.start_alike(policy.model.state_dict().values())
         run = Run(config, directory, report, team, stop, problems, held_out, policy, teacher)
-        run.begin(saved)
-        yield run
-        run.finish()
+        if saved is not None:
+            run.stepper.state, run.history = restore(saved, run.modules, directory / "checkpoint.pt")
+        tracker = config.log_to if team.leads else None
+        with trackers.opened(tracker, directory, asdict(config), run.update) as run.log:
+            run.begin()
+            yield run
+            run.finish()
 
 
 class Run:
@@ -62,7 +66,11 @@ class Run:
         self.problems, self.held_out, self.policy = problems, held_out, policy
         self.reference, self.teacher = frozen(policy), teacher
         self.stepper = Stepper.adamw(config, policy.model, team)
-        self.modules = {"model": policy.model, "reference": self.reference.model, "optimizer": self.stepper.optimizer}
+        # what a checkpoint keeps; of adapters nothing else moves, and they start as no change
+        models = {"model": policy.model, "reference": self.reference.model}
+        trained: dict[str, Any] = {"model": Adapters(policy.model)} if config.lora else models
+        self.modules = {**trained, "optimizer": self.stepper.optimizer}
+        self.log: trackers.Log = lambda metrics: None
         self.history: list[dict[str, Any]] = []
 
     @property
@@ -74,13 +82,12 @@ class Run:
         """Whether the update to come is one that is evaluated."""
         return self.update + 1 == self.config.updates or (self.update + 1) % self.config.eval_every == 0
 
-    def begin(self, saved: dict[str, Any] | None) -> None:
-        """Resumes, or evaluates the policy that the run starts from."""
-        if saved is not None:
-            self.stepper.state, self.history = restore(saved, self.modules, self.directory / "checkpoint.pt")
-        else:
+    def begin(self) -> None:
+        """Evaluates the policy that the run starts from, if it does not resume."""
+        if not self.history:
             self.history = [{"update": 0, **evaluate(self.config, self.policy, self.held_out, self.team)}]
             self.save()
+            self.log(self.history[0])
         if self.team.leads:
             checkpoint.rewrite_metrics(self.directory / "metrics.jsonl", self.history)
         self.report.evaluated(next(m for m in reversed(self.history) if "pass@1" in m))
@@ -104,7 +111,9 @@ class Run:
         """Leaves the responses of updates that are evaluated."""
         if self.evaluates and self.team.leads:
             by: Any = self.config.steps if self.config.detector or not problems[0].lines else "lines"
-            write_samples(self.directory / "responses.jsonl", self.policy, problems, sampled, checked, credit, by)
+            lines = self.directory / "responses.jsonl"
+            write_samples(lines, self.policy, problems, sampled, checked, credit, by)
+            write_page(lines, self.directory / "pages" / f"update-{self.update + 1}.html")
 
     def updated(self, metrics: dict[str, float]) -> None:
         """Notes an update, evaluates and saves where it is time to, and stops where that was asked for."""
@@ -117,6 +126,7 @@ class Run:
             self.report.evaluated(self.history[-1])
         if self.team.leads:
             checkpoint.append_metrics(self.directory / "metrics.jsonl", self.history[-1])
+            self.log(self.history[-1])
         stopped = self.team.any(self.stop.asked)
         if last or stopped or state.update % self.config.save_every == 0:
             self.save()
@@ -136,6 +146,21 @@ class Run:
             if not (self.directory / "policy").exists():
                 write_whole_directory(self.directory / "policy", self.policy.save)
             self.report.finish(self.directory, self.history, self.config.k)
+
+
+class Adapters:
+    """A LoRA model's adapters alone, kept and put back as a module's state is."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, own in self.state_dict().items():
+                own.copy_(saved[name])
 
 
 def open_run(config: Config, directory: Path, overwrite: bool, team: Team, lock: Lock) -> dict[str, Any] | None:

@@ -14,7 +14,10 @@ from prefixloss.io.files import json_line, write_whole
 from prefixloss.rl import task
 from prefixloss.rl.policy import Policy
 from prefixloss.rl.rollouts import Checked, Sampled
+from prefixloss.show import read_shown, to_html
 from prefixloss.steps import Segmenter, pieces, split
+
+_ON_A_PAGE = 32  # responses: a few hundred kilobytes
 
 
 def write_samples(
@@ -44,6 +47,13 @@ def write_samples(
             line |= {"confidence": 0.0, "reason": "no first wrong step was found"}
         lines.append(json_line(line))
     write_whole(path, lambda file: file.write(b"".join(lines)))
+
+
+def write_page(lines: Path, page: Path) -> None:
+    """The first of a file's responses as a page for a browser."""
+    html = to_html(read_shown(lines)[:_ON_A_PAGE], page.stem)
+    page.parent.mkdir(exist_ok=True)
+    write_whole(page, lambda file: file.write(html.encode()))
 
 
 def _advantages(credit: Tensor | TokenAdvantages, i: int, count: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from prefixloss import linear_logps
 from prefixloss.rl import UsageError, checkpoint, task
 from prefixloss.rl.config import Config
-from prefixloss.rl.policy import Policy, load_policy, tiny_policy
+from prefixloss.rl.policy import Policy, add_checkpoints, add_lora, load_policy, tiny_policy
 from prefixloss.rl.report import Report
 
 Problems = Callable[[int, int], list[task.Problem]]
@@ -23,13 +23,10 @@ def open_problems(config: Config) -> tuple[Problems, list[task.Problem]]:
     """The endless training sequence, as a function of (start, count), and the held-out problems."""
     if config.data:
         try:
-            problems = task.load_problems(Path(config.data))
+            problems, held_out = task.load_split(Path(config.data), config.eval_problems)
         except ValueError as error:
             raise UsageError(f"--data: {error}") from None
-        if len(problems) < 2:
-            raise UsageError(f"--data: {config.data} has {len(problems)} different questions, expected at least 2")
-        held_out, training = task.split(problems, config.eval_problems)
-        return partial(task.shuffled, training, config.seed), held_out
+        return partial(task.shuffled, problems, config.seed), held_out
     chains = partial(
         task.chains, min_steps=config.min_steps, max_steps=config.max_steps, free_form=config.model is not None
     )
@@ -38,6 +35,11 @@ def open_problems(config: Config) -> tuple[Problems, list[task.Problem]]:
 
 def open_policy(config: Config, device: str) -> Policy:
     policy = load_policy(config.model) if config.model else tiny_policy(config.hidden_size, config.layers)
+    policy.dtype = getattr(torch, config.dtype)
+    if config.lora:
+        add_lora(policy, config.lora)
+    if config.gradient_checkpointing:
+        add_checkpoints(policy)
     policy.model.to(device)
     return policy
 
@@ -52,13 +54,14 @@ def open_teacher(config: Config, policy: Policy, device: str) -> Policy | None:
     if len(teacher.weight) != len(policy.weight):
         sizes = f"{len(teacher.weight)} tokens, the policy {len(policy.weight)}"
         raise UsageError(f"--teacher: {config.teacher!r} has a head for {sizes}")
+    teacher.dtype = policy.dtype
     teacher.model.to(device).requires_grad_(False)
     return teacher
 
 
 def frozen(policy: Policy) -> Policy:
-    """A copy that stays as it is."""
-    reference = copy.deepcopy(policy)
+    """A copy that stays as it is; weights that are not trained are shared with it."""
+    reference = copy.deepcopy(policy, {id(p): p for p in policy.model.parameters() if not p.requires_grad})
     reference.model.requires_grad_(False)
     return reference
 

@@ -124,6 +124,28 @@ def load_problems(path: Path) -> list[Problem]:
     return list(problems.values())
 
 
+def load_split(path: Path, most: int) -> tuple[list[Problem], list[Problem]]:
+    """Training and held-out problems, `most` of these at most. FormatError where there are too few.
+
+    A folder's lines are those of all its .jsonl files; those of test.jsonl are held out, if it is there.
+    """
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    test = path / "test.jsonl"
+    rest = [file for file in files if file != test]
+    training = list({problem.question: problem for file in rest for problem in load_problems(file)}.values())
+    if test in files:
+        held_out = load_problems(test)[:most]
+        asked = {problem.question for problem in held_out}
+        training = [problem for problem in training if problem.question not in asked]
+    elif len(training) >= 2:
+        held_out, training = split(training, most)
+    else:
+        raise FormatError(f"{path} has {len(training)} different questions, expected at least 2")
+    if not training or not held_out:
+        raise FormatError(f"{path} has {len(training)} problems to train on and {len(held_out)} held out")
+    return training, held_out
+
+
 def split(problems: list[Problem], most: int) -> tuple[list[Problem], list[Problem]]:
     """Held-out problems (an eighth, at least one, `most` at most) and the others, by the questions' checksums."""
     ordered = sorted(problems, key=lambda p: (zlib.crc32(p.question.encode()), p.question))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefixloss import LossConfig, advantages, distill_loss, linear_distill_loss, linear_prefix_loss
-from prefixloss.maths import softmax
+from prefixloss.backends.torch import distill
 from prefixloss.maths.divergence import BY_NAME
 
 INF = math.inf
@@ -335,7 +335,7 @@ def test_chunks_and_blocks_do_not_change_it(form: str, monkeypatch: pytest.Monke
     whole = linear_distill_loss(**given, divergence="jsd")
     want = torch.autograd.grad(whole.loss, student(given))
     monkeypatch.setenv("PREFIXLOSS_MEMORY", str(2 * 8 * V * 2))  # two rows
-    monkeypatch.setattr(softmax, "_BLOCK", V)  # one row
+    monkeypatch.setattr(distill, "_IN_CACHE", V)  # one row
     out = linear_distill_loss(**given, divergence="jsd")
     for g, w in zip(torch.autograd.grad(out.loss, student(given)), want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-14)
@@ -599,3 +599,132 @@ def test_wrong_values_at_tokens_outside_the_mask_are_never_looked_at() -> None:
     out = distill_loss(torch.zeros(N, V), teacher_ids=ids, teacher_logps=logps, mask=mask)
     assert out.divergence[2] == 0
     assert out.loss.isfinite()
+
+
+# --- a vocabulary shared in part
+
+W = 7  # ids of the teacher
+SHARED = torch.tensor([4, -1, 0, 6, -1, -1, 2, 1, -1])  # of the student's 9; the teacher's 3 and 5 are its own
+
+
+def over_shared(z: Tensor, index: list[int]) -> Tensor:
+    """Probabilities of the chosen columns and of all others, from scores of one row."""
+    p = z.softmax(-1)
+    return torch.cat([p[index], p[[j for j in range(len(p)) if j not in index]].sum()[None]])
+
+
+def by_hand(logits: Tensor, teacher: Tensor, vocabulary: Tensor, name: str, temperature: float = 1.0) -> Tensor:
+    own = [j for j, other in enumerate(vocabulary.tolist()) if other >= 0]
+    theirs = [other for other in vocabulary.tolist() if other >= 0]
+    rows = [
+        of_row(name, 0.3, over_shared(a / temperature, own), over_shared(b / temperature, theirs))
+        for a, b in zip(logits, teacher, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def other_vocabulary(**changes: Any) -> dict[str, Any]:
+    return {**case(), "teacher_lm_head_weight": randn(W, E, seed=4), "teacher_vocabulary": SHARED, **changes}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", list(BY_NAME))
+@pytest.mark.parametrize("form", ["hidden", "logits", "listed"])
+def test_a_vocabulary_shared_in_part(backend: str, name: str, form: str) -> None:
+    """The ids that both have, and each side's rest as one class; a list of all of the teacher's ids says the same."""
+    given = other_vocabulary()
+    theirs = given["teacher_hidden"] @ given["teacher_lm_head_weight"].T
+    plain = tuple(x.detach().clone().requires_grad_() for x in student(given))
+    call: dict[str, Any] = {"divergence": name, "beta": 0.3, "backend": backend}
+    scale = 0.7
+    if form == "listed":
+        given = without_teacher(given)
+        order = torch.stack([torch.randperm(W, generator=torch.Generator().manual_seed(i)) for i in range(N)])
+        call |= {"teacher_ids": order, "teacher_logps": (theirs / scale).log_softmax(-1).gather(1, order)}
+        call["teacher_vocabulary"] = SHARED
+    if form == "logits":
+        logits = (plain[0] @ plain[1].T + plain[2]).detach().requires_grad_()
+        leaves, plain = (logits,), (logits.detach().clone().requires_grad_(),)
+        out = distill_loss(logits, teacher_logits=theirs, teacher_vocabulary=SHARED, temperature=scale, **call)
+        values = by_hand(plain[0], theirs, SHARED, name, scale)
+    else:
+        leaves = student(given)
+        out = linear_distill_loss(**given, temperature=scale, **call)
+        values = by_hand(plain[0] @ plain[1].T + plain[2], theirs, SHARED, name, scale)
+    # float64 sums over 9 classes; the tail of a list is a difference of sums near 1
+    torch.testing.assert_close(out.divergence, values.detach(), rtol=1e-9, atol=1e-11)
+    got, want = torch.autograd.grad(out.loss, leaves), torch.autograd.grad(values.mean(), plain)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_a_mapping_of_every_id_is_the_whole_vocabulary_in_another_order(backend: str, name: str) -> None:
+    given, order = case(), torch.randperm(V, generator=torch.Generator().manual_seed(3))
+    whole = linear_distill_loss(**given, divergence=name)
+    turned = {**given, "teacher_lm_head_weight": torch.empty(V, E).double().index_copy_(
+        0, order, given["teacher_lm_head_weight"])}  # fmt: skip
+    out = linear_distill_loss(**turned, teacher_vocabulary=order, divergence=name, backend=backend)
+    torch.testing.assert_close(out.divergence, whole.divergence, rtol=1e-9, atol=1e-12)
+    got, want = (torch.autograd.grad(x.loss, student(given)) for x in (out, whole))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_a_rest_that_one_side_cannot_have_is_never_nan(backend: str, name: str) -> None:
+    """The student's own ids are banned: its rest is impossible, and only the teacher has one."""
+    given = other_vocabulary()
+    bias = given["lm_head_bias"].detach().masked_fill(SHARED < 0, -INF).requires_grad_()
+    out = linear_distill_loss(**{**given, "lm_head_bias": bias}, divergence=name, backend=backend)
+    assert bool(out.divergence.isinf().all()) == (name == "forward")
+    grads = torch.autograd.grad(out.loss, (given["hidden"], given["lm_head_weight"], bias))
+    assert not any(g.isnan().any() for g in grads)
+    assert all(bool(g.any()) == (name != "forward") for g in grads)
+
+
+def test_a_longer_vocabulary_of_the_teacher_never_holds_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, vocabulary, theirs = 256, 128, 512
+    given = {**case(torch.float32, rows, vocabulary), "teacher_lm_head_weight": randn(theirs, E, seed=4).float()}
+    monkeypatch.setenv("PREFIXLOSS_MEMORY", str(4 * (theirs + vocabulary) * 32))
+    with Largest() as largest:
+        mapping = torch.arange(vocabulary) * 4
+        linear_distill_loss(**given, teacher_vocabulary=mapping, divergence="jsd").loss.backward()
+    # the teacher's head has 512 x 5 elements, a chunk 24 rows of its logits
+    assert 0 < largest.elements <= rows * theirs // 8
+
+
+def test_ids_of_the_teacher_that_the_student_has_not_are_left_to_the_rest() -> None:
+    """Beyond the mapping's largest too; packed, with unused places, and with tokens that do not count."""
+    ids = torch.tensor([[4, 3, 100, -1]] * N)
+    logps = torch.tensor([0.3, 0.2, 0.4, 1.0]).log().expand(N, 4).double()
+    logits, mask = randn(N, V, seed=0), torch.arange(N) != 2
+    ids[2] = -1000
+    out = distill_loss(logits, teacher_ids=ids, teacher_logps=logps, teacher_vocabulary=SHARED, mask=mask)
+    only = distill_loss(logits, teacher_ids=torch.zeros(N, 1).long(), teacher_logps=logps[:, :1], mask=mask)
+    torch.testing.assert_close(out.divergence, only.divergence)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"teacher_vocabulary": SHARED.float()}, TypeError, "teacher_vocabulary: got float32"),
+        ({"teacher_vocabulary": SHARED[1:]}, ValueError, r"teacher_vocabulary: got shape \[8\], expected \[V\]"),
+        ({"teacher_vocabulary": SHARED + 1}, ValueError, "teacher_vocabulary: got 7 for id 3, expected the teacher's"),
+        ({"teacher_vocabulary": SHARED - 1}, ValueError, "teacher_vocabulary: got -2 for id 1"),
+        ({"teacher_vocabulary": SHARED * 0}, ValueError, "teacher_vocabulary: got an id of the teacher twice"),
+        ({"teacher_vocabulary": SHARED * 0 - 1}, ValueError, "teacher_vocabulary: got -1 for every id"),
+        ({"vocab_size": V - 1}, ValueError, r"teacher_vocabulary: got shape \[9\], expected .* = \[8\]"),
+        ({"backend": "triton"}, RuntimeError, 'backend: got "triton" with teacher_vocabulary'),
+        (
+            no_teacher(teacher_lm_head_weight=None, teacher_ids=IDS - 2, teacher_logps=LOGPS), ValueError,
+            "teacher_ids: got -2 at position 0",
+        ),
+    ],
+)  # fmt: skip
+def test_errors_name_the_mapping(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {name: x.detach() for name, x in other_vocabulary().items()}
+    with pytest.raises(error, match=message):
+        linear_distill_loss(**{**given, **changes})

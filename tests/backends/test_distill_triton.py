@@ -195,6 +195,17 @@ def test_what_does_not_count_is_never_looked_at(form: str, reduction: str) -> No
     assert (found[0][1] != 0).tolist() == [True, False, False, True, True, True]
 
 
+def test_the_backward_makes_only_the_rows_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, sizes, launch = on_device({name: x.detach() for name, x in case_of(F32).items()}), [], distill.launch_distill
+    monkeypatch.setattr(
+        distill, "launch_distill", lambda p, *rest: sizes.append(len(p.rows.token_ptr)) or launch(p, *rest)
+    )
+    given["hidden"].requires_grad_()
+    linear_distill_loss(**given, reduction="none", backend="triton").loss[2].backward()
+    assert sizes == [N, 1]
+    assert given["hidden"].grad.any(1).tolist() == [i == 2 for i in range(N)]
+
+
 @pytest.mark.parametrize("form", TEACHERS)
 @pytest.mark.parametrize("start", ["hidden", "logits"])
 def test_nothing_to_learn_is_a_loss_of_0_with_gradients_of_0(form: str, start: str) -> None:

@@ -115,3 +115,32 @@ def test_functions_of_functions_are_read_in_time(letters: str) -> None:
     text = (letters * 4000)[:19_000]
     assert step("1 + 1 = 3", text) == 0
     MATHS.detect(text, [text])
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("Since 211 is a prime number, we are done.", "Since 209 is a prime number itself, we are done."),
+        (r"Note that \(91\) is not prime.", r"Note that \(97\) is not prime."),
+        ("But $4! = 24$ is divisible by $8$.", "But $4! = 24$ is divisible by $9$."),
+        ("We see that 144 is a perfect square.", "We see that 145 is a perfect square."),
+        ("The number 24 is not divisible by 0.", "The number 24 is divisible by 0."),
+    ],
+)
+def test_a_number_has_the_property_it_is_said_to_have(right: str, wrong: str) -> None:
+    assert step("1 + 1 = 2", right) is None
+    assert step("1 + 1 = 2", wrong) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "We check whether, say, 209 is prime.",
+        "Neither 10 nor 24 is divisible by 9, and so 11 is not prime if 1 = 2.",
+        "Then 7k + 3 is prime, $x = 24$ is divisible by $9 + 15$, 9 is prime to 4, 9 is a prime power.",
+        "Any power of 5 greater than or equal to 2 is divisible by 25.",
+        "The claim that 9 is prime if and only if 4 is.",
+    ],
+)
+def test_a_property_that_is_not_claimed_is_not_checked(text: str) -> None:
+    assert step("1 + 1 = 2", text) is None

@@ -68,8 +68,32 @@ def test_a_rewriting_may_be_in_the_next_step() -> None:
         "$3 = 4 + 2x - 2x$, so $x = 3$",  # no solution anyway
         "We solve $x^2 + 1 = (x + 3)^2$ for x.",  # an equation, not an expansion
         "The distances are the same: $(x+1)^2 + y^2 = (x+3)^2 + y^2$.",
+        "The distances are the same: $(x+1)^2 + k^2 + y^2 + y = (x+3)^2 + k^2 + y^2 + y$.",
+        "To solve is $(x+1)^2 + k^2 = x^2 + k^2 + 4x + 9$.",  # half of the terms are the same by chance
+        "-14 = x + 2 -16 = x",  # two claims in a row
         "$xi + yi^2 = xi - y$",
     ],
 )
 def test_what_takes_other_equations_in_is_not_accused(text: str) -> None:
     assert step(CASES, text) is None
+
+
+def test_what_is_rewritten_within_a_supposition_has_to_be_the_same_too() -> None:
+    assert step(CASES, "If k = x + 1, then $k = x(x + 1) + 1 = x^2 + x + 2x$.") == 1
+    assert step(CASES, "If k = x + 1, then $k = x(x + 1) + 1 = x^2 + x + 1$.") is None
+
+
+def test_a_system_of_equations_may_be_combined_in_the_next_step() -> None:
+    assert step(CASES, "$x + 2k = 12$ and $2x + k = 24$", "Combining, $x + k = 12$") is None
+    assert step(CASES, "$x + 2k = 12$", "Simplifying, $x + k = 12$") == 2
+
+
+def test_an_equation_said_before_is_no_identity_in_a_chain() -> None:
+    given = "We solve $2^{x-1} = 3 / 5^x$."
+    assert step(CASES, given, "$2^{x-1} = 3 * 5^{-x} = 3 / 5^x$") is None
+    assert step(CASES, "$2^{x-1} = 3 * 5^{-x} = 3 / 5^x$") == 1
+
+
+def test_what_is_only_mentioned_gives_no_name_a_value() -> None:
+    assert MATHS.detect("y + 1 = 5", ["The lines $x = 4$ and $y = 3$ are drawn."]).step is None
+    assert MATHS.detect("y + 1 = 5", ["So $x = 4$ and $y = 3$."]).step == 0

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import warnings
 from collections import Counter
+from inspect import signature
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ from prefixloss.integrations.trl import distill, patch_trl
 BETAS = [0.0, 0.1, 0.5, 1.0]
 B, T, D, E, V = 3, 7, 8, 5, 23
 PLACES = {place.name: place for place in distill.places()}
+# TRL before 1.15 is told how many tokens to take at a time
+CHUNKS = {"chunk_size": 4} if "chunk_size" in signature(PLACES["_chunked_divergence_loss"].theirs).parameters else {}
 assert len(distill.places()) == 3, "all three places of the installed TRL are understood"
 
 
@@ -42,6 +45,7 @@ def hidden(**changes):
         "student_lm_head_weight": randn(V, D, seed=2).requires_grad_(),
         "teacher_lm_head_weight": randn(V, E, seed=3),
         "completion_mask": mask,
+        **CHUNKS,
         **changes,
     }
 

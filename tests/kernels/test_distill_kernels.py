@@ -54,7 +54,7 @@ def test_terms_are_the_torch_form_s(name: str, beta: float) -> None:
     a, b = columns(logs, logs)
     out = torch.full((3, len(a)), 7.0, device=DEVICE)
     terms_kernel[(1,)](on_device(a), on_device(b), out, len(a), beta, name, triton.next_power_of_2(len(a)))
-    want = BY_NAME[name](a.double(), b.double(), beta)
+    want = BY_NAME[name](a.double(), b.double(), a.double().exp(), beta)
     p, q = a.double().exp(), b.double().exp()
     # a logarithm is as large as p's own, or q's; exp errs by 4 + 2 |x| half ulps, and so does the logarithm of a sum of
     # them, absolutely. What underflows weighs nothing
@@ -85,7 +85,7 @@ def test_no_slope_is_larger_than_the_bound_says(name: str, beta: float) -> None:
         torch.randn(2, 400, 6, generator=g, dtype=torch.float64) * torch.tensor([0.1, 1, 5, 30]).repeat(100)[:, None]
     )
     a, b = scores.log_softmax(-1)
-    terms, slope = BY_NAME[name](a, b, beta)
+    terms, slope = BY_NAME[name](a, b, a.exp(), beta)
     gradient = slope - a.exp() * slope.sum(1, keepdim=True)
     bound = device_form.largest_slope(name, beta) + (2 * terms.sum(1, keepdim=True) if name == "reverse" else 0)
     assert (gradient.abs() <= bound).all()
@@ -232,14 +232,22 @@ def right(problem: DistillProblem, case: Case, name: str) -> None:
 # 7: less than a block. 128: one whole block. 300: two and a rest. 640: five
 @every_divergence
 @pytest.mark.parametrize("form", ["whole", "listed"])
-@pytest.mark.parametrize(("softcap", "vocabulary"), [(False, 7), (True, 128), (True, 300), (False, 640)])
+@pytest.mark.parametrize(("softcap", "vocabulary"), [(False, 7), (True, 300)])
 def test_divergence_and_gradient_are_float64_s(name: str, form: str, softcap: bool, vocabulary: int) -> None:
     case = case_of(form, 2, vocabulary, configs=CONFIGS[softcap])
     right(problem_of(case, name), case, name)
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 40, 300])
-@pytest.mark.parametrize("name", ["reverse", "skew-forward"])
+@pytest.mark.parametrize("form", ["whole", "listed"])
+@pytest.mark.parametrize("vocabulary", [128, 640])
+def test_rows_of_whole_blocks(form: str, vocabulary: int) -> None:
+    case = case_of(form, 2, vocabulary)
+    right(problem_of(case, "jsd"), case, "jsd")
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("reverse", 0), ("forward", 0), ("forward", 1), ("reverse", 5), ("jsd", 40), ("reverse", 300)]
+)
 def test_any_number_of_listed_ids(name: str, count: int) -> None:
     """None: nothing is said. 40: more than the smallest tile. 300: the tail is what is unused."""
     case = case_of("listed", 3, 300, count)
@@ -281,7 +289,7 @@ def test_unaligned_rows_of_another_dtype(name: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["whole", "listed"])
-@every_divergence
+@pytest.mark.parametrize("name", ["reverse", "jsd"])
 def test_in_place_the_gradient_is_the_same_to_the_bit(name: str, form: str) -> None:
     case = case_of(form, 3, 300)
     _, apart = solved(problem_of(case, name))
@@ -292,7 +300,7 @@ def test_in_place_the_gradient_is_the_same_to_the_bit(name: str, form: str) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["whole", "listed"])
-@pytest.mark.parametrize("vocabulary", [7, 256, 600])
+@pytest.mark.parametrize("vocabulary", [7, 600])
 def test_narrowed_gradients_equal_those_in_a_room_apart(form: str, vocabulary: int, dtype: torch.dtype) -> None:
     chunks = head_chunks(3, vocabulary, dtype)
     case = case_of(form, 3, vocabulary)
@@ -313,8 +321,7 @@ def test_narrowed_gradients_equal_those_in_a_room_apart(form: str, vocabulary: i
     assert torch.equal(scales, again) == rescaled
 
 
-@pytest.mark.parametrize("form", ["whole", "listed"])
-@every_divergence
+@pytest.mark.parametrize(("form", "name"), [*(("whole", name) for name in NAMES), ("listed", "reverse")])
 def test_rescaled_rows_fill_float16_and_say_by_how_much(name: str, form: str) -> None:
     case = case_of(form, 6, 300, configs=CONFIGS[1])
     given = torch.tensor([1.0, -1.0, 3e4, 1e-30, -1e25, 0.0])
@@ -416,7 +423,7 @@ def test_listed_ids_that_one_side_cannot_have(name: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["student", "teacher", "listed", "tail"])
-@every_divergence
+@pytest.mark.parametrize("name", ["forward", "skew-reverse"])
 def test_a_nan_logit_shows_in_everything_of_its_row(name: str, where: str) -> None:
     case = case_of("whole" if where in ("student", "teacher") else "listed", 2, 300)
     column = 2 if where == "tail" else 0

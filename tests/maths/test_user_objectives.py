@@ -177,7 +177,11 @@ OF_MANY: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", [{"objective": f} for f in (my_clip, whole, above_average)] + OF_MANY, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"objective": f} for f in (my_clip, whole, above_average)] + OF_MANY,
+    ids=["my_clip", "whole", "above_average", "weights", "m2po"],
+)
 def test_compiled_and_checkpointed_calls_give_the_same_gradient(options: dict[str, Any]) -> None:
     case = unlike(without_ref(small_case("linear")))
     config = LossConfig(**options)

@@ -26,7 +26,7 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--advantage", "ppo"], "--advantage: got 'ppo', expected one of vppo, grpo, dr-grpo, cliff,"),
+        (["--advantage", "ppo"], "--advantage: got 'ppo', expected one of vppo, cliff, "),
         (["--updates", "-1"], "--updates: got -1, expected a whole number of at least 1"),
         (["--group", "1"], "--group: got 1, expected at least 2"),
         (["--prompts", "0"], "--prompts: got 0"),

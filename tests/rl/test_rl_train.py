@@ -308,6 +308,7 @@ def test_a_run_leaves_metrics_a_picture_a_checkpoint_and_a_policy(whole):
         "checkpoint.pt",
         "config.json",
         "metrics.jsonl",
+        "pages",
         "policy",
         "report.png",
         "responses.jsonl",

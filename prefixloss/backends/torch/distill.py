@@ -8,6 +8,7 @@ pass.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from prefixloss.maths.divergence import Parts
 from prefixloss.maths.softmax import blocks, transform_of
 
 Tensors = tuple[Any, ...]
+# scores a block on a CPU: 1 MiB of float32, since both models' and what is made of them are six tensors at a time
+_IN_CACHE = 2**18
 # the arguments of the functions below that are no tensor of the student's
 _OTHERS = (None, None)
 
@@ -68,7 +71,8 @@ def _student_rows(asked: Distil, tensors: Tensors, needs: tuple[bool, ...]) -> R
     transform = transform_of(asked.settings.student)
     if len(tensors) == 1:
         return LogitRows(tensors[0], transform, needs)
-    buffers = 1 if asked.teacher.weight is None else 2
+    weight = asked.teacher.weight
+    buffers = 1 if weight is None else 1 + -(-len(weight) // max(1, len(tensors[1])))
     return LinearRows(Head(*tensors), transform, needs, buffers, asked.columns)
 
 
@@ -93,7 +97,7 @@ def one_pass(
         scores = student.scores(rows)
         teacher_scores = None if teacher is None else teacher.scores(rows)
         gradient = student.room(rows, learning=any(needs))
-        for block in blocks(len(rows), widest):
+        for block in _blocks(len(rows), widest, wanted.device):
             here = rows[block]
             beside = None if teacher_scores is None else teacher_scores[block]
             values[here] = _block(asked, parts, scores[block], beside, here, student, coefficients, gradient[block])
@@ -104,6 +108,14 @@ def one_pass(
     return values, gradients
 
 
+def _blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """Of rows that are worked on together."""
+    if device.type != "cpu":
+        return blocks(rows, columns)
+    step = max(1, _IN_CACHE // columns)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
 def _block(
     asked: Distil, parts: Parts, scores: Tensor, teacher_scores: Tensor | None, rows: Tensor, student: Rows,
     coefficients: Tensor, out: Tensor,
@@ -112,6 +124,8 @@ def _block(
     divergence, transform, dtype = asked.settings.divergence, student.transform, scores.dtype
     if teacher_scores is None:
         value, gradient = divergence.listed(scores, asked.teacher.listed(rows, dtype), parts)
+    elif asked.vocabulary is not None:
+        value, gradient = divergence.shared(scores, teacher_scores.to(dtype), asked.vocabulary)
     else:
         value, gradient = divergence.whole(scores, teacher_scores.to(dtype), parts)
     if transform.softcap is not None:
@@ -152,7 +166,7 @@ class _TokenLosses(torch.autograd.Function):
         values, _ = one_pass(asked, tensors, batch.learning, batch.weights, (False,) * len(tensors))
         ctx.asked, ctx.needs = asked, needs
         # all that the backward reads again, so that autograd notices if any of it was changed in between
-        ctx.save_for_backward(*tensors, *asked.teacher)
+        ctx.save_for_backward(*tensors, *asked.teacher, asked.vocabulary)
         ctx.mark_non_differentiable(values)
         return _weighted(values, batch) / batch.denominator, values
 

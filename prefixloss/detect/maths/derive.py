@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from fractions import Fraction
 from typing import NamedTuple
 
-from prefixloss.detect.maths.expressions import NoValueError, Rational, close, magnitude, names, value
+from prefixloss.detect.maths.expressions import NoValueError, Rational, close, divide, magnitude, names, value
 from prefixloss.detect.maths.names import gaps
 from prefixloss.detect.maths.symbols import Equation, consistent
 from prefixloss.detect.maths.text import words
@@ -103,14 +103,28 @@ def contradicts(before: Equation, after: Equation) -> bool:
     root = _root(before) if len(_names(before)) == 1 else None
     if root is not None and _root(after) is not None:
         return not _solves(root, after, rounded)
-    if rounded:
+    if rounded or _proportional(before, after):
         return False
     try:
         choices = list(_choices(sorted(_names(before)), _names(after)))
-        possible = all(consistent((before,), values) for values in choices)
-        return possible and not any(consistent((before, after), values) for values in choices)
+        if any(consistent((before, after), values) for values in choices):
+            return False
+        return all(consistent((before,), values) for values in choices)
     except NoValueError:
         return False
+
+
+def _proportional(before: Equation, after: Equation) -> bool:
+    """Whether the one seems to be the other times a number: the difference of its sides is so at a few points."""
+    ratios = set()
+    for shift in (0, _SHIFT, _SHIFT**2):
+        values = {name: sample + shift for name, sample in zip(sorted(_names(before)), _SAMPLES, strict=False)}
+        try:
+            gaps_here = [value(left, values) - value(right, values) for left, right in (before, after)]
+            ratios.add(divide(gaps_here[1], gaps_here[0]))
+        except NoValueError:
+            return False
+    return len(ratios) == 1
 
 
 def _decimals(equation: Equation) -> set[Fraction]:

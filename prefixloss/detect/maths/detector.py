@@ -45,6 +45,7 @@ from prefixloss.detect.maths.expressions import (
 from prefixloss.detect.maths.identities import misses
 from prefixloss.detect.maths.lexemes import declared
 from prefixloss.detect.maths.names import Names, gaps
+from prefixloss.detect.maths.properties import wrong_property
 from prefixloss.detect.maths.reader import SUPPOSING, Chain, Reading, Run, read
 from prefixloss.detect.maths.scope import RESTARTS, Scopes
 from prefixloss.detect.maths.task import Task, parts
@@ -151,6 +152,8 @@ class _Response:
             self._chain(chain)
         if not reading.ends:
             self.last = None
+        if reason := wrong_property(text):
+            raise WrongError(reason, "false")
         if self.task.expression:
             self._copies(reading, before)
         self._answer(text, reading)
@@ -249,11 +252,11 @@ class _Response:
         self.latest = said = Said(equation, self.step, listed)
         rewrites = first and not chain.supposed and derives(first, said, chain.between)
         if first and rewrites and self._may_compare() and contradicts(first.equation, equation):
-            raise WrongError("this does not follow from the equation right before", "equation")
+            raise WrongError("this does not follow from the equation right before", "rewriting")
         if first and not chain.supposed and restates(first, said, chain.between):
             first_value = value(first.equation[1], {})
             if not close(first_value, value(right.expression, {}), rounding(right)):
-                raise WrongError(f"{left.name} is {show(first_value)}", "equation")
+                raise WrongError(f"{left.name} is {show(first_value)}", "rewriting")
 
     def _may_compare(self) -> bool:
         """Whether there is work left for comparing equations."""
@@ -272,12 +275,13 @@ class _Response:
         rewrites = left.names == right.names and (later or (chained and not used & self.bound))
         if not left.name:
             self.bound |= used
-        if self.mentions or "i" in used or left.name or (right.name and len(gap) == 1):
+        one = later and len(used) == 1 < len(gap)  # what is rewritten within a supposition has to be the same too
+        if (self.mentions and not one) or "i" in used or left.name or (right.name and len(gap) == 1):
             return False
         if rewrites and 1 in (len(used), len(gap)):
-            raise WrongError("two sides that are not the same", "equation")
-        if self._may_compare() and misses((left.expression, right.expression)):
-            raise WrongError("an expansion that is not the same", "equation")
+            raise WrongError("two sides that are not the same", "rewriting")
+        if self._may_compare() and misses(left.expression, right.expression):
+            raise WrongError("an expansion that is not the same", "rewriting")
         return False
 
     def _rewriting(self, left: Run, right: Run, chained: bool, later: bool) -> None:
@@ -309,6 +313,7 @@ class _Response:
                 return
         if "i" in left.names | right.names:
             raise NoValueError("a name that may be the imaginary unit")
+        same = self._identity(left, right, chained, later)
         derived = any(self.names.about(name) for name in left.names | right.names)
         try:
             refuted = self.names.refute(left.expression, right.expression)
@@ -316,7 +321,7 @@ class _Response:
             self.names.add(left.expression, right.expression)
         if refuted:
             self._contradiction("an equation that contradicts what was said before")
-        if self._identity(left, right, chained, later) or derived:
+        if same or derived:
             self.checked.add(self.step)
 
     def _solution(self, name: str, run: Run) -> None:

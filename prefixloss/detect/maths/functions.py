@@ -34,6 +34,7 @@ _OF_INTEGERS = re.compile(
     r"(?<![A-Za-z])\\?(?P<name>gcd|lcm|max|min)\s?(?:\\?[({])\s?(?P<list>\d{1,12}(?:\s?,\s?\d{1,12}){1,5})\s?\\?[)}]",
     re.IGNORECASE,
 )
+_NAMED = re.compile(r"gcd|lcm|max|min|GCD|LCM")
 _DIVISOR_OF = re.compile(
     r"\b(?:(?P<gcd>gcd|gcf|hcf|greatest common (?:divisor|factor))|(?:lcm|least common multiple)) "
     r"(?:of|between) \$?(\d{1,12})\$? and \$?(\d{1,12})(?![\d.^!*/+-])",
@@ -71,7 +72,9 @@ def spelled(text: str) -> str:
     if " of " in text:
         text = _SHARE.sub(lambda m: f"{_HALVES[(m['part'] or m.lastgroup or '').lower()]} of ", text)
         text = _DIVISOR_OF.sub(lambda m: rf"\F{'gcd' if m['gcd'] else 'lcm'}{{{m[2]}}}{{{m[3]}}}", text)
-    return _OF_INTEGERS.sub(_of_integers, text).replace("\u00b0", "")
+    if _NAMED.search(text):
+        text = _OF_INTEGERS.sub(_of_integers, text)
+    return text.replace("\u00b0", "")
 
 
 def _is_numeric(text: str) -> bool:

@@ -6,18 +6,34 @@ has most of its terms right.
 
 from __future__ import annotations
 
-from prefixloss.detect.maths.expressions import NoValueError
-from prefixloss.detect.maths.symbols import Equation, terms
+from prefixloss.detect.maths.expressions import BINARY, UNARY, Expression, NoValueError
+from prefixloss.detect.maths.symbols import terms
 
 MIN_SHARED = 2  # terms, of those with names
 
 
-def misses(sides: Equation) -> bool:
+def misses(left: Expression, right: Expression) -> bool:
     """Whether one side is nearly the other, multiplied out; false where that is not decided."""
+    if _multiplies(left) == _multiplies(right):
+        return False
     try:
-        (left, products_left), (right, products_right) = (terms(side) for side in sides)
+        terms_left, terms_right = terms(left), terms(right)
     except NoValueError:
         return False
-    shared = [term for term, number in left.items() if right.get(term) == number]
+    shared = [term for term, number in terms_left.items() if terms_right.get(term) == number]
     named = sum(bool(term) for term in shared)
-    return products_left != products_right and named >= MIN_SHARED and 2 * len(shared) > max(len(left), len(right))
+    return named >= MIN_SHARED and 2 * len(shared) > max(len(terms_left), len(terms_right))
+
+
+def _multiplies(expression: Expression) -> bool:
+    """Whether a sum with a name in it is a factor, or raised to a power."""
+    stack: list[tuple[bool, bool]] = []  # of each operand: whether it has names, and whether it is a sum
+    for item in expression:
+        if item in BINARY:
+            (b, sum_b), (a, sum_a) = stack.pop(), stack.pop()
+            if item in ("*", "^") and ((a and sum_a) or (b and sum_b)):
+                return True
+            stack.append((a or b, item in ("+", "-")))
+        elif item not in UNARY:
+            stack.append((isinstance(item, str), False))
+    return False

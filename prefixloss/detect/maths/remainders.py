@@ -13,6 +13,7 @@ _REMAINING = re.compile(
     r"(?<![\d.,])(?P<quotient>\d{1,15})[\s$]{0,3}(?:[a-z]{2,12} ){0,3}with\s{1,3}\$?(?P<rest>\d{1,15})\$?\s{1,3}"
     r"(?:[a-z]{2,12}\s{1,3}){0,2}(?:remaining|left over|leftover|left)\b"
 )
+_SAID = re.compile(r"[Rr]em|\bR\b|\br\b|[Rr]est|\u4f59")
 _MODULUS = re.compile(
     r"\\pmod\s?\{\s?(\d{1,15})\s?\}|\\pmod\s?(\d{1,15})(?![\d^])|\(\s{0,3}\\?mod(?:ulo)?\s{0,3}(\d{1,15})\s{0,3}\)"
 )
@@ -22,8 +23,11 @@ _DIVIDED = re.compile(r"(?<=\d) divided by (?=\d)")
 def spelled(text: str) -> str:
     if "mod" in text:
         text = _MODULUS.sub(lambda m: f" mod {m[1] or m[2] or m[3]} ", text)
-    text = _DIVIDED.sub(" / ", text)
-    return _REMAINING.sub(_written, _REMAINDER.sub(_written, text))
+    if "divided by" in text:
+        text = _DIVIDED.sub(" / ", text)
+    if _SAID.search(text):
+        text = _REMAINDER.sub(_written, text)
+    return _REMAINING.sub(_written, text) if "remaining" in text or "left" in text else text
 
 
 def _written(found: re.Match[str]) -> str:

@@ -70,29 +70,21 @@ def _numerator(equation: Equation) -> Any:
     return sympy.expand(sympy.fraction(sympy.together(difference))[0])
 
 
-def terms(expression: Expression) -> tuple[dict[str, Any], bool]:
-    """The terms of a polynomial with their numbers, "" for the number alone, and whether it has products of sums.
+def terms(expression: Expression) -> dict[str, Any]:
+    """The terms of a polynomial with their numbers, "" for the number alone.
 
-    NoValueError for what is no polynomial, or a large one.
+    NoValueError for what is no polynomial in at least one name, or a large one.
     """
     sympy = _sympy()
     degree, under = _degrees(expression)
-    if under or math.comb(len(names(expression)) + degree, degree) > MAX_TERMS:
+    if under or not degree or math.comb(len(names(expression)) + degree, degree) > MAX_TERMS:
         raise NoValueError("no polynomial, or one beyond the bounds")
-    built = _built(expression, sympy)
-    symbols = sorted(built.free_symbols, key=str)
-    if not symbols:
-        raise NoValueError("no names")
-    multiplied = any(
-        item.is_Mul or item.is_Pow
-        for item in sympy.preorder_traversal(built)
-        if any(part.is_Add and part.free_symbols for part in item.args)
-    )
-    found = {
+    symbols = sorted(names(expression))
+    polynomial = sympy.Poly(_built(expression, sympy), *map(sympy.Symbol, symbols))
+    return {
         "*".join(f"{name}^{power}" for name, power in zip(symbols, powers, strict=True) if power): number
-        for powers, number in sympy.Poly(built, *symbols).terms()
+        for powers, number in polynomial.terms()
     }
-    return found, multiplied
 
 
 def _degrees(expression: Expression) -> tuple[int, int]:
