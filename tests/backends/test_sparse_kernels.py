@@ -33,6 +33,8 @@ SLACK = 3e-5
 
 
 CASES = [*((kind, "plain") for kind in KINDS), *(("mixed", name) for name in OPTIONS if name != "plain")]
+QUICK = {("mixed", "plain"), ("nearly certain but one", "plain"), ("mixed", "softcap"), ("mixed", "exact KL")}
+SHARED = [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +45,7 @@ def always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse, "_OVERFLOWS", 1)
 
 
-@pytest.mark.parametrize(("kind", "options"), CASES)
+@pytest.mark.parametrize(("kind", "options"), SHARED)
 def test_what_is_left_out_of_a_row_is_within_the_bound_and_the_smallest(kind: str, options: str) -> None:
     exact = made(kind, LossConfig(**OPTIONS[options]), "reference")
     config = LossConfig(**OPTIONS[options], gradient_tolerance=0.02, head_gradient_tolerance=0.1)
@@ -159,6 +161,7 @@ def test_what_is_no_measure_leaves_nothing_out(size: float) -> None:
     torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow  # the compiler's own time
 def test_a_compiled_call_leaves_out_the_same() -> None:
     for options in ({}, {"reduction": "none"}):
         eager, compiled = float32(), float32()
