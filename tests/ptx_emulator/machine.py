@@ -221,7 +221,8 @@ class Code:
                 if space == "shared":
                     machine.shared.mark(addresses, size)
                 stored = [machine.spread(read(machine))[active] for read in values]
-                memory.note_store(access, stored, WARP)
+                # in global memory nobody may store what another stores: Triton lets one thread do it
+                memory.note_store(access, stored, WARP if space == "shared" else 1)
                 memory.store(addresses, bits, stored)
 
         return step
