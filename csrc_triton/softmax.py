@@ -90,11 +90,17 @@ def add_block(lanes, z, ref, kappa, REFERENCE: tl.constexpr):
     shift = (lanes.shift + lanes.total * fall) * shrink + tl.sum(e * down, 1)
     gap, ref_top, ref_total = lanes.gap, lanes.ref_top, lanes.ref_total
     if REFERENCE:
-        gap = gap * shrink + tl.sum(tl.where(e == 0, 0.0, e * (z - ref)), 1)
+        gap = shrunk(gap, shrink) + tl.sum(tl.where(e == 0, 0.0, e * (z - ref)), 1)
         ref_top = tl.maximum(lanes.ref_top, tl.max(ref, 1))
         ref_down = tl.maximum((ref - ref_top[:, None]) * k, LOG_ZERO, propagate_nan=tl.PropagateNan.ALL)
         ref_total = lanes.ref_total * tl.exp2((lanes.ref_top - ref_top) * k) + tl.sum(tl.exp2(ref_down), 1)
     return Lanes(top, total, shift, gap, ref_top, ref_total)
+
+
+@triton.jit
+def shrunk(gap, shrink):
+    """What has come to weigh nothing counts for nothing, were its gap infinite."""
+    return tl.where(shrink == 0, 0.0, gap * shrink)
 
 
 @triton.jit
@@ -110,7 +116,7 @@ def merge_lanes(lanes, kappa):
         top,
         total_of(lanes.total * shrink, lanes.total),
         total_of((lanes.shift + lanes.total * fall) * shrink, lanes.total),
-        total_of(lanes.gap * shrink, lanes.total),
+        total_of(shrunk(lanes.gap, shrink), lanes.total),
         ref_top,
         total_of(lanes.ref_total * ref_fall, lanes.ref_total),
     )
@@ -148,7 +154,7 @@ def finish(lane, z, ref, kappa, REFERENCE: tl.constexpr):
     kl, gap = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
     if REFERENCE:
         own_gap = tl.where(e == 0, 0.0, e * (z - ref))
-        gap = kappa * (own_gap + lane.gap * shrink) / total
+        gap = kappa * (own_gap + shrunk(lane.gap, shrink)) / total
         kl = gap - ((top - lane.ref_top) * kappa + log_total - tl.log(lane.ref_total))
     return Statistics(logp, log_total - shift, kl, top, total, shift, gap, rest / total)
 

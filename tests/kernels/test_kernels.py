@@ -774,6 +774,16 @@ def test_a_reference_that_bans_what_the_policy_may_say_has_infinite_kl(splits: i
 
 
 @several_splits
+def test_a_banned_reference_of_a_probability_that_vanishes_counts_for_nothing(splits: int) -> None:
+    """Such a token comes long before the largest: what was summed of it so far is infinite."""
+    logits, ref = random_logits(2, 300), random_logits(2, 300)
+    logits[:, 290] += 400
+    ref[1, 3] = -INF
+    run = Run(make(logits, PENALTIES, ref=ref), splits)
+    assert run.stats[2].isfinite().all()
+
+
+@several_splits
 def test_equal_logits_of_any_size_are_uniform(splits: int) -> None:
     logits = on_device([-1e30, -3e4, 0.0, 3e4, 1e30])[:, None].expand(5, 300).contiguous()
     run = Run(make(logits, ids=[0, 299, 150, 1, 2]), splits)
