@@ -103,11 +103,19 @@ def test_two_programs_may_read_and_not_write_the_same_place() -> None:
     assert run("ld.global.b32 %r3, [%rd0]; ret;", programs=2).tolist() == [[-1] * THREADS] * 2
 
 
-def test_threads_of_a_warp_may_store_one_value_and_not_two() -> None:
-    warp = "shr.u32 %r4, %r0, 5; mad.wide.s32 %rd2, %r4, 4, %rd0; st.global.b32 [%rd2], {value}; ret;"
-    assert run(warp.format(value="%r4"))[0, :2].tolist() == [0, 1]
+def test_threads_of_a_warp_may_store_one_value_in_shared_memory_and_not_two() -> None:
+    warp = (
+        "shr.u32 %r4, %r0, 5; shl.b32 %r5, %r4, 2; st.shared.b32 [%r5], {value}; bar.sync 0; ld.shared.b32 %r3, [%r5];"
+        + STORE
+    )
+    assert run(warp.format(value="%r4"))[0].tolist() == [0] * 32 + [1] * 32
     with pytest.raises(RaceError):
         run(warp.format(value="%r0"))
+
+
+def test_no_two_threads_store_at_one_place_in_global_memory() -> None:
+    with pytest.raises(RaceError):
+        run("shr.u32 %r4, %r0, 5; mad.wide.s32 %rd2, %r4, 4, %rd0; st.global.b32 [%rd2], %r4; ret;")
 
 
 # --- numbers
