@@ -211,8 +211,9 @@ def shorten_list(columns_row, values_row, found, rest, budget, ROOM: tl.constexp
     # what other threads have written
     tl.debug_barrier()
     columns = tl.load(columns_row + slots)  # those behind the list's end go nowhere
-    # the scan below needs every thread's values before any thread stores
     values = tl.load(values_row + slots, mask=used, other=0.0)
+    # nobody stores before all have loaded; where Triton exchanges the values it has barriers of its own, else not
+    tl.debug_barrier()
     # positive floats are in the order of their bits, of which the largest number that keeps the budget is made
     sizes, squares = tl.abs(values).to(tl.int32, bitcast=True), values * values
     low, step = tl.full([], 0, tl.int32), tl.full([], 1 << 30, tl.int32)
