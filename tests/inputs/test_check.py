@@ -157,7 +157,8 @@ KINDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("inplace", "entropy", "relu", "std", "averaged", "kl_importance"), FLAGS),
     "temperature": numbers({"zero": 0.0, "negative": -1.0}), "logit_scale": numbers({"zero": 0.0, "negative": -1.0}),
     **dict.fromkeys(("softcap", "ratio_cap", "kl_clamp"), numbers({"zero": 0.0, "negative": -1.0})),
-    "dual_clip": numbers({"one": 1.0}), "alpha": SHARES, "weight": SHARES, "shorten": SHORTENS,
+    "dual_clip": numbers({"one": 1.0}), "alpha": SHARES, "weight": SHARES,
+    "flawed": {what: bad for what, bad in SHARES.items() if bad is not None}, "shorten": SHORTENS,
     **dict.fromkeys(("keep", "beta", "gamma", "kl_coef", "entropy_coef"), numbers({})),
     **dict.fromkeys(("clip_low", "clip_high", "divergence_cap", "row_tolerance"), numbers({"negative": -0.1})),
     **dict.fromkeys(("off_policy_mask_threshold", "std_floor"), numbers({"negative": -0.1})),
@@ -176,7 +177,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         advantages.vppo,
         lambda: response_arguments(
             "correct", "lengths", "first_error", "group_ids", "prompt_lengths",
-            alpha=0.5, shorten="prompt", relu=False, std=False, std_floor=0.0,
+            alpha=0.5, shorten="prompt", relu=False, std=False, std_floor=0.0, flawed=0.5,
         ),
     ),
     "cliff": (
