@@ -79,8 +79,8 @@ def train(
     detector: Annotated[
         str | None, option("detector", f"Finds first wrong steps, instead of the built-in check: rollouts, {EXPECTED}.")
     ] = None,
-    rollouts: Annotated[
-        int | None, option("rollouts", "Continuations from each prefix, with --detector rollouts.")
+    continuations: Annotated[
+        int | None, option("continuations", "Continuations from each prefix, with --detector rollouts.")
     ] = None,
     threshold: Annotated[
         float | None, option("threshold", "A detector's finds with less confidence count as none.")

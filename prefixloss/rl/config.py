@@ -27,7 +27,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")  # by the names of their packages
 _COUNTS = (
     *("updates", "prompts", "group", "max_tokens", "epochs", "minibatches", "micro_prompts", "save_every"),
     *("eval_every", "eval_problems", "eval_samples", "k"),
-    *("rollouts", "hidden_size", "layers", "warm_batch", "min_steps", "max_steps"),
+    *("continuations", "hidden_size", "layers", "warm_batch", "min_steps", "max_steps"),
 )
 _MOST = 10**9  # of any count: more is a mistake, and none of what counts with it would fail with a clear message
 _KINDS: dict[Any, str] = {
@@ -65,7 +65,7 @@ class Config:
     # credit
     advantage: str = "vppo"
     detector: str | None = None  # of first wrong steps, see `prefixloss.detect.choose`; None: the built-in check
-    rollouts: int = 8  # continuations from each prefix, where the detector is "rollouts", the policy itself
+    continuations: int = 8  # from each prefix, where the detector is "rollouts", the policy itself
     threshold: float = 0.0  # confidence from 0 to 1, below which a detector's find counts as none
     steps: str = "markers"  # how a detector's steps are cut
     alpha: float = 0.5
@@ -182,6 +182,7 @@ class Config:
     @classmethod
     def of(cls, values: dict[str, Any], where: str = "config.json") -> Config:
         """From a run's config.json: an earlier version's may lack a key, and none may be unknown. where: the file."""
+        values = _renamed(values)
         known = {f.name for f in fields(cls)}
         for key in values:
             if key not in known:
@@ -205,6 +206,13 @@ class Config:
         if not isinstance(values, dict):
             raise UsageError(f"--resume: {path} holds no settings")
         return cls.of(values, str(path))
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """An earlier version's settings under their present names: `rollouts` was the count of continuations."""
+    if "continuations" in values or type(values.get("rollouts")) is not int:
+        return values
+    return {"continuations" if name == "rollouts" else name: value for name, value in values.items()}
 
 
 def _types() -> dict[str, tuple[type, ...]]:

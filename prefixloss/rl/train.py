@@ -99,7 +99,7 @@ def own_rollouts(config: Config, policy: Policy) -> OwnRollouts:
     """The policy goes on from its own prefixes."""
     size = config.prompts * config.group
     sampler = sampler_of(policy.model, policy.tokenizer, policy.instruction, config.max_tokens, 1.0, size, config.seed)
-    return OwnRollouts(sampler, samples=config.rollouts, budget=ROUNDS * config.rollouts)
+    return OwnRollouts(sampler, samples=config.continuations, budget=ROUNDS * config.continuations)
 
 
 def judge(config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled) -> Checked:
