@@ -16,8 +16,10 @@ from prefixloss import advantages
 from prefixloss.check import describe
 from prefixloss.detect.choose import by_name
 from prefixloss.detect.models.rollouts import Rollouts
+from prefixloss.io.endpoint import Address
 from prefixloss.maths.divergence import BY_NAME
 from prefixloss.rl import UsageError
+from prefixloss.rl.reload import BY_NAME as RELOADS
 from prefixloss.steps import SEGMENTERS
 
 ADVANTAGES = (*advantages.BY_NAME, "none")
@@ -61,7 +63,7 @@ class Config:
     threads: int = 1  # 0: one a core. One is as fast for the tiny model, and its results do not depend on the machine's
     seed: int = 0
     log_to: str | None = None  # a tracker of figures, beside metrics.jsonl
-    timeout: float = 600.0  # seconds that a process waits for the others, under torchrun
+    timeout: float = 600.0  # seconds to wait for a server's answer and, under torchrun, for the other processes
     # credit
     advantage: str = "vppo"
     detector: str | None = None  # of first wrong steps, see `prefixloss.detect.choose`; None: the built-in check
@@ -80,6 +82,8 @@ class Config:
     distill_coef: float = 1.0
     divergence: str = "reverse"
     # rollouts and optimisation
+    rollouts: str | None = None  # URL or MODEL@URL of an engine that samples; None: the policy does
+    reload: str = "vllm"  # how that engine is given new weights, see `prefixloss.rl.reload`
     updates: int = 120
     prompts: int = 32  # per update
     group: int = 8  # responses a prompt
@@ -118,7 +122,7 @@ class Config:
         for name in (*_COUNTS, "threads", "warm_steps", "lr_warmup", "lora", "timeout"):
             self._expect(name, not getattr(self, name) > _MOST, f"at most {_MOST}")
         self._expect("seed", self.seed < 2**63, "below 2**63")
-        for name in ("model", "data", "teacher"):
+        for name in ("model", "data", "teacher", "rollouts"):
             self._expect(name, getattr(self, name) != "", "a name")
         for name in ("timeout", "lr", "warm_lr", "warm_loss", "max_grad_norm"):
             self._expect(name, 0 < getattr(self, name) < math.inf, "a number above 0")
@@ -149,6 +153,13 @@ class Config:
         self._expect("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         self._expect("lora", not self.lora or self.model, "--model with it: the tiny model has to learn to write first")
         self._expect("lora", not self.lora or find_spec("peft"), 'peft with it: pip install "prefixloss[lora]"')
+        if self.rollouts is not None and not Address.of(self.rollouts):  # the text may hold a password
+            raise SettingError("rollouts", "expected URL or MODEL@URL with http://... or https://...")
+        if self.rollouts and not find_spec("httpx"):
+            raise SettingError("rollouts", "it needs httpx, which is not installed: pip install httpx")
+        self._expect("reload", self.reload in RELOADS, f"one of {', '.join(RELOADS)}")
+        adapters = RELOADS[self.reload].adapters
+        self._expect("reload", self.lora or not adapters, "--lora with it, whose adapters it loads")
         self._expect("log_to", self.log_to in (None, *TRACKERS), f"one of {', '.join(TRACKERS)}")
         there = self.log_to is None or find_spec(self.log_to)
         self._expect("log_to", there, f"that package, which is not installed: pip install {self.log_to}")

@@ -18,6 +18,7 @@ class Learned:
     tokens: float = 0.0
     kl: float = 0.0
     clip_share: float = 0.0
+    sampler_gap: float = 0.0  # nats that a served engine's log-probs are away from the policy's
     taught: float = 0.0  # tokens that a teacher was asked about
     divergence: float = 0.0
 
@@ -49,5 +50,6 @@ def metrics_of(config: Config, sampled: Sampled, checked: Checked, learned: Lear
         "kl": of["kl"] / max(of["tokens"], 1.0),
         "clip_share": of["clip_share"] / max(of["tokens"], 1.0),
         "learning_tokens": of["tokens"] / (of["length"] * config.epochs),
+        **({"sampler_gap": of["sampler_gap"] / of["length"]} if config.rollouts else {}),
         **({"divergence": of["divergence"] / max(of["taught"], 1.0)} if config.teacher else {}),
     }
