@@ -89,7 +89,11 @@ def train(
     ] = None,
     steps: Annotated[str | None, option("steps", f"How a detector's steps are cut: {', '.join(SEGMENTERS)}.")] = None,
     teacher: Annotated[
-        str | None, option("teacher", "Directory or hub name of a causal LM with the same tokenizer, to distil from.")
+        str | None,
+        option("teacher", "Directory or hub name of a causal LM with the same tokenizer, or URL or MODEL@URL of one."),
+    ] = None,
+    teacher_top: Annotated[
+        int | None, option("teacher_top", "Likeliest ids that a served teacher lists for a token.")
     ] = None,
     distill_from: Annotated[
         str | None, option("distill_from", f"Which tokens the teacher is asked about: {', '.join(DISTIL_FROM)}.")

@@ -53,6 +53,10 @@ class Address(NamedTuple):
         got = f"got {'no name' if self.model is None else repr(self.model)}"
         raise UnansweredError(f"{got}, expected MODEL@URL with one of the server's models: {', '.join(names)}")
 
+    def tokens(self, text: str, seconds: float) -> list[Any]:
+        """The model's token ids for a text, without special tokens, as vLLM says them. UnansweredError: no answer."""
+        return run(_tokens(self, text, seconds))
+
     @property
     def root(self) -> str:
         """The server's own address, without the version of the API."""
@@ -180,6 +184,17 @@ async def _models(url: str, seconds: float) -> list[str]:
             raise UnansweredError('no "data" with an "id" a model in the reply to /models') from None
         except Exception as error:
             raise UnansweredError(f"/models: {endpoint.reason(error)}") from None
+
+
+async def _tokens(address: Address, text: str, seconds: float) -> list[Any]:
+    request = {"model": address.model, "prompt": text, "add_special_tokens": False}
+    async with opened(address.root, KEY, 65536 + 64 * len(text)) as endpoint:
+        try:
+            return list((await endpoint.ask("/tokenize", request, seconds, 2))["tokens"])
+        except (LookupError, TypeError):
+            raise UnansweredError('no "tokens" in the reply to /tokenize') from None
+        except Exception as error:
+            raise UnansweredError(f"/tokenize: {endpoint.reason(error)}") from None
 
 
 def tokens_used(reply: Any) -> int:

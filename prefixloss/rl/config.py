@@ -29,7 +29,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")  # by the names of their packages
 _COUNTS = (
     *("updates", "prompts", "group", "max_tokens", "epochs", "minibatches", "micro_prompts", "save_every"),
     *("eval_every", "eval_problems", "eval_samples", "k"),
-    *("continuations", "hidden_size", "layers", "warm_batch", "min_steps", "max_steps"),
+    *("continuations", "teacher_top", "hidden_size", "layers", "warm_batch", "min_steps", "max_steps"),
 )
 _MOST = 10**9  # of any count: more is a mistake, and none of what counts with it would fail with a clear message
 _KINDS: dict[Any, str] = {
@@ -77,7 +77,8 @@ class Config:
     # for more steps to guard against, and prompts are longer than steps: "prompt" would leave nothing
     shorten: str | int | float = 0
     # a teacher, drawn to beside what the advantages say; advantage "none" leaves it alone
-    teacher: str | None = None  # a directory or a hub name, with the policy's own tokenizer
+    teacher: str | None = None  # a directory, a hub name, URL or MODEL@URL, with the policy's own tokenizer
+    teacher_top: int = 20  # ids that a served one lists for a token; the rest of the vocabulary is one class
     distill_from: str = "first-error"  # of a wrong response; or all of the wrong ones, or of all
     distill_coef: float = 1.0
     divergence: str = "reverse"
@@ -153,13 +154,7 @@ class Config:
         self._expect("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         self._expect("lora", not self.lora or self.model, "--model with it: the tiny model has to learn to write first")
         self._expect("lora", not self.lora or find_spec("peft"), 'peft with it: pip install "prefixloss[lora]"')
-        if self.rollouts is not None and not Address.of(self.rollouts):  # the text may hold a password
-            raise SettingError("rollouts", "expected URL or MODEL@URL with http://... or https://...")
-        if self.rollouts and not find_spec("httpx"):
-            raise SettingError("rollouts", "it needs httpx, which is not installed: pip install httpx")
-        self._expect("reload", self.reload in RELOADS, f"one of {', '.join(RELOADS)}")
-        adapters = RELOADS[self.reload].adapters
-        self._expect("reload", self.lora or not adapters, "--lora with it, whose adapters it loads")
+        self._check_servers()
         self._expect("log_to", self.log_to in (None, *TRACKERS), f"one of {', '.join(TRACKERS)}")
         there = self.log_to is None or find_spec(self.log_to)
         self._expect("log_to", there, f"that package, which is not installed: pip install {self.log_to}")
@@ -171,6 +166,16 @@ class Config:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         usable = self.device == "cpu" or int(self.device[5:] or 0) < gpus
         self._expect("device", usable, f"cpu: PyTorch sees {gpus or 'no'} GPU{'s' * (gpus > 1)} here")
+
+    def _check_servers(self) -> None:
+        if self.rollouts is not None and not Address.of(self.rollouts):  # the text may hold a password
+            raise SettingError("rollouts", "expected URL or MODEL@URL with http://... or https://...")
+        for name in ("rollouts", "teacher"):
+            if Address.of(getattr(self, name) or "") and not find_spec("httpx"):
+                raise SettingError(name, "a server needs httpx, which is not installed: pip install httpx")
+        self._expect("reload", self.reload in RELOADS, f"one of {', '.join(RELOADS)}")
+        adapters = RELOADS[self.reload].adapters
+        self._expect("reload", self.lora or not adapters, "--lora with it, whose adapters it loads")
 
     def _check_type(self, name: str, kinds: tuple[type, ...]) -> None:
         """A whole number is a number too, and true is none."""
