@@ -103,6 +103,12 @@ def train(
     model: Annotated[
         str | None, option("model", "Directory or hub name of a causal LM, instead of a tiny one.")
     ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat", help="Need the tokenizer's chat template, or leave it off. [used if it is there]"
+        ),
+    ] = None,
     data: Annotated[str | None, option("data", "JSON lines with question and answer, or a folder of them.")] = None,
     lora: Annotated[int | None, option("lora", "Rank of adapters to train in place of the weights.")] = None,
     dtype: Annotated[str | None, option("dtype", f"Of the products: {', '.join(DTYPES)}.")] = None,

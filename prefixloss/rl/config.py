@@ -55,6 +55,7 @@ class Config:
 
     # the policy and its problems
     model: str | None = None  # a directory or a hub name; None trains the built-in tiny model
+    chat: bool | None = None  # the tokenizer's chat template: needed, or left off; None: used where there is one
     data: str | None = None  # JSON lines with question and answer, or their folder; None: chained arithmetic
     lora: int = 0  # rank of the adapters that are trained in place of the weights; 0: the weights themselves
     dtype: str = "float32"  # of the products; weights that are trained stay in float32
@@ -151,6 +152,7 @@ class Config:
         self._expect("shorten", cut_is_valid, '"prompt", a number of tokens, or a share below 1 such as 0.1')
         self._expect("group", self.group >= 2, "at least 2: responses are compared within their group")
         self._expect("minibatches", self.minibatches <= self.prompts, f"at most --prompts, {self.prompts}")
+        self._expect("chat", self.chat is None or self.model, "--model with it: the tiny model has a prompt of its own")
         self._expect("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         self._expect("lora", not self.lora or self.model, "--model with it: the tiny model has to learn to write first")
         self._expect("lora", not self.lora or find_spec("peft"), 'peft with it: pip install "prefixloss[lora]"')
@@ -182,7 +184,7 @@ class Config:
         value = getattr(self, name)
         taken = (*kinds, int) if float in kinds else kinds
         try:
-            right = isinstance(value, taken) and isinstance(value, bool) == (kinds == (bool,))
+            right = isinstance(value, taken) and (bool in kinds or not isinstance(value, bool))
             if right and isinstance(value, int) and int not in kinds:
                 float(value)
         except OverflowError:

@@ -192,6 +192,22 @@ def add_checkpoints(policy: Policy) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
+def set_chat(policy: Policy, chat: bool | None, name: str) -> None:
+    """chat: whether the tokenizer's chat template is needed, or left off; None: used where there is one.
+
+    Left off it is gone: whatever makes a prompt, and whoever loads the trained policy, does without it too.
+    """
+    if chat and getattr(policy.tokenizer, "chat_template", None) is None:
+        raise UsageError(f"--chat: the tokenizer of {name!r} has no chat template")
+    if chat is False:
+        policy.tokenizer.chat_template = None
+    try:
+        policy.prompt("1+1=?")
+    except Exception as error:  # templates are programs, and raise what they like
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"--chat: the chat template of {name!r} fails, --no-chat leaves it off: {reason}") from None
+
+
 def token_at(tokenizer: Any, ids: Sequence[int], offset: int) -> int:
     """Index of the token that holds character `offset` of the decoded response; the last token if it lies at the end.
 

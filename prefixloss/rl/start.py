@@ -15,7 +15,7 @@ from prefixloss.io.endpoint import Address, UnansweredError
 from prefixloss.rl import UsageError, checkpoint, task
 from prefixloss.rl.config import Config
 from prefixloss.rl.engine import Engine, Place
-from prefixloss.rl.policy import Policy, add_checkpoints, add_lora, load_policy, tiny_policy
+from prefixloss.rl.policy import Policy, add_checkpoints, add_lora, load_policy, set_chat, tiny_policy
 from prefixloss.rl.reload import BY_NAME
 from prefixloss.rl.report import Report
 from prefixloss.rl.teachers import Teacher
@@ -45,6 +45,8 @@ def open_problems(config: Config) -> tuple[Problems, list[task.Problem]]:
 
 def open_policy(config: Config, device: str) -> Policy:
     policy = load_policy(config.model) if config.model else tiny_policy(config.hidden_size, config.layers)
+    if config.model:
+        set_chat(policy, config.chat, config.model)
     policy.dtype = getattr(torch, config.dtype)
     if config.lora:
         add_lora(policy, config.lora)
