@@ -92,6 +92,9 @@ class Config:
     clip: float = 0.2
     kl_coef: float = 0.002
     max_grad_norm: float = 1.0
+    # of the loss, see `LossConfig`: 0 is exact
+    gradient_tolerance: str | float = 0.0
+    head_gradient_tolerance: str | float = 0.0
     # evaluation on held-out problems, checkpoints (both every so many updates)
     eval_every: int = 20
     eval_problems: int = 256
@@ -124,6 +127,10 @@ class Config:
             self._expect(name, 0 < getattr(self, name) < math.inf, "a number above 0")
         for name in ("clip", "kl_coef", "distill_coef"):
             self._expect(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
+        for name in ("gradient_tolerance", "head_gradient_tolerance"):
+            value = getattr(self, name)
+            usable = value == "auto" if isinstance(value, str) else 0 <= value < math.inf
+            self._expect(name, usable, '"auto" or a number of at least 0')
         self._expect(
             "advantage", self.advantage in (*ADVANTAGES, *advantages.ALIASES), f"one of {', '.join(ADVANTAGES)}"
         )
@@ -178,6 +185,11 @@ class Config:
     def _expect(self, name: str, holds: object, expected: str) -> None:
         if not holds:
             raise SettingError(name, f"got {describe(getattr(self, name))}, expected {expected}")
+
+    @property
+    def tolerant(self) -> bool:
+        """Whether a tolerance may leave out a part of the gradients."""
+        return self.gradient_tolerance != 0 or self.head_gradient_tolerance != 0
 
     @classmethod
     def of(cls, values: dict[str, Any], where: str = "config.json") -> Config:
