@@ -118,7 +118,7 @@ _NOTES = {
     "tolerance": f"""
 
 "auto" is that of bfloat16 gradients, {method_runs.AUTO:g}, in float32 runs, whose own "auto" is next to nothing. With
-32 tokens dense products are always faster, and the package then leaves out nothing; these runs were made to leave out
+31 tokens dense products are always faster, and the package then leaves out nothing; these runs were made to leave out
 what the tolerance allows. gradient_left_out: the share of the logits' gradient in norm, in the last updates."""
 }
 
