@@ -62,6 +62,10 @@ def fail(message: str) -> typer.Exit:
     return typer.Exit(2)
 
 
+# options that are a number or a word
+_MIXED = "shorten", "gradient_tolerance", "head_gradient_tolerance"
+
+
 def option(name: str, text: str) -> Any:
     """An option of `Config`, its help with the default."""
     default = getattr(Config, name)
@@ -157,6 +161,16 @@ def train(
     clip: Annotated[float | None, option("clip", "The ratio's clip range, below and above 1.")] = None,
     kl_coef: Annotated[float | None, option("kl_coef", "Weight of the KL to the starting policy.")] = None,
     max_grad_norm: Annotated[float | None, option("max_grad_norm", "Gradients are clipped to this norm.")] = None,
+    gradient_tolerance: Annotated[
+        str | None,
+        option(
+            "gradient_tolerance",
+            "Of the loss: a share of the gradient that may be left out, or auto.",
+        ),
+    ] = None,
+    head_gradient_tolerance: Annotated[
+        str | None, option("head_gradient_tolerance", "The head's own, or auto.")
+    ] = None,
     # evaluation and checkpoints
     eval_every: Annotated[int | None, option("eval_every", "Updates between evaluations.")] = None,
     eval_problems: Annotated[int | None, option("eval_problems", "Held-out problems.")] = None,
@@ -190,8 +204,7 @@ def train(
             _check_alone(given, out)
             config = Config.read(resume)
         else:
-            if "shorten" in given:
-                given["shorten"] = _number(given["shorten"])
+            given |= {name: _number(given[name]) for name in _MIXED if name in given}
             config = Config(**{**(GENERAL if model else {}), **given})
             if out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise UsageError("--out: got None, expected a directory: under torchrun all processes share one")

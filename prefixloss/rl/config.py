@@ -98,6 +98,9 @@ class Config:
     clip: float = 0.2
     kl_coef: float = 0.002
     max_grad_norm: float = 1.0
+    # of the loss, see `LossConfig`: 0 is exact
+    gradient_tolerance: str | float = 0.0
+    head_gradient_tolerance: str | float = 0.0
     # evaluation on held-out problems, checkpoints (both every so many updates)
     eval_every: int = 20
     eval_problems: int = 256
@@ -117,6 +120,14 @@ class Config:
     def __post_init__(self) -> None:
         for name, kinds in _types().items():
             self._check_type(name, kinds)
+        self._check_numbers()
+        self._check_method()
+        self._check_parts()
+        self._check_servers()
+        self._check_device()
+
+    def _check_numbers(self) -> None:
+        """Each on its own."""
         for name in _COUNTS:
             self._expect(name, getattr(self, name) >= 1, "a whole number of at least 1")
         for name in ("seed", "threads", "warm_steps", "lr_warmup", "lora"):
@@ -124,12 +135,27 @@ class Config:
         for name in (*_COUNTS, "threads", "warm_steps", "lr_warmup", "lora", "timeout"):
             self._expect(name, not getattr(self, name) > _MOST, f"at most {_MOST}")
         self._expect("seed", self.seed < 2**63, "below 2**63")
-        for name in ("model", "data", "teacher", "rollouts"):
-            self._expect(name, getattr(self, name) != "", "a name")
         for name in ("timeout", "lr", "warm_lr", "warm_loss", "max_grad_norm"):
             self._expect(name, 0 < getattr(self, name) < math.inf, "a number above 0")
         for name in ("clip", "kl_coef", "distill_coef"):
             self._expect(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
+        for name in ("gradient_tolerance", "head_gradient_tolerance"):
+            value = getattr(self, name)
+            usable = value == "auto" if isinstance(value, str) else 0 <= value < math.inf
+            self._expect(name, usable, '"auto" or a number of at least 0')
+        self._expect("threshold", 0 <= self.threshold <= 1, "a number from 0 to 1")
+        self._expect("alpha", 0 <= self.alpha <= 1, "a number from 0 to 1")
+        cut = self.shorten
+        cut_is_valid = cut == "prompt" if isinstance(cut, str) else cut >= 0 if isinstance(cut, int) else 0 <= cut < 1
+        self._expect("shorten", cut_is_valid, '"prompt", a number of tokens, or a share below 1 such as 0.1')
+        self._expect("group", self.group >= 2, "at least 2: responses are compared within their group")
+        self._expect("minibatches", self.minibatches <= self.prompts, f"at most --prompts, {self.prompts}")
+        self._expect("k", self.k <= self.eval_samples, f"at most --eval-samples, {self.eval_samples}")
+        self._expect("min_steps", self.min_steps <= self.max_steps <= 9, "at most max_steps, which is at most 9")
+        self._expect("hidden_size", self.hidden_size % 8 == 0, "a multiple of 8")
+
+    def _check_method(self) -> None:
+        """What is learned from what."""
         self._expect(
             "advantage", self.advantage in (*ADVANTAGES, *advantages.ALIASES), f"one of {', '.join(ADVANTAGES)}"
         )
@@ -142,34 +168,31 @@ class Config:
                 by_name(self.detector, rollouts=Rollouts("policy"))
             except ValueError as error:
                 raise SettingError("detector", str(error).removeprefix("detector: ")) from None
-        self._expect("threshold", 0 <= self.threshold <= 1, "a number from 0 to 1")
-        self._expect("alpha", 0 <= self.alpha <= 1, "a number from 0 to 1")
         if self.flawed is not None:
             self._expect("flawed", 0 <= self.flawed <= 1, "a number from 0 to 1")
             self._expect("flawed", self.advantage == "vppo", "--advantage vppo with it")
-        cut = self.shorten
-        cut_is_valid = cut == "prompt" if isinstance(cut, str) else cut >= 0 if isinstance(cut, int) else 0 <= cut < 1
-        self._expect("shorten", cut_is_valid, '"prompt", a number of tokens, or a share below 1 such as 0.1')
-        self._expect("group", self.group >= 2, "at least 2: responses are compared within their group")
-        self._expect("minibatches", self.minibatches <= self.prompts, f"at most --prompts, {self.prompts}")
+
+    def _check_parts(self) -> None:
+        """The model, its data, and packages that options ask for."""
+        for name in ("model", "data", "teacher", "rollouts"):
+            self._expect(name, getattr(self, name) != "", "a name")
+        self._expect("data", not self.data or self.model, "--model with it: the tiny model knows only its own problems")
         self._expect("chat", self.chat is None or self.model, "--model with it: the tiny model has a prompt of its own")
         self._expect("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         self._expect("lora", not self.lora or self.model, "--model with it: the tiny model has to learn to write first")
         self._expect("lora", not self.lora or find_spec("peft"), 'peft with it: pip install "prefixloss[lora]"')
-        self._check_servers()
         self._expect("log_to", self.log_to in (None, *TRACKERS), f"one of {', '.join(TRACKERS)}")
         there = self.log_to is None or find_spec(self.log_to)
         self._expect("log_to", there, f"that package, which is not installed: pip install {self.log_to}")
-        self._expect("k", self.k <= self.eval_samples, f"at most --eval-samples, {self.eval_samples}")
-        self._expect("min_steps", self.min_steps <= self.max_steps <= 9, "at most max_steps, which is at most 9")
-        self._expect("hidden_size", self.hidden_size % 8 == 0, "a multiple of 8")
-        self._expect("data", not self.data or self.model, "--model with it: the tiny model knows only its own problems")
+
+    def _check_device(self) -> None:
         self._expect("device", re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", self.device), "cpu, cuda or cuda:N")
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         usable = self.device == "cpu" or int(self.device[5:] or 0) < gpus
         self._expect("device", usable, f"cpu: PyTorch sees {gpus or 'no'} GPU{'s' * (gpus > 1)} here")
 
     def _check_servers(self) -> None:
+        """The engine that samples, and a served teacher."""
         if self.rollouts is not None and not Address.of(self.rollouts):  # the text may hold a password
             raise SettingError("rollouts", "expected URL or MODEL@URL with http://... or https://...")
         for name in ("rollouts", "teacher"):
@@ -196,6 +219,11 @@ class Config:
     def _expect(self, name: str, holds: object, expected: str) -> None:
         if not holds:
             raise SettingError(name, f"got {describe(getattr(self, name))}, expected {expected}")
+
+    @property
+    def tolerant(self) -> bool:
+        """Whether a tolerance may leave out a part of the gradients."""
+        return self.gradient_tolerance != 0 or self.head_gradient_tolerance != 0
 
     @classmethod
     def of(cls, values: dict[str, Any], where: str = "config.json") -> Config:

@@ -205,12 +205,16 @@ def distillation(
 
 
 def loss_config(config: Config, policy: Policy, sampled: Sampled) -> LossConfig:
+    hidden: Any = config.gradient_tolerance
+    head: Any = config.head_gradient_tolerance
     return LossConfig(
         clip_low=config.clip,
         clip_high=config.clip,
         kl="k3" if config.kl_coef else None,
         kl_coef=config.kl_coef,
         reduction="group-token-mean",
+        gradient_tolerance=hidden,
+        head_gradient_tolerance=head,
         # an engine's log-probs are not the policy's to the last digit
         sampler_correction=None if sampled.logps is None else "tis",
         softcap=policy.softcap,

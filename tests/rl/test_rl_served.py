@@ -145,16 +145,16 @@ def test_the_same_seed_gives_the_same_run_and_a_resumed_one_the_same_bits(run, t
     directory, *_ = run
     real = checkpoint.save
 
-    def stop_after_one(path, saved):
+    def stop_after_two(path, saved):
         real(path, saved)
-        if saved["state"]["update"] == 1:
+        if saved["state"]["update"] == 2:  # evaluated, so that its weights are loaded twice
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "check", every_second)
     with serving(other(8).model) as server:
         config = Config(**SMALL, rollouts=server.url)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "save", stop_after_one)
+            patch.setattr(checkpoint, "save", stop_after_two)
             with pytest.raises(KeyboardInterrupt):
                 train.train(config, tmp_path / "run", quiet())
         train.train(config, tmp_path / "run", quiet())
