@@ -134,7 +134,7 @@ class Engine:
         limits = Limits(max_tokens, self.policy.end_ids, len(self.policy.lm_head.weight))
         written = run(self._written(asked, limits, seeds, greedy))
         tokens, logps, finished = zip(*written, strict=True)
-        sampled = self.policy.sampled(prompt, attention, tokens, finished)
+        sampled = self.policy.from_rows(prompt, attention, tokens, finished)
         width = sampled.mask.shape[1]
         padded = torch.tensor([row + [0.0] * (width - len(row)) for row in logps], device=self.policy.device)
         return sampled.with_logps(padded)

@@ -152,9 +152,9 @@ class Policy:
         """Given responses in the place of sampled ones, each with its end token."""
         prompt, attention = self.encode(questions)
         rows = [self.tokenizer.encode(r, add_special_tokens=False) + self.end_ids[:1] for r in responses]
-        return self.sampled(prompt, attention, rows, [True] * len(rows))
+        return self.from_rows(prompt, attention, rows, [True] * len(rows))
 
-    def sampled(
+    def from_rows(
         self, prompt: Tensor, attention: Tensor, rows: Sequence[list[int]], finished: Sequence[bool]
     ) -> Sampled:
         """Responses as token ids with their end tokens, behind prompts as `encode` makes them."""
