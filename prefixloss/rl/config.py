@@ -16,7 +16,7 @@ from prefixloss import advantages
 from prefixloss.check import describe
 from prefixloss.detect.choose import by_name
 from prefixloss.detect.models.rollouts import Rollouts
-from prefixloss.io.endpoint import Address
+from prefixloss.io.address import Address
 from prefixloss.maths.divergence import BY_NAME
 from prefixloss.rl import UsageError
 from prefixloss.rl.reload import BY_NAME as RELOADS

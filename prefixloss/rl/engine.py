@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from prefixloss.io.endpoint import KEY, Address, UnansweredError, opened, run
+from prefixloss.io.address import Address
+from prefixloss.io.endpoint import KEY, UnansweredError, opened, run
 from prefixloss.io.files import write_whole_directory
 from prefixloss.rl.completions import BYTES_A_TOKEN, Limits, Written, read, request
 from prefixloss.rl.policy import Policy

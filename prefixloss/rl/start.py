@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from prefixloss import linear_logps
-from prefixloss.io.endpoint import Address, UnansweredError
+from prefixloss.io.address import Address
+from prefixloss.io.endpoint import UnansweredError
 from prefixloss.rl import UsageError, checkpoint, task
 from prefixloss.rl.config import Config
 from prefixloss.rl.engine import Engine, Place

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from prefixloss import cli
 from prefixloss.io import endpoint
-from prefixloss.io.endpoint import Address, UnansweredError
+from prefixloss.io.address import Address
+from prefixloss.io.endpoint import UnansweredError
 from prefixloss.rl import UsageError, checkpoint, train
 from prefixloss.rl.completions import Limits, Written, read, request
 from prefixloss.rl.config import Config
