@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prefixloss._kernels.objective import CORRECTIONS, DIVERGENCES, POLICIES
-from prefixloss._kernels.problem import COMPUTED, LEARNING
+from prefixloss._kernels.problem import LEARNING
 from prefixloss.backends import two_stages
 from prefixloss.backends.autograd import wants_gradient
 from prefixloss.backends.problem import HeadLoss, HeadStatistics, LogitLoss
@@ -99,8 +99,8 @@ def _by_rows(x: Tensor) -> Tensor:
 
 
 def _flags(batch: Batch) -> Tensor:
-    computed = batch.computed.to(torch.uint8) * COMPUTED.value
-    return computed | batch.learning.to(torch.uint8) * LEARNING.value
+    # True is the bit COMPUTED
+    return torch.add(batch.computed.view(torch.uint8), batch.learning.view(torch.uint8), alpha=LEARNING.value)
 
 
 def _given(batch: Batch) -> tuple[Tensor, bool]:
@@ -108,8 +108,8 @@ def _given(batch: Batch) -> tuple[Tensor, bool]:
     g = batch.given
     weights = batch.weights / batch.denominator
     columns = (g.advantages, weights, g.old_logps, g.sampler_logps, g.ref_logps)
-    stacked = torch.stack([torch.zeros_like(weights) if c is None else c for c in columns])
-    return stacked, g.old_logps is not None
+    # the kernels do not look at what was not given
+    return torch.stack([weights if c is None else c for c in columns]), g.old_logps is not None
 
 
 def _statistics(stats: Tensor, config: LossConfig) -> Statistics:
@@ -117,5 +117,6 @@ def _statistics(stats: Tensor, config: LossConfig) -> Statistics:
 
 
 def _values(stats: Tensor, terms: Tensor) -> TokenValues:
-    stats, terms = stats.detach(), terms.detach()
-    return TokenValues(loss=terms[0], logp=stats[0], entropy=stats[1], kl=terms[2], ratio=terms[1])
+    logp, entropy, *_ = stats.detach().unbind()
+    loss, ratio, kl, *_ = terms.detach().unbind()
+    return TokenValues(loss, logp, entropy, kl, ratio)
