@@ -152,18 +152,18 @@ def _cell(case: dict[str, Any], name: str) -> str:
     return text if times_floor is None else f"{text} ({times_floor:.2f})"
 
 
-def distilled(rows: list[dict[str, Any]], title: str) -> Grid:
-    """What `distill.measure` found."""
+def in_turns(rows: list[dict[str, Any]], title: str) -> Grid:
+    """What `turns.measure` found."""
     cells: list[tuple[str, ...]] = [
         (
-            row["method"], f"{1e3 * row['seconds']:,.1f}", f"{row['times_the_floor']:.2f}",
+            row["method"], f"{1e3 * row['seconds']:,.1f}", f"{row['times_the_first']:.2f}",
             f"{row['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in row else "",
         )
         for row in rows
         if "error" not in row
     ]  # fmt: skip
     notes = [f"{row['method']}: {row['error']}" for row in rows if "error" in row]
-    return Grid(title, ("method", "both\nms", "it /\nfloor", "peak\nMiB"), cells, notes)
+    return Grid(title, ("method", "both\nms", "it /\nfirst", "peak\nMiB"), cells, notes)
 
 
 def show(record: Record, console: Console, short: bool = False) -> None:
