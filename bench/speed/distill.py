@@ -1,4 +1,4 @@
-"""Distillation beside what others compute.
+"""Distillation beside what others compute: times in turns, and a call's peak memory, all in one process.
 
 The student's three products and the teacher's one are the floor. TRL's and Liger's losses are the generalised
 Jensen-Shannon divergence; both are given the same hidden states and heads as ours, and TRL's the logits made of them.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prefixloss import linear_distill_loss
 
+from . import turns
+from .clock import Clock
 from .inputs import random_head
 from .step import Result, Step
 
@@ -129,3 +131,8 @@ METHODS: dict[str, Callable[[Pair], Step]] = {
     "TRL, jsd": trl_jsd,
     "Liger, jsd": liger_jsd,
 }
+
+
+def measure(data: Pair, rounds: int, clock: Clock) -> list[dict[str, Any]]:
+    """A row a method, see `turns.measure`."""
+    return turns.measure(METHODS, FLOOR, data, rounds, clock)

@@ -7,6 +7,7 @@ products.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch.nn.functional import embedding_bag
 from prefixloss import LossConfig
 from prefixloss.maths.objectives import View
 
+from . import turns
+from .clock import Clock
 from .from_hidden import ours
 from .inputs import Linear
 from .step import Result, Step
@@ -64,3 +67,8 @@ METHODS: dict[str, Callable[[Linear], Step]] = {
 }
 for _size in KEPT:
     METHODS |= of_kept(_size)
+
+
+def measure(data: Linear, rounds: int, clock: Clock) -> list[dict[str, Any]]:
+    """A row a method beside the first, see `turns.measure`."""
+    return turns.measure(METHODS, BASE, data, rounds, clock)

@@ -1,9 +1,9 @@
-"""Methods in one process, in turns: times, and a call's peak memory."""
+"""Methods in turns in one process: times beside a floor's, and a call's peak memory."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from .worker import described, resident, resident_before
 
 
 class Leaves(Protocol):
-    """What methods take: tensors, some of which get gradients."""
+    """What a method's step is made of; the tensors that get a gradient."""
 
     @property
     def leaves(self) -> tuple[Tensor, ...]: ...
@@ -23,8 +23,10 @@ class Leaves(Protocol):
 Data = TypeVar("Data", bound=Leaves)
 
 
-def measure(methods: dict[str, Callable[[Data], Step]], data: Data, rounds: int, clock: Clock) -> list[dict[str, Any]]:
-    """A row a method: median seconds, the median of the rounds' ratios to the first method's, the peak, the loss."""
+def measure(
+    methods: Mapping[str, Callable[[Data], Step]], floor: str, data: Data, rounds: int, clock: Clock
+) -> list[dict[str, Any]]:
+    """A row a method: median milliseconds, the median of the rounds' ratios to the floor, the peak, the loss."""
     rows: dict[str, dict[str, Any]] = {name: {"method": name} for name in methods}
     steps: dict[str, Step] = {}
     for name, make in methods.items():
@@ -37,6 +39,7 @@ def measure(methods: dict[str, Callable[[Data], Step]], data: Data, rounds: int,
             rows[name] |= {"loss": None if loss is None else float(loss)}
             if before and data.leaves[0].device.type == "cpu":
                 rows[name]["peak_bytes"] = max(0, resident("VmHWM") - before)
+            step.start_again()
         except Exception as error:  # one that is not installed, or fails, says so in its row
             rows[name]["error"] = described(error)
         else:
@@ -49,6 +52,6 @@ def measure(methods: dict[str, Callable[[Data], Step]], data: Data, rounds: int,
             times[name].append(clock(steps[name])[0])
             steps[name].start_again()
     for name, seconds in times.items():
-        ratios = [mine / first for mine, first in zip(seconds, times[next(iter(methods))], strict=True)]
-        rows[name] |= {"seconds": statistics.median(seconds), "times_the_first": statistics.median(ratios)}
+        ratios = [mine / beside for mine, beside in zip(seconds, times[floor], strict=True)]
+        rows[name] |= {"seconds": statistics.median(seconds), "times_the_floor": statistics.median(ratios)}
     return list(rows.values())

@@ -42,7 +42,7 @@ def test_the_command_prints_and_writes_a_row_a_method(tmp_path: Path) -> None:
     for name in (FLOOR, "prefixloss, reverse", "PyTorch, jsd"):
         assert rows[name]["seconds"] > 0
         assert name in done.output
-    assert rows[FLOOR]["times_the_first"] == 1
+    assert rows[FLOOR]["times_the_floor"] == 1
 
 
 def test_wrong_arguments_of_it_are_named() -> None:

@@ -45,4 +45,4 @@ def test_the_command_prints_and_writes_a_row_a_method(tmp_path: Path) -> None:
     rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
     assert list(rows) == list(METHODS)
     assert all(row["seconds"] > 0 and row["method"] in done.output for row in rows.values())
-    assert rows[BASE]["times_the_first"] == 1
+    assert rows[BASE]["times_the_floor"] == 1
