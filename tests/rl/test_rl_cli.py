@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_tolerances_reach_the_loss(here, monkeypatch):
     result = invoke("--gradient-tolerance", "auto", "--head-gradient-tolerance", "0.001", "--out", "new")
     assert result.exit_code == 0, result.output
     (config,) = seen
-    loss = loss_config(config, tiny_policy(16, 1))
+    loss = loss_config(config, tiny_policy(16, 1), SimpleNamespace(logps=None))
     assert (loss.gradient_tolerance, loss.head_gradient_tolerance) == ("auto", 0.001)
 
 
