@@ -194,7 +194,8 @@ class Config:
     def _check_servers(self) -> None:
         """The engine that samples, and a served teacher."""
         if self.rollouts is not None and not Address.of(self.rollouts):  # the text may hold a password
-            raise SettingError("rollouts", "expected URL or MODEL@URL with http://... or https://...")
+            before = " (a number of continuations is --continuations)" if self.rollouts.isdecimal() else ""
+            raise SettingError("rollouts", f"expected URL or MODEL@URL with http://... or https://...{before}")
         for name in ("rollouts", "teacher"):
             if Address.of(getattr(self, name) or "") and not find_spec("httpx"):
                 raise SettingError(name, "a server needs httpx, which is not installed: pip install httpx")

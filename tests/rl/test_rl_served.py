@@ -474,6 +474,10 @@ def test_a_server_that_is_not_there_is_named_before_any_work(tmp_path):
         ({"rollouts": "localhost:8000"}, "--rollouts: expected URL or MODEL@URL with http://... or https://..."),
         ({"rollouts": "a:secret@localhost"}, "--rollouts: expected URL or MODEL@URL"),
         ({"rollouts": ""}, "--rollouts: got '', expected a name"),
+        (
+            {"rollouts": "16"},
+            "--rollouts: expected URL or MODEL@URL with http://... or https://... (a number of continuations is --cont",
+        ),
         ({"reload": "nccl"}, "--reload: got 'nccl', expected one of vllm, vllm-lora, sglang"),
         ({"reload": "vllm-lora"}, "--reload: got 'vllm-lora', expected --lora with it"),
     ],
@@ -483,6 +487,14 @@ def test_settings_that_cannot_be_are_named(options, message):
         Config(**options)
     assert str(caught.value).startswith(message)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rollouts", "teacher"])
+def test_without_a_client_for_servers_it_is_named(monkeypatch, name):
+    monkeypatch.setattr("prefixloss.rl.config.find_spec", lambda package: None)
+    with pytest.raises(UsageError, match=f"--{name}: a server needs httpx, which is not installed: pip install httpx"):
+        Config(**{name: "http://h/v1"})
+    Config(teacher="a-directory")
 
 
 def test_addresses():
