@@ -73,13 +73,13 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out=out)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """total += alpha * a @ b, all of one dtype."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, *, fresh: bool = False) -> None:
+    """total += alpha * a @ b, all of one dtype. fresh: total is 0 so far, and is not read."""
     if _replaced(a):
         for rows in _slices(*total.shape):
             total[rows].add_(torch.mm(a[rows], b), alpha=alpha)
     else:
-        total.addmm_(a, b, alpha=alpha)
+        total.addmm_(a, b, alpha=alpha, beta=0 if fresh else 1)
 
 
 def _offered(a: Tensor, b: Tensor) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 # numbers of a product that is made at a time: 64 MiB of float32
 _AT_ONCE = 2**24
+# and of one that is added up at once: 4 MiB, still in the cache
+_IN_CACHE = 2**20
 
 
 class Entries(NamedTuple):
@@ -28,6 +30,11 @@ class Entries(NamedTuple):
         """The transpose."""
         order = torch.sort(self.column, stable=True).indices
         return Entries(self.column[order], self.row[order], self.value[order])
+
+    def only_their_rows(self) -> tuple[Tensor, Entries]:
+        """The rows that have entries, and these with the places of their rows among them."""
+        rows, place = torch.unique_consecutive(self.row, return_inverse=True)
+        return rows, Entries(place, self.column, self.value)
 
     def times(self, factor: float) -> Entries:
         return Entries(self.row, self.column, self.value * factor)
@@ -67,13 +74,19 @@ def _summed(entries: Entries, rows: int, matrix: Tensor) -> Tensor:
     )
 
 
-def add_transposed(total: Tensor, entries: Entries, matrix: Tensor) -> None:
-    """total [V, D] += the transpose of the matrix [n, V] that has these entries times matrix [n, D], all of one dtype;
-    rows without an entry are not touched."""
+def add_transposed(total: Tensor, entries: Entries, matrix: Tensor, *, fresh: bool = False) -> None:
+    """total [V, D] += the transpose of the matrix [n, V] that has these entries times matrix [n, D].
+
+    fresh: total is 0 so far, and perhaps of a smaller dtype, to which sums are rounded. It is only written: to read new
+    memory before it is written costs a CPU more than the product.
+    """
     turned = entries.by_column()
-    columns, row = torch.unique_consecutive(turned.row, return_inverse=True)
-    for start in range(0, len(columns), max(1, _AT_ONCE // matrix.shape[1])):
-        some = columns[start : start + max(1, _AT_ONCE // matrix.shape[1])]
-        here = (row >= start) & (row < start + len(some))
-        part = Entries(row - start, turned.column, turned.value).where(here)
-        total.index_add_(0, some, _summed(part, len(some), matrix))
+    step = max(1, _IN_CACHE // matrix.shape[1])
+    starts = torch.arange(0, len(total) + step, step, device=matrix.device)
+    ends = torch.searchsorted(turned.row, starts).tolist()
+    for at, rows in enumerate(total.split(step)):
+        here = slice(ends[at], ends[at + 1])
+        if ends[at] < ends[at + 1]:
+            part = Entries(turned.row[here] - at * step, turned.column[here], turned.value[here])
+            found = _summed(part, len(rows), matrix)
+            rows.copy_(found) if fresh else rows.add_(found)
