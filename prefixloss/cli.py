@@ -12,12 +12,14 @@ from typing import Annotated, Any
 
 from prefixloss.detect.choose import EXPECTED
 from prefixloss.detect.records import FormatError
+from prefixloss.io.endpoint import UnansweredError
 from prefixloss.io.files import write_whole
 from prefixloss.io.visible import visible
 from prefixloss.maths.divergence import BY_NAME
 from prefixloss.rl import UsageError
 from prefixloss.rl.config import ADVANTAGES, DISTIL_FROM, DTYPES, GENERAL, TRACKERS, Config
 from prefixloss.rl.lock import is_empty
+from prefixloss.rl.reload import BY_NAME as RELOADS
 from prefixloss.show import read_shown, to_html, to_terminal
 from prefixloss.steps import SEGMENTERS
 
@@ -83,8 +85,8 @@ def train(
     detector: Annotated[
         str | None, option("detector", f"Finds first wrong steps, instead of the built-in check: rollouts, {EXPECTED}.")
     ] = None,
-    rollouts: Annotated[
-        int | None, option("rollouts", "Continuations from each prefix, with --detector rollouts.")
+    continuations: Annotated[
+        int | None, option("continuations", "Continuations from each prefix, with --detector rollouts.")
     ] = None,
     threshold: Annotated[
         float | None, option("threshold", "A detector's finds with less confidence count as none.")
@@ -113,9 +115,16 @@ def train(
     threads: Annotated[int | None, option("threads", "CPU threads, 0: as many as PyTorch likes.")] = None,
     seed: Annotated[int | None, option("seed", "Of everything random.")] = None,
     timeout: Annotated[
-        float | None, option("timeout", "Seconds that a process waits for the others, under torchrun.")
+        float | None,
+        option("timeout", "Seconds to wait for a server's answer and, under torchrun, for the other processes."),
     ] = None,
-    updates: Annotated[int | None, option("updates", "Batches of rollouts to learn from.")] = None,
+    rollouts: Annotated[
+        str | None, option("rollouts", "URL or MODEL@URL of an engine that samples, as vLLM's http://host:8000/v1.")
+    ] = None,
+    reload: Annotated[
+        str | None, option("reload", f"How that engine is given new weights: {', '.join(RELOADS)}.")
+    ] = None,
+    updates: Annotated[int | None, option("updates", "Batches of responses to learn from.")] = None,
     prompts: Annotated[int | None, option("prompts", "Prompts an update.")] = None,
     group: Annotated[int | None, option("group", "Responses a prompt.")] = None,
     max_tokens: Annotated[int | None, option("max_tokens", "Longest response.")] = None,
@@ -188,8 +197,9 @@ def train(
         train_run(config, run, Report(), overwrite=overwrite)
     except UsageError as error:
         raise fail(str(error)) from None
-    except NotFiniteError as error:
-        typer.echo(f"prefixloss: {visible(str(error))}", err=True)
+    except (NotFiniteError, UnansweredError) as error:
+        kept = _kept(run) if isinstance(error, UnansweredError) else ""
+        typer.echo(f"prefixloss: {visible(str(error))}{kept}", err=True)
         raise typer.Exit(1) from None
     except OSError as error:
         typer.echo(

@@ -19,6 +19,7 @@ class Learned:
     kl: float = 0.0
     clip_share: float = 0.0
     left_out: float = 0.0  # of the logits' gradient, by a tolerance
+    sampler_gap: float = 0.0  # nats that a served engine's log-probs are away from the policy's
     taught: float = 0.0  # tokens that a teacher was asked about
     divergence: float = 0.0
 
@@ -52,5 +53,6 @@ def metrics_of(config: Config, sampled: Sampled, checked: Checked, learned: Lear
         "clip_share": of["clip_share"] / max(of["tokens"], 1.0),
         "learning_tokens": of["tokens"] / (of["length"] * config.epochs),
         **({"gradient_left_out": of["left_out"] / max(of["tokens"], 1.0)} if config.tolerant else {}),
+        **({"sampler_gap": of["sampler_gap"] / of["length"]} if config.rollouts else {}),
         **({"divergence": of["divergence"] / max(of["taught"], 1.0)} if config.teacher else {}),
     }

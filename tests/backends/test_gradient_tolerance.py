@@ -206,6 +206,7 @@ def test_flat_rows_keep_their_dense_products(monkeypatch: pytest.MonkeyPatch) ->
     taken: list[str] = []
     monkeypatch.setattr(sparse, "product", lambda *_: taken.append("hidden"))
     monkeypatch.setattr(sparse, "add_transposed", lambda *_: taken.append("head"))
+    monkeypatch.setattr(sparse, "put_transposed", lambda *_: taken.append("head"))
     config = LossConfig(gradient_tolerance=1e-2, head_gradient_tolerance=1e-2)
     exact, got = made("flat", LossConfig()), made("flat", config)
     assert taken == []
@@ -246,10 +247,13 @@ def test_products_of_entries_are_those_of_their_matrix_in_any_dtype(
     torch.testing.assert_close(total, 1 + gradient.T @ hidden, **close)
     assert torch.equal(total[4], torch.ones(5))
     rounded = torch.zeros(11, 5, dtype=dtype)
-    sparse.add_transposed(rounded, some, hidden, fresh=True)
-    assert torch.equal(rounded, (total - 1).to(dtype)) or dtype == torch.float32
+    sparse.put_transposed(rounded, some, hidden)
     torch.testing.assert_close(rounded.float(), gradient.T @ hidden, rtol=2.0**-7, atol=1e-6)
+    torch.testing.assert_close(sparse.transposed_product(some, 11, hidden), gradient.T @ hidden, **close)
+    of_each = (hidden @ weight.float().T)[row, column]
+    torch.testing.assert_close(sparse.dots(row, column, hidden, weight, torch.float32), of_each, **close)
     nothing = sparse.Entries.none(hidden)
+    assert torch.equal(sparse.transposed_product(nothing, 11, hidden), torch.zeros(11, 5))
     assert torch.equal(sparse.product(nothing, 6, weight, torch.float32), torch.zeros(6, 5))
     sparse.add_transposed(total, nothing, hidden)
 

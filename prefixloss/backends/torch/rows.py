@@ -16,6 +16,7 @@ from prefixloss.backends import memory, products, sparse
 from prefixloss.backends.columns import Columns, Shard
 from prefixloss.backends.problem import Head
 from prefixloss.backends.sparse import Entries
+from prefixloss.backends.sums import Sum
 from prefixloss.backends.tolerance import of_products
 from prefixloss.backends.torch import entries
 from prefixloss.maths.precision import accumulation_dtype, storage_dtype
@@ -98,7 +99,6 @@ class LinearRows:
         self.scaled_bias = None if self.bias is None else self.bias.to(self.dtype) * transform.before
         self.buffer = self.hidden.new_empty(0, self.vocabulary, dtype=self.dtype)
         self.d_hidden = self.d_weight = self.d_bias = None
-        self.needs_weight = needs[1]
         self.few: list[Entries] = []  # of chunks whose part of the head's gradient is still to be made
         wanted = needs[0], needs[1] or needs[2]
         dtypes = self.hidden.dtype, self.weight.dtype
@@ -109,6 +109,8 @@ class LinearRows:
             # of several processes' shares only the sum is rounded
             kept = self.dtype if isinstance(columns, Shard) else storage_dtype(self.hidden.dtype)
             self.d_hidden = memory.zeros(self.hidden.shape, kept, self.hidden.device)
+        if needs[1]:
+            self.d_weight = Sum(self.weight.shape, self.dtype, self.weight.device)
         if needs[2]:
             self.d_bias = self.weight.new_zeros(self.vocabulary, dtype=self.dtype)
 
@@ -162,9 +164,8 @@ class LinearRows:
         """scale * gradient @ weight: [n, D]. gradient: the first rows of `room`."""
         width, whole = self.weight.shape[1], self._whole(gradient)
         product = gradient.new_empty(len(whole), width) if self.padded is None else self._room(width)
-        product.zero_()
         for columns, weight in self._weight_slices():
-            products.add_product(product, whole[:, columns], weight)
+            products.add_product(product, whole[:, columns], weight, first=columns.start == 0)
         return product[: len(gradient)].mul_(self.transform.before * scale)
 
     def _whole(self, gradient: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ class LinearRows:
             self._add_head_gradient(rows, gradient, scale)
             return
         for_head = for_head.times(scale)
-        if self.needs_weight:
+        if self.d_weight is not None:
             self._keep(Entries(rows[for_head.row], for_head.column, for_head.value))
         if self.d_bias is not None:
             ones = self.d_bias.new_full((len(rows), 1), self.transform.before)
@@ -198,34 +199,29 @@ class LinearRows:
         dtype. The hidden states that it takes in the accumulation dtype have a limit."""
         self.few.append(entries)
         if self.hidden.numel() > _KEPT:
-            self._add_few(*self._head_sum(self.dtype))
+            self._add_few()
 
-    def _add_few(self, total: Tensor, fresh: bool) -> None:
-        """total [V, D] += what waits."""
-        rows, few = Entries.joined(self.few).only_their_rows()
-        sparse.add_transposed(total, few, self._states(rows), fresh=fresh)
-        self.few = []
-
-    def _head_sum(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
-        """The sum so far, and whether it is new, and of that dtype."""
-        fresh = self.d_weight is None
-        if self.d_weight is None:
-            self.d_weight = memory.zeros(self.weight.shape, dtype, self.weight.device)
-        return self.d_weight, fresh
+    def _add_few(self) -> None:
+        if self.few and self.d_weight is not None:
+            rows, few = Entries.joined(self.few).only_their_rows()
+            sparse.add_transposed(self.d_weight.value, few, self._states(rows))
+            self.few = []
 
     def _head_gradient(self) -> Tensor | None:
-        if not self.needs_weight:
+        if self.d_weight is None:
             return None
         kept = storage_dtype(self.weight.dtype)
-        total, fresh = self._head_sum(kept)
-        if self.few:
-            self._add_few(total, fresh)
-        return total.to(kept)
+        if self.few and not self.d_weight.begun:
+            total = memory.zeros(self.weight.shape, kept, self.weight.device)
+            rows, few = Entries.joined(self.few).only_their_rows()
+            sparse.put_transposed(total, few, self._states(rows))
+            return total
+        self._add_few()
+        return self.d_weight.value.to(kept)
 
     def _add_head_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
-        if self.needs_weight:
-            total, fresh = self._head_sum(self.dtype)
-            products.add_product(total, self._whole(gradient).t(), self._hidden(rows), alpha=scale, fresh=fresh)
+        if self.d_weight is not None:
+            self.d_weight.add_product(self._whole(gradient).t(), self._hidden(rows), scale)
         if self.d_bias is not None:
             self.d_bias.add_(gradient.sum(0), alpha=self.transform.before * scale)
 
