@@ -26,8 +26,9 @@ class Served:
     asked: each request with its path and the fingerprint of the model that answers. changes: what is done to a reply.
     """
 
-    def __init__(self, model: Any, names: tuple[str, ...] = ("tiny",)) -> None:
-        self.model, self.names, self.deaf, self.down = model.eval(), names, False, False
+    def __init__(self, model: Any, names: tuple[str, ...] = ("tiny",), tokenizer: Any = None) -> None:
+        self.model, self.names, self.tokenizer = model.eval(), names, tokenizer
+        self.deaf, self.down = False, False
         self.adapters: dict[str, Any] = {}
         self.asked: list[tuple[str, dict[str, Any], bytes]] = []
         self.changes: list[Any] = []
@@ -54,6 +55,8 @@ class Served:
                 return 404, {"error": {"message": "no such model"}}
             listed = request.get("prompt_logprobs")
             return 200, self.taught(model, request, listed) if listed else self.completions(model, request)
+        if path == "/tokenize" and self.tokenizer is not None:
+            return 200, {"tokens": self.tokenizer.encode(request["prompt"], add_special_tokens=False)}
         return self.told(path, request)
 
     def told(self, path: str, request: dict[str, Any]) -> tuple[int, Any]:

@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from prefixloss.io.endpoint import KEY, Address, UnansweredError, opened, run
+from prefixloss.io.address import Address
+from prefixloss.io.endpoint import KEY, UnansweredError, opened, run
 from prefixloss.io.files import write_whole_directory
 from prefixloss.rl.completions import BYTES_A_TOKEN, Limits, Written, read, request
 from prefixloss.rl.policy import Policy
@@ -134,7 +135,7 @@ class Engine:
         limits = Limits(max_tokens, self.policy.end_ids, len(self.policy.lm_head.weight))
         written = run(self._written(asked, limits, seeds, greedy))
         tokens, logps, finished = zip(*written, strict=True)
-        sampled = self.policy.sampled(prompt, attention, tokens, finished)
+        sampled = self.policy.from_rows(prompt, attention, tokens, finished)
         width = sampled.mask.shape[1]
         padded = torch.tensor([row + [0.0] * (width - len(row)) for row in logps], device=self.policy.device)
         return sampled.with_logps(padded)

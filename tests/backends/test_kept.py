@@ -11,8 +11,8 @@ from cases import Counter, small_case, solve_with_grads
 from torch import Tensor
 
 from prefixloss import LossConfig, linear_logps, linear_prefix_loss, prefix_loss
-from prefixloss.backends import kept as kept_columns
 from prefixloss.backends import memory, sparse
+from prefixloss.backends.torch import kept as kept_columns
 
 VOCABULARY, KEPT = 9, 4
 OPTIONS: list[dict[str, Any]] = [

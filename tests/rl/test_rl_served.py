@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections import deque
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from typer.testing import CliRunner
 
 from prefixloss import cli
 from prefixloss.io import endpoint
-from prefixloss.io.endpoint import Address, UnansweredError
+from prefixloss.io.address import Address
+from prefixloss.io.endpoint import UnansweredError
 from prefixloss.rl import UsageError, checkpoint, train
 from prefixloss.rl.completions import Limits, Written, read, request
 from prefixloss.rl.config import Config
@@ -44,7 +44,7 @@ def surroundings(monkeypatch):
 
 
 def quiet():
-    return Report(Console(file=open(os.devnull, "w")))
+    return Report(Console(quiet=True))
 
 
 def other(seed=7):
@@ -146,16 +146,16 @@ def test_the_same_seed_gives_the_same_run_and_a_resumed_one_the_same_bits(run, t
     directory, *_ = run
     real = checkpoint.save
 
-    def stop_after_one(path, saved):
+    def stop_after_two(path, saved):
         real(path, saved)
-        if saved["state"]["update"] == 1:
+        if saved["state"]["update"] == 2:  # evaluated, so that its weights are loaded twice
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "check", every_second)
     with serving(other(8).model) as server:
         config = Config(**SMALL, rollouts=server.url)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "save", stop_after_one)
+            patch.setattr(checkpoint, "save", stop_after_two)
             with pytest.raises(KeyboardInterrupt):
                 train.train(config, tmp_path / "run", quiet())
         train.train(config, tmp_path / "run", quiet())

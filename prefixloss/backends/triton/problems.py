@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 
 from prefixloss._kernels import launch, rows, tune
-from prefixloss._kernels.objective import ObjectiveKind, Options
-from prefixloss._kernels.problem import STATS, TERMS, Problem, Tokens, Work
+from prefixloss._kernels.objective import CORRECTIONS, DIVERGENCES, POLICIES, ObjectiveKind, Options
+from prefixloss._kernels.problem import LEARNING, STATS, TERMS, Problem, Tokens, Work
 from prefixloss._kernels.softmax import LogitScaling
 from prefixloss.config import LossConfig
+from prefixloss.inputs.batch import Given
+from prefixloss.maths.objective import token_terms
 from prefixloss.maths.softmax import Coefficients, RowStats, live_rows, transform_of
+
+
+def in_kernels(config: LossConfig) -> bool:
+    """Whether the kernels know what a token's loss is; if not, torch makes it from their statistics."""
+    known = config.objective in POLICIES and config.sampler_correction in (None, *CORRECTIONS)
+    plain = config.sampler_missing is None and config.kl_clamp is None
+    return known and plain and config.kl in (None, *DIVERGENCES)
 
 
 def device_transform(config: LossConfig) -> LogitScaling:
@@ -120,6 +129,22 @@ def rooms(given: Tensor) -> tuple[Tensor, Tensor]:
     """stats and terms of no token yet."""
     count = given.shape[1]
     return given.new_zeros(len(STATS), count), given.new_zeros(len(TERMS), count)
+
+
+def put_terms(
+    config: LossConfig, stats: Tensor, terms: Tensor, given: Tensor, recorded: list[bool], flags: Tensor, rows: Tensor
+) -> None:
+    """Writes the terms of the tokens `rows` [n], where no kernel knows the loss; as they do, 0 where not computed, and
+    coefficients with the token's weight. recorded: which of the log-probs in given there are."""
+    seen, learning = flags[rows] != 0, (flags[rows] & LEARNING.value) != 0
+    # what was given for other tokens may be anything
+    advantages, weight, *logps = torch.where(seen, given[:, rows], 0.0)
+    logp, entropy, kl = stats[:3, rows]
+    tokens = Given(advantages, *(x if there else None for x, there in zip(logps, recorded, strict=True)))
+    made = token_terms(config, tokens, logp, entropy, kl if config.exact_kl else None)
+    slopes = [torch.zeros_like(logp) if x is None else x * weight for x in (made.d_logp, made.d_entropy, made.d_kl)]
+    shown = torch.where(seen, torch.stack([made.loss, made.ratio, made.kl]), 0.0)
+    terms[:, rows] = torch.cat([shown, torch.where(learning, torch.stack(slopes), 0.0)])
 
 
 def total_of(terms: Tensor, given: Tensor, flags: Tensor, most: int) -> Tensor:
