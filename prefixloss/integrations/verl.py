@@ -32,11 +32,14 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prefixloss import check
+from prefixloss.advantages import turn_level
 from prefixloss.config import LossConfig
+from prefixloss.inputs.turns import turn_counts, turns
 from prefixloss.integrations import installed
 from prefixloss.integrations.token_loss import (
     ESTIMATORS as NAMES,
@@ -154,6 +157,28 @@ def advantage_estimator(
     return of_token, of_token
 
 
+def turn_level_estimator(
+    token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, *, index: Any, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """`prefixloss.advantages.turn_level` in verl's signature, registered as turn_level: (advantages, returns), [B, T].
+
+    token_level_rewards: [B, T]. What stands at a turn's tokens, or at those that a tool wrote behind it, is that turn's
+    reward; at the last turn it is the outcome. response_mask: verl's, 0 for what tools wrote. config: verl's
+    AlgoConfig; `algorithm.turn_level` holds the options, and `std` is `norm_adv_by_std_in_grpo` unless set.
+    """
+    options = dict((config.get("turn_level") if config is not None else None) or {})
+    if config is not None:
+        options.setdefault("std", config.get("norm_adv_by_std_in_grpo", True))
+    number, counts = turns(response_mask), turn_counts(response_mask)
+    place = number.cummax(1).values.clamp(min=0)  # a tool's tokens are of the turn before
+    earned = token_level_rewards.new_zeros(len(counts), int(counts.max().clamp(min=1)))
+    earned = earned.scatter_add(1, place, token_level_rewards)
+    outcome = earned.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+    groups = torch.as_tensor(np.unique(np.asarray(index), return_inverse=True)[1], device=outcome.device)
+    of_token = turn_level(outcome, earned, groups.long(), response_mask, **options)
+    return of_token, of_token
+
+
 def _in_scored_tokens(rewards: Tensor, scored: Tensor) -> Tensor:
     """The signed scores [B] in rewards [B, T], their first errors counted in scored tokens alone."""
     scores = rewards.sum(-1)
@@ -227,7 +252,7 @@ def register() -> None:
 
     for objective, loss in POLICY_LOSSES.items():
         register_policy_loss(f"prefix_{objective}")(loss)
-    for estimator, compute in ESTIMATORS.items():
+    for estimator, compute in {**ESTIMATORS, "turn_level": turn_level_estimator}.items():
         register_adv_est(estimator)(compute)
     _register_reward_manager()
     if os.environ.get("PREFIXLOSS_VERL_HEAD") == "1":

@@ -558,6 +558,22 @@ def test_verl_puts_a_score_behind_what_a_tool_wrote(verl: Any) -> None:
     torch.testing.assert_close(got, torch.tensor([right, wrong]))
 
 
+def test_verl_rewards_of_turns_become_advantages_of_their_tokens(verl: Any) -> None:
+    """Row 0 has two turns, the first rewarded at its tool's last token, the outcome behind the second's tool. Row 1 has
+    the same turns, its first earned at its own token. Two of a kind: +-1/sqrt(2) each."""
+    mask = torch.tensor([[1, 1, 0, 0, 1, 0], [1, 0, 1, 1, 0, 0]])
+    rewards = torch.tensor([[0, 0, 0, 0.25, 0, 1.0], [0.75, 0, 0, 0, 0, 0]])
+    made, returns = verl.turn_level_estimator(rewards, mask, index=["a", "a"])
+    half = 0.5**0.5
+    want = torch.tensor([[0, 0, 0, 0, half, 0], [0, 0, -half, -half, 0, 0]])
+    torch.testing.assert_close(made, want)
+    assert torch.equal(made, returns)
+    config = verl_config(turn_level={"weight": 3.0}, norm_adv_by_std_in_grpo=False)
+    made, _ = verl.turn_level_estimator(rewards, mask, config, index=["a", "a"])
+    # 0.5 - 3 * 0.25 and 0.5; -0.5 + 3 * 0.25 and -0.5
+    torch.testing.assert_close(made, torch.tensor([[-0.25, -0.25, 0, 0, 0.5, 0], [0.25, 0, -0.5, -0.5, 0, 0]]))
+
+
 def test_verl_first_errors_count_what_tools_wrote(verl: Any) -> None:
     """verl's reward loop sees no mask: the fifth token (4) is the third of the model's own (2). The wrong response of
     row 1 breaks only in what its tool says: its last own token is in doubt. Row 2 was rejected by its sampler."""

@@ -13,7 +13,6 @@ import math
 import torch
 from torch import Tensor
 
-from prefixloss._kernels.objective import CORRECTIONS, DIVERGENCES, POLICIES
 from prefixloss._kernels.problem import LEARNING
 from prefixloss.backends import two_stages
 from prefixloss.backends.autograd import wants_gradient

@@ -21,7 +21,7 @@ from prefixloss.integrations.trl.head import per_token_logps
 from prefixloss.integrations.trl.logps import FusedLoss, LogProbs, add_fused_loss, scored_by
 from prefixloss.integrations.trl.versions import check_version, has_fused_head, refuse_losses
 from prefixloss.maths.objective import clipped
-from prefixloss.steps import SEGMENTERS, Segmenter, step_tokens
+from prefixloss.steps import SEGMENTERS, Segmenter, step_tokens, turn_tokens
 
 # those that need no more than outcomes and first errors; "grpo" is TRL's own, without a detector
 ADVANTAGES = (*ESTIMATORS, "grpo")
@@ -48,7 +48,9 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         detector: a `prefixloss.detect` Detector, or its name ("auto", "maths", "prm:MODEL", ...).
         threshold: the detector's confidence, from 0 to 1, below which its find counts as none: such a response is wrong
             from its first token on. `first_error/found` counts what is left.
-        segmenter: how a response is cut into steps, see `prefixloss.steps`.
+        segmenter: how a response is cut into steps, see `prefixloss.steps`; or "turns", an agent's, between what its
+            tools wrote (TRL's tools and environments, or `env_mask` of a rollout_func). A step is then a turn and what
+            its tools answered, and the first wrong turn is where credit ends.
         advantage: "vppo"; "cliff"; "neutral_prefix" (TRL's advantages, 0 on good prefixes; "neutral" is taken as well);
             "grpo" (TRL's, no detector).
         alpha, shorten: as in `advantages.vppo`, whose advantages like cliff's are not divided by a standard deviation:
@@ -81,7 +83,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         *args: Any,
         detector: Detector | str | None = "auto",
         threshold: float = 0.0,
-        segmenter: Segmenter = "markers",
+        segmenter: Segmenter | Literal["turns"] = "markers",
         advantage: str = "vppo",
         alpha: float = 0.5,
         shorten: Literal["prompt"] | int | float = "prompt",
@@ -94,7 +96,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     ) -> None:
         check_version()
         for name, value, known in (
-            ("segmenter", segmenter, SEGMENTERS),
+            ("segmenter", segmenter, (*SEGMENTERS, "turns")),
             ("advantage", advantages.ALIASES.get(advantage, advantage), ADVANTAGES),
         ):
             if value not in known:
@@ -172,7 +174,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         # TRL before 1.15 knows one
         ends = {*getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id]), self._tokenizer.pad_token_id}
         which = [i for i, ids in enumerate(completion_ids) if searched[i] and ids and ids[-1] in ends]
-        cuts = [step_tokens(self._tokenizer, completion_ids[i], self.segmenter) for i in which]
+        cuts = [self._steps(i, completion_ids[i]) for i in which]
         answers = [inputs[i].get(self.answer) for i in which]
         found = self.detector.detect_batch(
             [_question(prompts[i]) for i in which],
@@ -188,6 +190,18 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if any(searched):
             self._log_metric("first_error/found", sum(t >= 0 for t in first) / sum(searched))
         return first
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; on the way, which tokens are the model's own, where there are others."""
+        made = super()._generate(*args, **kwargs)
+        self._own = made[2]
+        return made
+
+    def _steps(self, i: int, ids: list[int]) -> tuple[list[str], list[int]]:
+        """The steps of this process's response `i`, and the index of each one's first token."""
+        if self.segmenter == "turns":
+            return turn_tokens(self._tokenizer, ids, [1] * len(ids) if self._own is None else self._own[i])
+        return step_tokens(self._tokenizer, ids, self.segmenter)
 
     # ---- advantages ----
 
