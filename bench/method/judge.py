@@ -27,12 +27,13 @@ from prefixloss.rl.config import Config
 from prefixloss.rl.policy import Policy
 from prefixloss.steps import split
 
-RESPONSES = 8192  # that are labelled
+RESPONSES = 4096  # that are labelled
 MEASURED = 512  # other ones, to held-out problems
 SAMPLES = 8
 SETTINGS = Settings(epochs=4, batch_size=32, lr=1e-3, device="cpu")
 ROLLOUTS = "rollouts:{model}?samples={samples}&max_tokens=64&budget=1000&batch_size=256"
-AT_ONCE = 512  # responses a batch
+AT_ONCE = 512  # responses a batch that are judged
+SAMPLED = 32  # problems a batch that are answered
 Writer = Callable[[], Policy]
 
 
@@ -57,8 +58,8 @@ def written(policy: Policy, config: Config, count: int, *, held_out: bool) -> li
     torch.manual_seed(config.seed)
     problems = task.chains(config.seed, 0, count // config.group, held_out=held_out)
     made: list[tuple[task.Problem, str]] = []
-    for start in range(0, len(problems), config.prompts):
-        repeated, sampled = train.sample(config, policy, problems[start : start + config.prompts])
+    for start in range(0, len(problems), SAMPLED):
+        repeated, sampled = train.sample(config, policy, problems[start : start + SAMPLED])
         ended = zip(repeated, sampled.texts, sampled.finished.tolist(), strict=True)
         made += [(problem, text) for problem, text, finished in ended if finished]
     return made

@@ -80,7 +80,8 @@ class Config:
     # a teacher, drawn to beside what the advantages say; advantage "none" leaves it alone
     teacher: str | None = None  # a directory, a hub name, URL or MODEL@URL, with the policy's own tokenizer
     teacher_top: int = 20  # ids that a served one lists for a token; the rest of the vocabulary is one class
-    distill_from: str = "first-error"  # of a wrong response; or all of the wrong ones, or of all
+    # tokens from the first error on, of a wrong response or, with `flawed`, of any; or those of wrong ones, or of all
+    distill_from: str = "first-error"
     distill_coef: float = 1.0
     divergence: str = "reverse"
     # rollouts and optimisation

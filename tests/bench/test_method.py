@@ -154,6 +154,9 @@ def test_equal_runs_of_two_comparisons_are_one():
     assert keys["teacher"]["VPPO"] == keys["compare"]["VPPO"]
     assert keys["teacher"]["GRPO"] == keys["compare"]["GRPO"]
     assert keys["tolerance"]["VPPO"] == keys["compare"]["VPPO"]
+    for c in (c for conditions in method_runs.EXPERIMENTS.values() for c in conditions):
+        beside = {"teacher": "a model"} if c.taught else {}
+        assert replace(method_runs.SMALL, **c.options, **beside).updates == 40  # settings that can work
     assert keys["judge"]["exact check"] == keys["compare"]["VPPO"]
     assert keys["judge"]["GRPO"] == keys["compare"]["GRPO"]
     assert len(set(of_each)) == len(of_each) - 8

@@ -53,6 +53,8 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             its tools answered, and the first wrong turn is where credit ends.
         advantage: "vppo"; "cliff"; "neutral_prefix" (TRL's advantages, 0 on good prefixes; "neutral" is taken as well);
             "grpo" (TRL's, no detector).
+        flawed: for "vppo", what a right answer is worth from its own first error on, see `advantages.vppo`; right
+            ones are then searched too, and `first_error/flawed` is the share of them in which one is found. None: not.
         alpha, shorten: as in `advantages.vppo`, whose advantages like cliff's are not divided by a standard deviation:
             TRL's `scale_rewards` counts for "neutral_prefix" and "grpo", and "batch" is refused with the others.
         correct: which responses are right. A number: those whose weighted sum of rewards is above it. The name of a
@@ -71,7 +73,8 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             entropy and clipping over the others. For losses of one pass only.
         backend: as in `linear_prefix_loss`.
 
-    Only wrong responses that ended by themselves are searched: one that was cut off has no good prefix.
+    Only responses that ended by themselves are searched, and without `flawed` only wrong ones: one that was cut off has
+    no good prefix.
 
     Tokens are scored at the positions at which they were generated, with or without `fused_loss`. TRL leaves positions
     to the model: one with absolute positions (GPT-2, GPT-Neo) counts the padding before a prompt, and TRL's log-probs
@@ -87,6 +90,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         advantage: str = "vppo",
         alpha: float = 0.5,
         shorten: Literal["prompt"] | int | float = "prompt",
+        flawed: float | None = None,
         correct: Correct | None = None,
         answer: str = "answer",
         fused_loss: bool = False,
@@ -105,6 +109,10 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             raise ValueError(f'detector: got None, expected a detector or its name for advantage="{advantage}"')
         check.number("alpha", alpha, 0.0, 1.0)
         check.number("threshold", threshold, 0.0, 1.0)
+        if flawed is not None:
+            check.number("flawed", flawed, 0.0, 1.0)
+            if advantage != "vppo":
+                raise ValueError(f'flawed: got {flawed!r}, expected advantage="vppo" with it')
         check.shorten(shorten, torch.ones(1), torch.ones(1, dtype=torch.int64))  # the lengths come with the responses
         if advantage == "grpo":
             self.detector = None
@@ -114,7 +122,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         advantage = advantages.named("advantage", advantage, ADVANTAGES)
         if advantage not in ("neutral_prefix", "grpo") and self.scale_rewards == "batch":
             raise ValueError(f'scale_rewards: got "batch", expected "group" or "none" for advantage="{advantage}"')
-        self.threshold = threshold
+        self.threshold, self.flawed = threshold, flawed
         self.segmenter, self.advantage, self.alpha, self.shorten = segmenter, advantage, alpha, shorten
         self.correct = self._checked_correct(correct)
         self.answer, self.stats, self.backend = answer, stats, backend
@@ -146,8 +154,11 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             verdicts = self._verdicts(rewards)
             correct, judged = verdicts == 1, ~verdicts.isnan()
             here = self._local(len(prompts))
-            searched = (judged & ~correct)[here].tolist()
-            first = self._first_wrong_tokens(inputs, prompts, completion_ids, searched)
+            searched = judged if self.flawed is not None else judged & ~correct
+            first = self._first_wrong_tokens(inputs, prompts, completion_ids, searched[here].tolist())
+            self._count(first, (judged & ~correct)[here].tolist(), "found")
+            if self.flawed is not None:
+                self._count(first, correct[here].tolist(), "flawed")
             self._outcome = Outcome(correct, judged, torch.tensor(first, device=rewards.device))
         return rewards
 
@@ -187,9 +198,13 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             reasons[i] = error.reason
         self._log_completion_extra("first_error", first)
         self._log_completion_extra("first_error_reason", reasons)
-        if any(searched):
-            self._log_metric("first_error/found", sum(t >= 0 for t in first) / sum(searched))
         return first
+
+    def _count(self, first: list[int], among: list[bool], name: str) -> None:
+        """Logs the share of these responses in which a first error was found."""
+        if any(among):
+            found = sum(t >= 0 for t, counted in zip(first, among, strict=True) if counted)
+            self._log_metric(f"first_error/{name}", found / sum(among))
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's; on the way, which tokens are the model's own, where there are others."""
@@ -222,7 +237,8 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             # a group may lie on several processes
             sizes = torch.stack([mask.sum(1), first_error, batch["prompt_mask"].sum(1)], 1)
             lengths, everywhere, prompt_lengths = self.accelerator.gather(sizes).unbind(1)
-            options: Any = {"alpha": self.alpha, "shorten": self.shorten} if self.advantage == "vppo" else {}
+            own: Any = {"alpha": self.alpha, "shorten": self.shorten, "flawed": self.flawed}
+            options = own if self.advantage == "vppo" else {}
             known = advantages.Outcome(
                 outcome.correct, lengths, self._groups(len(lengths)), everywhere, prompt_lengths=prompt_lengths,
                 judged=outcome.judged,
