@@ -311,5 +311,5 @@ def test_one_pair_of_versions_runs_in_an_environment_of_its_own(tmp_path):
 def test_an_older_trl_is_refused_in_an_environment_of_its_own(tmp_path):
     python = matrix.environment(tmp_path / "old", ["trl==1.8.0"])
     code = "import prefixloss.integrations.trl"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, timeout=600)
     assert "ImportError: trl: got version 1.8.0, expected 1.9 or newer" in done.stderr
