@@ -51,6 +51,10 @@ class Columns:
         """logits [.., V] without their padding."""
         return logits if logits.shape[-1] == self.columns else logits[..., : self.columns]
 
+    def local(self, tokens: Tensor) -> Tensor:
+        """Each target's column here; -1 for another process's."""
+        return tokens
+
     def stats(self, scores: Tensor, tokens: Tensor, probs: Tensor, ref_scores: Tensor | None) -> RowStats:
         return softmax.row_stats(scores, tokens, probs, ref_scores)
 
@@ -129,13 +133,28 @@ class Shard(Columns):
 
     def sum_(self, x: Tensor | None) -> None:
         if x is not None:
-            torch.distributed.all_reduce(x, group=self.group)
+            together = x.contiguous()
+            torch.distributed.all_reduce(together, group=self.group)
+            if together is not x:
+                x.copy_(together)
+
+    def local(self, tokens: Tensor) -> Tensor:
+        here, target = self._target(tokens)
+        return torch.where(here, target, -1)
+
+    def gathered(self, mine: Tensor) -> Tensor:
+        """Every process's `mine` [..], [processes, ..], by one all-reduce in which each fills a place of its own."""
+        rank, size = torch.distributed.get_rank(self.group), torch.distributed.get_world_size(self.group)
+        packed = mine.new_zeros(size, *mine.shape)
+        packed[rank] = mine
+        torch.distributed.all_reduce(packed, group=self.group)
+        return packed
 
     def stats(self, scores: Tensor, tokens: Tensor, probs: Tensor, ref_scores: Tensor | None) -> RowStats:
         """As `softmax.row_stats`; `total` is what this process's part of probs is to be divided by."""
         here, target = self._target(tokens)
         sums = self._sums(scores, here, target, probs, ref_scores)
-        parts = self._gathered(sums)
+        parts = _Sums(*self.gathered(torch.stack(sums)).unbind(1))
         top = parts.top.amax(0)
         shrink = torch.exp(parts.top - top)
         others = (parts.others * shrink).sum(0)
@@ -210,14 +229,6 @@ class Shard(Columns):
                 sums.ref_top[rows] = r.amax(1).clamp(min=_LOWEST)
                 sums.ref_total[rows] = torch.exp(r - sums.ref_top[rows, None]).sum(1)
         return sums
-
-    def _gathered(self, sums: _Sums) -> _Sums:
-        """Every process's sums, [processes, n] each, by one all-reduce in which each fills a place of its own."""
-        rank, size = torch.distributed.get_rank(self.group), torch.distributed.get_world_size(self.group)
-        packed = sums.top.new_zeros(size, len(_Sums._fields), len(sums.top))
-        packed[rank] = torch.stack(sums)
-        torch.distributed.all_reduce(packed, group=self.group)
-        return _Sums(*packed.unbind(1))
 
 
 def _never(x: Tensor) -> Tensor:

@@ -174,6 +174,49 @@ def test_a_split_vocabulary_gives_the_same_loss_and_gradients(counts: tuple[int,
     in_processes(compare, len(counts), tmp_path, counts)
 
 
+def by_kernels(rank: int, size: int, file: str, counts: tuple[int, ...], calls: list[tuple[str, int]]) -> None:
+    """The kernels on this rank's columns, in several chunks, against the plain formula in float64 on all of them.
+
+    calls: names with the index of a configuration.
+    """
+    os.environ["PREFIXLOSS_MEMORY"] = str(1000 + 1000 * rank)  # the ranks agree on the smallest
+    with group_of(rank, size, file) as group:
+        more = {"tp_group": group, "backend": "triton"} | ({"vocab_size": V} if sum(counts) > V else {})
+        exact, whole = inputs(torch.float64), inputs(torch.float32)
+        mine, error = cut(whole, counts, rank), 2e-5  # float32 sums of 5 products and 11 exponentials
+        for name, index in calls:
+            config = CONFIGS[index]
+            note = f"{name}, {config}, {counts}"
+            want, want_grads = CALLS[name](exact, config, backend="reference")
+            got, grads = CALLS[name](mine, config, **more)
+            for a, b in zip(results(got), results(want), strict=True):
+                torch.testing.assert_close(a, b, rtol=error, atol=error, msg=lambda m, n=note: f"{n}: {m}")
+            check_gradients({n: g.double() for n, g in grads.items()}, want_grads, counts, rank, error, note)
+            check_same_bits([*results(got), grads["hidden"].double()])
+
+
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels on CPU tensors run in the interpreter"
+)
+
+
+@INTERPRETED
+@pytest.mark.parametrize(
+    ("counts", "calls"),
+    [
+        ((6, 5), [("linear", 1), ("linear", 4), ("logps", 3), ("frozen", 0)]),
+        ((5, 6, 2), [("linear", 3)]),
+        pytest.param((4, 4, 3, 2), [("linear", 2)], marks=pytest.mark.slow),
+        pytest.param((6, 5), list(itertools.product(("linear", "logps", "frozen"), range(7))), marks=pytest.mark.slow),
+    ],
+    ids=["two", "three", "four", "all"],
+)
+def test_the_kernels_on_a_split_vocabulary_give_the_plain_formula(
+    counts: tuple[int, ...], calls: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    in_processes(by_kernels, len(counts), tmp_path, counts, calls)
+
+
 def near_certainty(rank: int, size: int, file: str, counts: tuple[int, ...]) -> None:
     with group_of(rank, size, file) as group:
         for gap in (20.0, 60.0, 85.0):
@@ -227,23 +270,26 @@ def test_log_probs_far_below_0_are_finite_and_so_is_the_kl_of_what_has_no_probab
     in_processes(far_apart, 2, tmp_path)
 
 
-def half_precision(rank: int, size: int, file: str) -> None:
+def half_precision(rank: int, size: int, file: str, backend: str, count: int) -> None:
     with group_of(rank, size, file) as group:
         g = torch.Generator().manual_seed(0)
-        hidden, weight = (torch.randn(n, 32, generator=g).bfloat16() for n in (128, 400))
-        tokens, advantages = torch.randint(400, (128,), generator=g), torch.randn(128, generator=g)
+        hidden, weight = (torch.randn(n, 32, generator=g).bfloat16() for n in (count, 400))
+        tokens, advantages = torch.randint(400, (count,), generator=g), torch.randn(count, generator=g)
         exact = hidden.double().requires_grad_()
         linear_prefix_loss(exact, weight.double(), tokens, advantages, backend="torch").loss.backward()
         got = hidden.clone().requires_grad_()
         mine = weight.split(200)[rank].clone().requires_grad_()
-        linear_prefix_loss(got, mine, tokens, advantages, tp_group=group).loss.backward()
+        linear_prefix_loss(got, mine, tokens, advantages, tp_group=group, backend=backend).loss.backward()
         assert exact.grad is not None
         # one rounding to bfloat16: half a unit in the last of 8 bits at most, and float32 sums' error far below it
         torch.testing.assert_close(got.grad, exact.grad, rtol=2**-8, atol=1e-7, check_dtype=False)
 
 
-def test_shares_of_a_bfloat16_gradient_are_added_before_they_are_rounded(tmp_path: Path) -> None:
-    in_processes(half_precision, 2, tmp_path)
+@pytest.mark.parametrize(("backend", "count"), [("torch", 128), pytest.param("triton", 4, marks=INTERPRETED)])
+def test_shares_of_a_bfloat16_gradient_are_added_before_they_are_rounded(
+    backend: str, count: int, tmp_path: Path
+) -> None:
+    in_processes(half_precision, 2, tmp_path, backend, count)
 
 
 def test_padding_never_counts_on_one_process_either() -> None:
@@ -261,7 +307,7 @@ def wrong_calls(rank: int, size: int, file: str, counts: tuple[int, ...]) -> Non
     with group_of(rank, size, file) as group:
         x = cut(inputs(torch.float32), counts, rank)
         with pytest.raises(RuntimeError, match="tp_group"):
-            run_linear(x, LossConfig(), tp_group=group, backend="triton")
+            run_logits(x, LossConfig(), tp_group=group, backend="triton")
         with pytest.raises(ValueError, match=r"vocab_size: got 99 with 11 columns"):
             run_linear(x, LossConfig(), tp_group=group, vocab_size=99)
         with pytest.raises(ValueError, match=r"tokens: got id 10.*V = 9"):

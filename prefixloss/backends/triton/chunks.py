@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prefixloss._kernels.scale import launch_scale
 from prefixloss.backends import memory, products
+from prefixloss.backends.columns import Columns
 from prefixloss.backends.problem import Head
 from prefixloss.maths.precision import storage_dtype
 
@@ -60,6 +61,7 @@ class HeadChunks:
     """The logits of the tokens `rows` [n] in chunks, and what their gradients add up to.
 
     needs: whether hidden, weight and bias want gradients. chosen: rows a chunk, None for as many as memory advises.
+    columns: which part of the vocabulary the head is, None for all of it.
     """
 
     def __init__(
@@ -69,10 +71,14 @@ class HeadChunks:
         rows: Wanted,
         chosen: int | None,
         needs: Sequence[bool] = (False, False, False),
+        columns: Columns | None = None,
     ) -> None:
         self.head, self.reference, self.rows = head, reference, rows
         hidden, weight, _ = head
         self.vocabulary, self.device = len(weight), hidden.device
+        self.columns = columns or Columns(self.vocabulary)
+        if chosen is None and self.columns.rows_at_once is not None:
+            chosen = min(self.columns.rows_at_once, len(rows.token))
         buffers = 1 if reference is None else 2
         self.step = memory.chunk_rows(len(rows.token), len(hidden), 4 * self.vocabulary * buffers, self.device, chosen)
         # the rows of the buffers and of every product
@@ -136,9 +142,13 @@ class HeadChunks:
         products.logits(hidden, head.weight, head.bias, out)
 
     def hidden_gradient(self, grads: Tensor, rows: int) -> Tensor:
-        """float32 [rows, D]: the first rows of grads [size, V] times the head, their scales taken back."""
-        product = products.hidden_gradient(grads, self.head.weight)
-        return (product if self.scales is None else product.div_(self.scales[:, None]))[:rows]
+        """float32 [rows, D]: the first rows of grads [size, V] times the head, their scales taken back, and the sum of
+        all processes' shares."""
+        product = products.hidden_gradient(grads, self.head.weight)[:rows]
+        if self.scales is not None:
+            product.div_(self.scales[:rows, None])
+        self.columns.sum_(product)
+        return product
 
     def add_gradient(self, rows: Tensor, grads: Tensor) -> None:
         """Takes in grads [size, V] of the chunk `rows`, which is the one last made."""

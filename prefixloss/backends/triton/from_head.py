@@ -14,7 +14,7 @@ gradients, empty where not wanted, of the loss as if its own gradient were 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,15 +26,16 @@ from prefixloss._kernels.objective import TokenInputs
 from prefixloss._kernels.problem import LEARNING as LEARNING_BIT
 from prefixloss._kernels.problem import TERMS, Problem, Tokens
 from prefixloss.backends.autograd import first_order
+from prefixloss.backends.columns import Columns
 from prefixloss.backends.library import decoded, gradients_like
 from prefixloss.backends.problem import Head
 from prefixloss.backends.triton.chunks import HeadChunks, Wanted
+from prefixloss.backends.triton.parts import run_columns
 from prefixloss.backends.triton.problems import (
     live_coefficients,
     no_stats,
     problem_of,
     rooms,
-    run,
     splits_of,
     total_of,
 )
@@ -48,7 +49,7 @@ def _or(x: Tensor | None, otherwise: Tensor) -> Tensor:
     return otherwise if x is None else x
 
 
-def _head(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Head | None:
+def head_of(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Head | None:
     return None if hidden is None or weight is None else Head(hidden, weight, bias)
 
 
@@ -81,16 +82,25 @@ def linear_loss(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss (0-d), stats, terms and the gradients of hidden, weight and bias."""
-    config = decoded(options)
-    head, reference = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
+    head, reference = Head(hidden, weight, bias), head_of(ref_hidden, ref_weight, ref_bias)
+    columns = Columns(len(weight))
+    return fused_loss(head, reference, columns, ids, flags, given, off_policy, decoded(options), most, needs)
+
+
+def fused_loss(
+    head: Head, reference: Head | None, columns: Columns, ids: Tensor, flags: Tensor, given: Tensor, off_policy: bool,
+    config: LossConfig, most: int, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `linear_loss`, of a head that is `columns` of the vocabulary."""
     stats, terms = rooms(given)
-    tokens = Tokens(ids, flags, given, ids)
+    tokens = Tokens(columns.local(ids), flags, given, ids)
 
     def passed(which: Wanted, needs: list[bool]) -> HeadChunks:
-        chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs)
+        chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs, columns)
         work = {"terms": True, "gradient": any(needs)}
         for problem, grads, splits in _chunk_problems(chunks, config, tokens, off_policy, **work):
-            run(problem, stats, terms, grads[: problem.rows], _or(chunks.scales, stats), splits)
+            made = grads[: problem.rows]
+            run_columns(columns, ids, problem, stats, terms, made, _or(chunks.scales, stats), splits)
             if any(needs):
                 chunks.add_gradient(problem.tokens.rows_ptr, grads)
         return chunks
@@ -102,7 +112,7 @@ def linear_loss(
     else:
         which, without_gradient = Wanted.split((flags & LEARNING) != 0, flags != 0)
         passed(without_gradient, [False, False, False])
-    d_hidden, d_weight, d_bias = (_or(g, hidden.new_empty(0)) for g in passed(which, needs).gradients())
+    d_hidden, d_weight, d_bias = (_or(g, head.hidden.new_empty(0)) for g in passed(which, needs).gradients())
     return total_of(terms, given, flags, most), stats, terms, d_hidden, d_weight, d_bias
 
 
@@ -129,16 +139,24 @@ def linear_gradient(
     """Gradients of hidden, weight and bias from coefficients [3, N] of log-prob, entropy and KL.
 
     Tokens whose coefficients are 0 enter no product."""
-    config = decoded(options)
-    tokens = Tokens(ids, flags, stats, ids)
+    head, reference = Head(hidden, weight, bias), head_of(ref_hidden, ref_weight, ref_bias)
+    columns = Columns(len(weight))
+    return gradient_of(head, reference, columns, ids, flags, stats, coefficients, decoded(options), most, needs)
+
+
+def gradient_of(
+    head: Head, reference: Head | None, columns: Columns, ids: Tensor, flags: Tensor, stats: Tensor,
+    coefficients: Tensor, config: LossConfig, most: int, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `linear_gradient`, of a head that is `columns` of the vocabulary."""
+    tokens = Tokens(columns.local(ids), flags, stats, ids)
     which = Wanted.where((coefficients != 0).any(0), None if most < 0 else most)
-    head, reference = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
-    chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs)
+    chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs, columns)
     for problem, grads, splits in _chunk_problems(chunks, config, tokens, False, gradient=True):
         scales = _or(chunks.scales, stats)
         rows.launch_gradient(problem, stats, coefficients, grads[: problem.rows], scales, splits)
         chunks.add_gradient(problem.tokens.rows_ptr, grads)
-    d_hidden, d_weight, d_bias = (_or(g, hidden.new_empty(0)) for g in chunks.gradients())
+    d_hidden, d_weight, d_bias = (_or(g, head.hidden.new_empty(0)) for g in chunks.gradients())
     return d_hidden, d_weight, d_bias
 
 
@@ -159,22 +177,30 @@ def linear_statistics(
     ref_bias: Tensor | None, ids: Tensor, flags: Tensor, options: str, most: int, slope: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """stats, and with `slope` d logp / d hidden, float32 [N, D], which is all that a frozen head's backward needs."""
-    config = decoded(options)
+    head, reference = Head(hidden, weight, bias), head_of(ref_hidden, ref_weight, ref_bias)
+    return statistics_of(head, reference, Columns(len(weight)), ids, flags, decoded(options), most, slope)
+
+
+def statistics_of(
+    head: Head, reference: Head | None, columns: Columns, ids: Tensor, flags: Tensor, config: LossConfig, most: int,
+    slope: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `linear_statistics`, of a head that is `columns` of the vocabulary."""
     if slope:
         # A = -1 and nothing else in the loss: d loss / d logp = 1
         flags = flags | (flags != 0) * LEARNING
         config = replace(config, objective="reinforce", sampler_correction=None, kl=None, kl_coef=0.0, entropy_coef=0.0)
-    head, reference = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
     stats = no_stats(ids)
-    slopes = hidden.new_zeros(hidden.shape if slope else (0,), dtype=torch.float32)
+    slopes = head.hidden.new_zeros(head.hidden.shape if slope else (0,), dtype=torch.float32)
     given = stats.new_zeros(len(TokenInputs._fields), len(ids))
     given[0], given[1] = -1.0, 1.0  # advantage and weight
     terms = stats.new_empty(len(TERMS), len(ids)) if slope else stats
-    tokens = Tokens(ids, flags, given, ids)
+    tokens = Tokens(columns.local(ids), flags, given, ids)
     which = Wanted.where(flags != 0, None if most < 0 else most)
-    chunks = HeadChunks(head, reference, which, config.chunk_tokens)
+    chunks = HeadChunks(head, reference, which, config.chunk_tokens, columns=columns)
     for problem, grads, splits in _chunk_problems(chunks, config, tokens, False, terms=slope, gradient=slope):
-        run(problem, stats, terms, grads[: problem.rows], _or(chunks.scales, stats), splits)
+        made = grads[: problem.rows]
+        run_columns(columns, ids, problem, stats, terms, made, _or(chunks.scales, stats), splits)
         if slope:
             grads[problem.rows :] = 0
             slopes.index_copy_(0, problem.tokens.rows_ptr, chunks.hidden_gradient(grads, problem.rows))
@@ -191,7 +217,7 @@ def _(
     return no_stats(ids), hidden.new_empty(hidden.shape if slope else (0,), dtype=torch.float32)
 
 
-def _save_for_linear_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.options, ctx.most, ctx.slope = inputs
     stats, slopes = output
     ctx.mark_non_differentiable(slopes)
@@ -200,6 +226,11 @@ def _save_for_linear_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
 
 @first_order
 def _linear_gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return gradients_later(ctx, grad, linear_gradient)
+
+
+def gradients_later(ctx: Any, grad: Tensor, gradient: Callable[..., Any]) -> tuple[Tensor | None, ...]:
+    """The backward of statistics, by `gradient`, which is called as `linear_gradient` is."""
     *tensors, stats, slopes = ctx.saved_tensors
     coefficients = live_coefficients(decoded(ctx.options), tensors[-1], stats, grad)
     none: tuple[None, ...] = (None,) * 8
@@ -207,9 +238,9 @@ def _linear_gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ..
         d_hidden = torch.where(coefficients[0, :, None] == 0, 0.0, slopes * coefficients[0, :, None])
         return d_hidden.to(tensors[0].dtype), None, None, *none
     needs = list(ctx.needs_input_grad[:3])
-    gradients = linear_gradient(*tensors, stats, coefficients, ctx.options, ctx.most, needs)
+    gradients = gradient(*tensors, stats, coefficients, ctx.options, ctx.most, needs)
     given = (g.to(t.dtype) if need else None for g, t, need in zip(gradients, tensors, needs, strict=False))
     return *given, *none
 
 
-linear_statistics.register_autograd(_linear_gradients, setup_context=_save_for_linear_gradient)
+linear_statistics.register_autograd(_linear_gradients, setup_context=save_for_gradient)

@@ -8,6 +8,8 @@ ratio turned out clipped stays in the products of its chunk, as a row of zeros.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,9 @@ from prefixloss._kernels.objective import CORRECTIONS, DIVERGENCES, POLICIES
 from prefixloss._kernels.problem import COMPUTED, LEARNING
 from prefixloss.backends import two_stages
 from prefixloss.backends.autograd import wants_gradient
+from prefixloss.backends.columns import Shard
 from prefixloss.backends.problem import HeadLoss, HeadStatistics, LogitLoss
-from prefixloss.backends.triton import from_head, from_logits
+from prefixloss.backends.triton import from_head, from_logits, sharded
 from prefixloss.backends.two_stages import Statistics
 from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Batch, TokenValues
@@ -29,7 +32,8 @@ def head_loss(asked: HeadLoss) -> tuple[Tensor, TokenValues]:
         return two_stages.loss(lambda wanted: head_statistics(asked.statistics(wanted)), batch, config)
     given, off_policy = _given(batch)
     needs = [wants_gradient(t) for t in asked.head]
-    total, stats, terms, *_ = from_head.linear_loss(
+    make = partial(sharded.linear_loss, asked.columns) if isinstance(asked.columns, Shard) else from_head.linear_loss
+    total, stats, terms, *_ = make(
         *_tensors(asked), batch.tokens, _flags(batch), given, off_policy, config.encoded, _bound(asked), needs
     )
     return total, _values(stats, terms)
@@ -42,7 +46,9 @@ def head_statistics(asked: HeadStatistics) -> Statistics:
     # with a frozen head and only logp to follow, one product now saves two later
     slope = hidden_alone and config.entropy_coef == 0 and asked.reference is None and config.row_tolerance == 0
     flags = asked.wanted.to(torch.uint8)
-    stats, _ = from_head.linear_statistics(*_tensors(asked), asked.tokens, flags, config.encoded, _bound(asked), slope)
+    split = isinstance(asked.columns, Shard)
+    make = partial(sharded.linear_statistics, asked.columns) if split else from_head.linear_statistics
+    stats, _ = make(*_tensors(asked), asked.tokens, flags, config.encoded, _bound(asked), slope)
     return _statistics(stats, config)
 
 
