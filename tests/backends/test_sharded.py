@@ -179,11 +179,17 @@ def by_kernels(rank: int, size: int, file: str, counts: tuple[int, ...], calls: 
 
     calls: names with the index of a configuration.
     """
-    os.environ["PREFIXLOSS_MEMORY"] = str(1000 + 1000 * rank)  # the ranks agree on the smallest
+    os.environ["PREFIXLOSS_MEMORY"] = str(500 + 3000 * rank)  # the ranks agree on the smallest
     with group_of(rank, size, file) as group:
         more = {"tp_group": group, "backend": "triton"} | ({"vocab_size": V} if sum(counts) > V else {})
         exact, whole = inputs(torch.float64), inputs(torch.float32)
-        mine, error = cut(whole, counts, rank), 2e-5  # float32 sums of 5 products and 11 exponentials
+        error = 2e-5  # float32 sums of 5 products and 11 exponentials
+        if len(counts) == 3:  # not a power of two: what fills up the slices is no score of 0, far above these
+            for name in ("bias", "ref_bias"):
+                exact[name] -= 128
+                whole[name] = exact[name].float()
+            error = 1e-4  # logits near -128 are rounded to 2^-17, and biases as well
+        mine = cut(whole, counts, rank)
         for name, index in calls:
             config = CONFIGS[index]
             note = f"{name}, {config}, {counts}"
@@ -205,7 +211,7 @@ INTERPRETED = pytest.mark.skipif(
     ("counts", "calls"),
     [
         ((6, 5), [("linear", 1), ("linear", 4), ("logps", 3), ("frozen", 0)]),
-        ((5, 6, 2), [("linear", 3)]),
+        ((5, 6, 2), [("linear", 2)]),
         pytest.param((4, 4, 3, 2), [("linear", 2)], marks=pytest.mark.slow),
         pytest.param((6, 5), list(itertools.product(("linear", "logps", "frozen"), range(7))), marks=pytest.mark.slow),
     ],
