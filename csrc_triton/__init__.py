@@ -8,9 +8,9 @@ One naming scheme for every kernel in this package:
 - A file starts with the formula its kernel computes and the bytes it must move.
 - A launcher checks nothing and allocates nothing that its caller could; it computes the grid.
 
-The files, each building on the ones before it: `maths` (functions that Triton lacks), `softmax` (a block's
-statistics and gradient), `objective` (a token's loss and coefficients), `launch` (block sizes), `problem` (what a
-launch is given), `access` (where rows and blocks lie), `first_pass` and `second_pass` (over a row), `rows` (the kernels
-and their launchers), `tune` (an opt-in choice of block sizes by timing), `scale` (a gradient times a number that only
-the device knows).
+The files, each building on the ones before it: `maths` (functions that Triton lacks), `softmax` (a block's statistics
+and gradient), `objective` (a token's loss and coefficients), `launch` (block sizes), `problem` (what a launch is
+given), `access` (where rows and blocks lie), `first_pass` and `second_pass` (over a row), `rows` (the kernels and their
+launchers), `entries` (the few that are worth a product, and their products), `tune` (an opt-in choice of block sizes by
+timing), `scale` (a gradient times a number that only the device knows).
 """

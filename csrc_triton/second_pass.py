@@ -32,6 +32,17 @@ def row_scale(stats, coefficients, transform, live, scales_ptr, row, stored, WOR
 
 
 @triton.jit
+def gradient_with_target(
+    x, ref, at, cols, target, at_target, stats, coefficients, transform, WORK: tl.constexpr
+):  # fmt: skip
+    """That of a block of logits which starts at column `at`."""
+    grads = block_gradient(x, ref, stats, coefficients, transform, WORK.softcap, WORK.penalty, WORK.reference)
+    if (target >= at) & (target < at + cols.shape[0] * cols.shape[1]):
+        grads = tl.where(cols == target - at, at_target, grads)
+    return grads
+
+
+@triton.jit
 def write_slice(
     logits_row, ref_row, grads_row, target, start, stop, live, stats, coefficients, scale, transform,
     WORK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
@@ -83,9 +94,7 @@ def write_block(
     if WORK.narrowed:
         # a block's gradients lie over logits of this block or later ones: all threads have to have read it
         tl.debug_barrier()
-    grads = block_gradient(x, ref, stats, coefficients, transform, WORK.softcap, WORK.penalty, WORK.reference)
-    if (target >= at) & (target < at + LANES * VECTOR):
-        grads = tl.where(cols == target - at, at_target, grads)
+    grads = gradient_with_target(x, ref, at, cols, target, at_target, stats, coefficients, transform, WORK)
     grads = grads.to(grads_row.dtype.element_ty)
     if LAST:
         tl.store(grads_row + at + cols, grads, mask=at + cols < stop)

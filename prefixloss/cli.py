@@ -126,6 +126,10 @@ def train(
     kl_coef: Annotated[float | None, option("kl_coef", "Weight of the KL to the starting policy.")] = None,
     max_grad_norm: Annotated[float | None, option("max_grad_norm", "Gradients are clipped to this norm.")] = None,
     alpha: Annotated[float | None, option("alpha", "vppo: value of a good-prefix token.")] = None,
+    flawed: Annotated[
+        float | None,
+        option("flawed", "vppo: search right answers too, and value one so from its first wrong step on."),
+    ] = None,
     shorten: Annotated[
         str | None, option("shorten", 'vppo: tokens cut off the good prefix: "prompt", a number, or a share like 0.1.')
     ] = None,

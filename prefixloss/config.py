@@ -192,8 +192,8 @@ class LossConfig:
         gradient_tolerance, head_gradient_tolerance: 0 is exact. Above 0, the smallest entries of a token's logit
             gradient leave the product for the gradient of the hidden states, or those for the head and its bias: in
             Euclidean norm at most this times the root mean square of the norms of its chunk's rows. "auto" is a quarter
-            of what rounding to the gradient's dtype costs. Meaning and price: `prefixloss.backends.torch.entries`. Only
-            backend="torch" leaves anything out, from hidden states; metrics["gradient_left_out"] says how much.
+            of what rounding to the gradient's dtype costs. Meaning and price: `prefixloss.backends.tolerance`. From
+            hidden states, and not by backend="reference"; metrics["gradient_left_out"] says how much.
         chunk_tokens: tokens per chunk; None: by a memory budget (`prefixloss.backends.memory`). A number is also a
             promise: a token's log-prob, entropy, KL and gradient (of its hidden state or logits) then have the same
             bits alone, at any place in any batch and under any mask, given the same weight in the loss (`normalizer`).
@@ -286,6 +286,11 @@ class LossConfig:
             made = objectives.BY_NAME[self.objective]
             return Traits(made.by_response, made.by_batch, silent=not made.by_batch)
         return Traits(*_traits_of(self.encoded, str(like.device), str(like.dtype), *recorded))
+
+    @property
+    def tolerant(self) -> bool:
+        """Whether entries of a logit gradient may be left out."""
+        return self.gradient_tolerance != 0 or self.head_gradient_tolerance != 0
 
     @property
     def exact_kl(self) -> bool:

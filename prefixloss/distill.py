@@ -103,8 +103,9 @@ def linear_distill_loss(
         reduction: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum" or "none".
         tp_group: processes that have the same hidden states and consecutive rows of the heads, as for the policy loss.
         vocab_size: ids from there on are padding of the student's head, and of the teacher's, which may be longer.
-        backend: "auto" | "triton" | "torch" | "reference". "auto" is "triton", the kernels, on GPUs and without a
-            tp_group, else "torch". Inside `torch.compile` the call is a graph break.
+        backend: "auto" | "triton" | "torch" | "reference". "auto" is "triton", the kernels, on GPUs without a
+            tp_group and without teacher_vocabulary for a whole teacher; else "torch". Inside `torch.compile` the call
+            is a graph break.
 
     A divergence is infinite where the first distribution of its KL has a token that the other has not ("jsd" and the
     skewed ones never are). Then the loss is infinite, and that token's gradient 0: it has no slope. Nothing is NaN.

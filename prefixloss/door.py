@@ -234,13 +234,15 @@ def _unpadded(head: Head, columns: Columns) -> Head:
 
 
 def _most_tokens(given: int | None, mask: Tensor | None, batch: Batch, config: LossConfig) -> int | None:
-    """An upper bound on the tokens to compute, if one is known without looking."""
+    """An upper bound on the tokens to compute, if one is known without looking; none where a tolerance makes the host
+    wait anyway."""
     of_many = config.of_responses is not None or config.of_batch or batch.by_batch
     every_scored = config.shows_every_scored or of_many
     if given is not None:
         check.most_tokens("max_learning_tokens", given, batch.layout.scored if every_scored else batch.computed)
         return int(given)
-    return batch.tokens.shape[0] if mask is None and (every_scored or config.penalised) else None
+    known = mask is None and (every_scored or config.penalised) and not config.tolerant
+    return batch.tokens.shape[0] if known else None
 
 
 # --- the choice of a back-end

@@ -69,9 +69,10 @@ class ServedTeacher:
         ValueError: ids or starts that cannot be. UnansweredError: a sequence has no answer that can be read, for which
         nothing stands in; its text says which and why. ImportError: httpx is missing.
         """
-        asked = [list(map(int, sequence)) for sequence in sequences]
-        self._check(asked, starts)
-        rows = [row for rows in run(self._ask(asked, list(starts))) for row in rows]
+        asked = [_whole("sequences", sequence) for sequence in sequences]
+        begun = _whole("starts", starts)
+        self._check(asked, begun)
+        rows = [row for rows in run(self._ask(asked, begun)) for row in rows]
         ids, logps = ([pair[part] for row in rows for pair in row] for part in (0, 1))
         offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
         return Listed(torch.tensor(ids, dtype=torch.int64), torch.tensor(logps, dtype=torch.float32), offsets)
@@ -142,3 +143,10 @@ class ServedTeacher:
             raise UnansweredError(f"token {at}: probabilities that add up to {total:.6g}, expected no more than 1")
         row = [(token, -math.inf if logp <= _NOTHING else min(logp, 0.0)) for token, logp in row]
         return sorted(row, key=lambda pair: (-pair[1], pair[0]))
+
+
+def _whole(argument: str, values: Sequence[Any]) -> list[int]:
+    for value in values:
+        if not check.is_whole(value):
+            check.fail(argument, check.describe(value), "whole numbers of at least 0")
+    return [int(value) for value in values]

@@ -26,7 +26,7 @@ from ptx_emulator import EmulationError, Emulator
 from torch import Tensor
 
 from prefixloss import LossConfig
-from prefixloss._kernels import problem, rows
+from prefixloss._kernels import entries, problem, rows
 from prefixloss._kernels.distill import Rows, launch_distill
 from prefixloss._kernels.launch import Launch
 from prefixloss._kernels.problem import Problem, Tokens
@@ -38,6 +38,8 @@ COMPUTED, LEARNING = problem.COMPUTED.value, problem.LEARNING.value
 # two warps, and blocks of 256 or 512 logits: whole ones and a rest in which every load has a thread with work. The last
 # row ends where its memory ends
 WARPS, LANES, VOCABULARY = 2, 64, 2 * 512 - 8
+# elements of a row: a whole block of a product, and one of which every thread's elements but the first are outside
+WIDTH = 1024 + 30
 
 
 EMULATOR = Emulator()
@@ -138,6 +140,47 @@ def distilled(listed: bool) -> list[Tensor]:
     return [logits, values, scales]
 
 
+def chosen() -> list[Tensor]:
+    """The large entries of three rows of five, of which the others are never read: one of sizes that differ by many
+    powers, whose list has no room, and whose count says where the easy bound was; one with a few entries; and the last
+    one, which nearly fills its list and its blocks."""
+    logits, ref = random(5, VOCABULARY, seed=1), random(5, VOCABULARY, seed=2)
+    logits[1], ref[1] = 42 * torch.rand(2, VOCABULARY, generator=torch.Generator().manual_seed(6))
+    logits[2, ::100] += 9.0
+    logits[4, ::8] += 7.0
+    problem = problem_of(LossConfig(kl="full", kl_coef=0.4, entropy_coef=0.2), logits, ref, torch.float32)
+    stats, terms = torch.full((7, 5), 9.0), torch.full((6, 5), -0.0)
+    rows.launch_rows(replace(problem, work=problem.work._replace(gradient=False)), stats, terms, logits, stats)
+    EMULATOR.fenced += [logits[0], *(statistic[0] for statistic in stats)]
+    sizes, squares, counts = torch.full((2, 5), 9.0), torch.full((2, 5), 9.0), torch.full((5,), 9, dtype=torch.int32)
+    columns, values = torch.full((5, 128), 9, dtype=torch.int32), random(5, 128, seed=4)
+    entries.launch_measure(problem, stats, terms[3:], sizes)
+    entries.launch_select(problem, stats, terms[3:], torch.tensor(1.8e-5), columns, values, counts, squares)
+    return [sizes, columns, values, counts, squares]
+
+
+def apart(rows: int, width: int, seed: int) -> Tensor:
+    """Rows of a matrix, behind each of which is what nobody may touch."""
+    whole = random(rows, width + 300, seed=seed)
+    EMULATOR.fenced += [row[width:] for row in whole]
+    return whole[:, :width]
+
+
+def multiplied() -> list[Tensor]:
+    """Lists of four rows, of which one has no room, times a head; and their entries by column, times hidden states."""
+    EMULATOR.fenced = []
+    columns = torch.tensor([[1, 2, 4], [0, 0, 0], [3, 4, 0], [0, 2, 4]], dtype=torch.int32)
+    counts, values = torch.tensor([3, 4, 2, 3], dtype=torch.int32), random(4, 3, seed=1)
+    out = torch.full((4, WIDTH), 9.0)
+    entries.launch_gather(columns, values, counts, apart(5, WIDTH, seed=2), out)
+    order, ends = torch.tensor([1, 3, 4, 4, 4], dtype=torch.int32), torch.tensor([1, 2, 5, 5, 5])
+    total = apart(5, WIDTH, seed=3)
+    entries.launch_scatter(
+        order, ends, torch.tensor([0, 2, 0, 3, 2]), random(5, seed=5), apart(4, WIDTH, seed=4), total
+    )
+    return [out, total]
+
+
 def scaled() -> list[Tensor]:
     EMULATOR.fenced = []
     x = random(5000, seed=1).bfloat16()
@@ -151,6 +194,8 @@ RUNS: dict[str, tuple[Callable[[], list[Tensor]], tuple[str, ...]]] = {
     "slices": (sliced_rows, ("slice_kernel", "combine_kernel", "gradient_kernel")),
     "distillation": (lambda: distilled(listed=False), ("distill_kernel",)),
     "distillation from a list": (lambda: distilled(listed=True), ("distill_kernel",)),
+    "entries": (chosen, ("measure_kernel", "select_kernel")),
+    "products of entries": (multiplied, ("gather_kernel", "scatter_kernel")),
     "scale": (scaled, ("scale_kernel",)),
 }
 

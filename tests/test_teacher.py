@@ -222,6 +222,8 @@ def test_settings_that_cannot_be_are_named(options: dict[str, Any], message: str
         ([[1, 2]], [], "starts: got 0 for 1 sequences, expected one a sequence"),
         ([[1, 2]], [0], "starts: got 0 for sequence 0 of 2 tokens, expected from 1 to its length"),
         ([[1, 2], [3]], [1, 2], "starts: got 2 for sequence 1 of 1 tokens"),
+        ([[1, 2.7]], [1], "sequences: got 2.7, expected whole numbers of at least 0"),
+        ([[1, 2]], ["1"], "starts: got '1', expected whole numbers"),
         ([[1, V]], [1], r"sequences: got id 11 in sequence 0, expected ids in \[0, 11\)"),
     ],
 )

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from prefixloss import LossConfig, linear_logps, linear_prefix_loss
 from prefixloss.backends import memory
-from prefixloss.backends.torch.entries import resolved
+from prefixloss.backends.tolerance import of_products
 
 QUANTILES = (0.5, 0.75, 0.99)
 SURE, LESS_SURE, OTHERS = (24.0, 8.0), (17.0, 15.0), 6
@@ -121,8 +121,9 @@ def main() -> None:
     found = torch.quantile(entropies(data), torch.tensor(QUANTILES)).tolist()
     pairs = ", ".join(f"{q:g}: {x:.2g}" for q, x in zip(QUANTILES, found, strict=True))
     print(f"entropy in nats, quantiles {pairs}")
-    tolerance = resolved("auto", torch.bfloat16)
-    ways = {"exact": (0.0, 0.0), "both tolerant": (tolerance, tolerance), "exact head": (tolerance, 0.0)}
+    half = torch.bfloat16, torch.bfloat16
+    both = of_products(("auto", "auto"), half, (True, True), given.vocabulary)
+    ways = {"exact": (0.0, 0.0), "both tolerant": both, "exact head": (both[0], 0.0)}
     if not given.no_errors:
         exact = loss(Data(data.hidden.double(), data.weight.double(), data.tokens), 0.0, 0.0)
         for name, way in ways.items():

@@ -5,8 +5,8 @@ answer the same prompt. `correct` [B] is bool, `lengths` [B] counts scored token
 index, among the scored tokens, of the first token of the first wrong step, -1 where none was found (int64 both). A
 response that is wrong without a known first error is penalised from its first token on: never treated as all good.
 Means and standard deviations are over the responses of a group; the latter are sample standard deviations (divisor
-G - 1, as in TRL and verl) with nothing added (`std_floor`
-is the least that is divided by), and a group whose standard deviation is 0 gets advantage 0.
+G - 1, as in TRL and verl) with nothing added (`std_floor` is the least that is divided by), and a group whose standard
+deviation is 0 gets advantage 0.
 
 Rewards that differ by their rounding alone are equal: they are taken to be known to one rounding of their own dtype, as
 sums of a few such numbers. NaN and infinite ones are refused. Where nobody can say how good a response is (a verifier

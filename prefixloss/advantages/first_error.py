@@ -40,6 +40,7 @@ def vppo(
     alpha: float = 0.5,
     shorten: Literal["prompt"] | int | float = "prompt",
     relu: bool = False,
+    flawed: float | None = None,
     std: bool = False,
     std_floor: float = 0.0,
     judged: Tensor | None = None,
@@ -54,6 +55,9 @@ def vppo(
     shorten: tokens trimmed from the end of the good prefix, so that more steps do not collect more reward: "prompt" (as
         many as the prompt has), an int, or a float share of the response's length, rounded down.
     relu: no good-prefix token of a wrong response below 0 (the paper's choice for instruct models).
+    flawed: what a correct answer is worth from its own first error on, constant, in [0, 1]: the raw value of a token of
+        a correct response is 1 before its `first_error` and `flawed` from it on, and A_i = (f + flawed * (L - f)) / L,
+        f the error's index and L the length; nothing is trimmed. None: first errors of correct responses are ignored.
     std: divide by the group's standard deviation of A_i. A group of one judged response has none, and gets 0; without
         `std` its good prefix still learns.
     judged: see this package's docstring.
@@ -63,16 +67,22 @@ def vppo(
     )
     alpha = check.number("alpha", alpha, 0.0, 1.0)
     check.flag("relu", relu)
+    worth = 1.0 if flawed is None else check.number("flawed", flawed, 0.0, 1.0)
     floor = checked_floor(std, std_floor)
     cut = _cut(shorten, lengths, prompt_lengths, judged)
     groups = Groups(group_ids, judged)
-    erred = ~correct & (first_error >= 0)
-    prefix_lengths = torch.where(erred, (first_error - cut).clamp(min=0), 0)
-    average = torch.where(correct, 1.0, alpha * prefix_lengths.double() / lengths.clamp(min=1))
+    found = first_error >= 0 if flawed is not None else ~correct & (first_error >= 0)
+    trimmed = torch.where(correct, first_error, (first_error - cut).clamp(min=0))
+    prefix_lengths = torch.where(found, trimmed, 0)
+    one = torch.ones_like(lengths, dtype=torch.float64)
+    before = torch.where(correct, one, alpha)
+    after = torch.where(correct & found, worth, correct.double())
+    share = prefix_lengths.double() / lengths.clamp(min=1)
+    # 1 exactly where both parts are worth 1
+    average = after + (before - after) * share
     baseline = groups.mean(average)
-    one = torch.ones_like(baseline)
-    prefix = groups.less(torch.where(correct, one, alpha), baseline, one)
-    suffix = groups.less(correct.double(), baseline, one)
+    prefix = groups.less(before, baseline, one)
+    suffix = groups.less(after, baseline, one)
     if std:
         spread = groups.spread(groups.deviations(average, rounding_of(average)))
         prefix, suffix = over_std(prefix, spread, floor), over_std(suffix, spread, floor)

@@ -168,27 +168,27 @@ def mapping(vocabulary: Any, columns: int, most: int | None, device: torch.devic
     check.shape("teacher_vocabulary", vocabulary, (columns,), "[V], V of the student without padding,")
     check.device("teacher_vocabulary", vocabulary, device)
     ids = vocabulary.long()
-    if check.readable(ids):
-        shared = ids[ids >= 0]
-        wrong = (ids < -1) if most is None else (ids < -1) | (ids >= most)
-        if bool(wrong.any()):
-            at = int(wrong.nonzero()[0])
-            wants = f"the teacher's ids{'' if most is None else f', below {most},'} or -1 where it has none"
-            check.fail("teacher_vocabulary", f"{int(ids[at])} for id {at}", wants)
-        if not len(shared):
-            check.fail("teacher_vocabulary", "-1 for every id", "an id that both have at least")
-        if len(shared.unique()) < len(shared):
-            check.fail("teacher_vocabulary", "an id of the teacher twice", "each at most once")
+    if not check.readable(ids):
+        # unread where it is wrong, as a token id is
+        return ids if most is None else torch.where((ids >= 0) & (ids < most), ids, -1)
+    shared = ids[ids >= 0]
+    wrong = (ids < -1) if most is None else (ids < -1) | (ids >= most)
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        wants = f"the teacher's ids{'' if most is None else f', below {most},'} or -1 where it has none"
+        check.fail("teacher_vocabulary", f"{int(ids[at])} for id {at}", wants)
+    if not len(shared):
+        check.fail("teacher_vocabulary", "-1 for every id", "an id that both have at least")
+    if len(shared.unique()) < len(shared):
+        check.fail("teacher_vocabulary", "an id of the teacher twice", "each at most once")
     return ids
 
 
 def _students(ids: Tensor, vocabulary: Tensor) -> Tensor:
     """A teacher's ids as the student's; -1 for those that it has not, which are left to the rest."""
-    own = (vocabulary >= 0).nonzero().squeeze(1)
-    theirs = vocabulary[own]
-    of_teacher = ids.new_full((int(theirs.max()) + 2,), -1).index_copy_(0, theirs, own)
-    known = (ids >= 0) & (ids < len(of_teacher))
-    return torch.where(known, of_teacher[torch.where(known, ids, 0)], -1)
+    theirs, own = vocabulary.sort()
+    at = torch.searchsorted(theirs, ids).clamp(max=len(theirs) - 1)
+    return torch.where((ids >= 0) & (theirs[at] == ids), own[at], -1)
 
 
 def _check_vocabulary(argument: str, got: int, columns: int, least: int | None) -> None:
@@ -218,7 +218,7 @@ def of_list(given: GivenTeacher, layout: Layout, shape: torch.Size, vocabulary: 
     check.device("teacher_logps", logps, device)
     ids, logps = ids.long(), logps.detach()
     if offsets is None:
-        ids, logps = (x.reshape(-1, x.shape[-1]) for x in (ids, logps))
+        ids, logps = (x.flatten(0, -2) for x in (ids, logps))
     if given.vocabulary is not None:
         if check.readable(ids):
             # any id may be the teacher's

@@ -69,6 +69,8 @@ class Config:
     threshold: float = 0.0  # confidence from 0 to 1, below which a detector's find counts as none
     steps: str = "markers"  # how a detector's steps are cut
     alpha: float = 0.5
+    # vppo: what a right answer is worth from its own first wrong step on; None searches wrong answers alone
+    flawed: float | None = None
     # tokens cut from the end of a good prefix: here a step counts only if it is the right one, so there is no reward
     # for more steps to guard against, and prompts are longer than steps: "prompt" would leave nothing
     shorten: str | int | float = 0
@@ -136,6 +138,9 @@ class Config:
                 raise SettingError("detector", str(error).removeprefix("detector: ")) from None
         self._expect("threshold", 0 <= self.threshold <= 1, "a number from 0 to 1")
         self._expect("alpha", 0 <= self.alpha <= 1, "a number from 0 to 1")
+        if self.flawed is not None:
+            self._expect("flawed", 0 <= self.flawed <= 1, "a number from 0 to 1")
+            self._expect("flawed", self.advantage == "vppo", "--advantage vppo with it")
         cut = self.shorten
         cut_is_valid = cut == "prompt" if isinstance(cut, str) else cut >= 0 if isinstance(cut, int) else 0 <= cut < 1
         self._expect("shorten", cut_is_valid, '"prompt", a number of tokens, or a share below 1 such as 0.1')

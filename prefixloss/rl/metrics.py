@@ -34,7 +34,7 @@ class Learned:
 
 def metrics_of(config: Config, sampled: Sampled, checked: Checked, learned: Learned, team: Team) -> dict[str, float]:
     """One dict for all processes, each with its own responses."""
-    found = checked.first_error >= 0
+    found = ~checked.correct & (checked.first_error >= 0)
     local: dict[str, Any] = {
         "responses": len(sampled.mask), "reward": checked.correct.sum(), "found": found.sum(),
         "good_prefix": checked.first_error[found].sum(), "good_steps": checked.right_steps[found].sum(),

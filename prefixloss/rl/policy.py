@@ -161,7 +161,9 @@ def add_lora(policy: Policy, rank: int) -> None:
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415 (an extra)
 
     if policy.dtype == torch.bfloat16:
-        policy.model.to(policy.dtype)  # nothing of it moves, so nothing is lost between steps
+        # weights that never move lose nothing between steps; buffers, as of rotary positions, stay float32
+        for weight in policy.model.parameters():
+            weight.data = weight.data.to(policy.dtype)
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     policy.model = get_peft_model(policy.model, settings).eval()  # the decoder's own layers now hold them
 

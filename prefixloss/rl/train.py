@@ -60,17 +60,15 @@ def check(problems: list[task.Problem], sampled: Sampled) -> list[bool]:
 def find(
     config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled, correct: list[bool]
 ) -> Checked:
-    """The first wrong step of each wrong answer, as a token; a response that was cut off has no good prefix."""
+    """The first wrong step of each wrong answer (with `flawed` of right ones too), as a token; none if cut off."""
     pairs = list(zip(problems, sampled.texts, strict=True))
     finished = sampled.finished.tolist()
-    wrong = [i for i, right in enumerate(correct) if finished[i] and not right]
-    found = dict(zip(wrong, first_wrong_steps(config, policy, [pairs[i] for i in wrong]), strict=True))
+    searched = [i for i, right in enumerate(correct) if finished[i] and (not right or config.flawed is not None)]
+    found = dict(zip(searched, first_wrong_steps(config, policy, [pairs[i] for i in searched]), strict=True))
     rows: list[tuple[int, int, int]] = []
     for i, right in enumerate(correct):
-        if right:
-            rows.append((-1, 1, 1))
-        elif i not in found or found[i].wrong < 0:
-            rows.append((-1, 0, task.check_steps(*pairs[i]).total))
+        if i not in found or found[i].wrong < 0:
+            rows.append((-1, 1, 1) if right else (-1, 0, task.check_steps(*pairs[i]).total))
         else:
             ids = sampled.tokens[i][sampled.mask[i]].tolist()
             rows.append((token_at(policy.tokenizer, ids, found[i].offset), found[i].right, found[i].total))
@@ -126,7 +124,7 @@ def weigh(config: Config, checked: Checked, sampled: Sampled, group_ids: Tensor)
         total_steps=checked.total_steps,
     )
     cut: Any = config.shorten
-    options = {"alpha": config.alpha, "shorten": cut} if config.advantage == "vppo" else {}
+    options = {"alpha": config.alpha, "shorten": cut, "flawed": config.flawed} if config.advantage == "vppo" else {}
     return advantages.assign(config.advantage, outcome, **options)
 
 

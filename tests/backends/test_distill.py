@@ -707,6 +707,26 @@ def test_ids_of_the_teacher_that_the_student_has_not_are_left_to_the_rest() -> N
     torch.testing.assert_close(out.divergence, only.divergence)
 
 
+def test_a_mapping_to_an_id_of_any_size_takes_no_room() -> None:
+    given = {"teacher_ids": torch.zeros(N, 1).long(), "teacher_logps": torch.full((N, 1), -1.0)}
+    far = torch.where(SHARED.max() == SHARED, 2**60, SHARED)
+    logits = randn(N, V, seed=0)
+    got = distill_loss(logits, **given, teacher_vocabulary=far)
+    assert torch.equal(got.divergence, distill_loss(logits, **given, teacher_vocabulary=SHARED).divergence)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_a_teacher_that_lists_nothing_at_all_says_nothing(backend: str) -> None:
+    nothing = {"teacher_ids": torch.zeros(N, 0).long(), "teacher_logps": torch.zeros(N, 0)}
+    logits = randn(N, V, seed=0, dtype=torch.float32).requires_grad_()
+    out = distill_loss(logits, **nothing, backend=backend)
+    out.loss.backward()
+    # the log of a sum of probabilities is off by a rounding or two of 1
+    assert out.divergence.tolist() == pytest.approx([0.0] * N, abs=4e-7)
+    assert logits.grad is not None
+    assert logits.grad.abs().max() <= 4e-7
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

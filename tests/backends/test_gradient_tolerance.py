@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from prefixloss import LossConfig, LossOutput, linear_logps, linear_prefix_loss, prefix_loss
 from prefixloss.backends import sparse
 from prefixloss.backends.columns import Columns
+from prefixloss.backends.tolerance import of_products, resolved
 from prefixloss.backends.torch import entries
 from prefixloss.backends.torch.entries import Tolerance
 
@@ -180,11 +181,9 @@ def test_rows_that_weigh_nothing_beside_the_chunks_others_leave_whole() -> None:
     assert int((alone.hidden != 0).any(1).sum()) == int((made("nearly certain", LossConfig()).hidden != 0).any(1).sum())
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_other_back_ends_take_the_options_and_leave_nothing_out(backend: str) -> None:
-    dtype = torch.float64 if backend == "reference" else torch.float32
+def test_the_reference_takes_the_options_and_leaves_nothing_out() -> None:
     exact, got = (
-        made("mixed", LossConfig(gradient_tolerance=t, head_gradient_tolerance=t), backend, dtype) for t in (0.0, 0.3)
+        made("mixed", LossConfig(gradient_tolerance=t, head_gradient_tolerance=t), "reference") for t in (0.0, 0.3)
     )
     assert torch.equal(got.hidden, exact.hidden)
     assert got.left_out == 0
@@ -254,8 +253,17 @@ def test_auto_is_a_quarter_of_what_rounding_moves() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         x = torch.exp2(torch.linspace(0, 1, 100_001, dtype=torch.float64))  # even over the logarithm
         moved = ((x.to(dtype).double() - x) / x).square().mean().sqrt()
-        assert entries.resolved("auto", dtype) == pytest.approx(float(moved) / 4, rel=0.01)
-    assert entries.resolved(0.25, torch.bfloat16) == 0.25
+        assert resolved("auto", dtype) == pytest.approx(float(moved) / 4, rel=0.01)
+    assert resolved(0.25, torch.bfloat16) == 0.25
+
+
+def test_auto_keeps_more_of_a_large_vocabulary_for_the_hidden_states() -> None:
+    half, both = (torch.bfloat16, torch.bfloat16), (True, True)
+    auto = resolved("auto", torch.bfloat16)
+    assert of_products(("auto", "auto"), half, both, 1000) == (auto, auto)
+    assert of_products(("auto", "auto"), half, both, 2**16) == (auto / 2, auto)
+    assert of_products((0.25, 0.5), half, both, 2**16) == (0.25, 0.5)
+    assert of_products((0.25, 0.5), half, (False, True), 2**16) == (0.0, 0.5)
 
 
 @pytest.mark.parametrize("value", ["Auto", -1.0, math.nan, None, True])

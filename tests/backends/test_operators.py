@@ -78,10 +78,10 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             (*frozen, *HEAD_OF_NONE, tokens, flags, given, True, PLAIN, 8, hidden_alone),
         ),
         "linear_statistics": (
-            from_head.linear_statistics, (*head, *HEAD_OF_NONE, tokens, flags, OPTIONS, -1, False)
+            from_head.linear_statistics, (*head, *HEAD_OF_NONE, tokens, flags, OPTIONS, -1, False, None)
         ),
         "linear_statistics, slope": (
-            from_head.linear_statistics, (*frozen, *HEAD_OF_NONE, tokens, flags, PLAIN, 8, True)
+            from_head.linear_statistics, (*frozen, *HEAD_OF_NONE, tokens, flags, PLAIN, 8, True, None)
         ),
         "linear_gradient": (
             from_head.linear_gradient,

@@ -266,3 +266,41 @@ def test_counts_that_no_response_has_are_refused(
     given[name][1] = beyond
     with pytest.raises(ValueError, match=rf"{name}: got {beyond} for response 1, expected .* up to 2147483647"):
         function(**given)
+
+
+# ---- right answers with a first error of their own
+
+
+FLAWED: dict[str, Any] = {
+    "correct": torch.tensor([True, False, True]),
+    "lengths": torch.tensor([10, 10, 5]),
+    "first_error": torch.tensor([4, 6, -1]),
+    "group_ids": torch.tensor([0, 0, 1]),
+    "shorten": 2,
+}
+
+
+def test_a_right_answer_is_worth_less_from_its_own_first_error_on() -> None:
+    """By hand: A = (4 + 0.25 * 6) / 10 = 0.55 and 0.5 * 4 / 10 = 0.2, so the baseline is 0.375."""
+    got = advantages.vppo(**FLAWED, flawed=0.25)
+    assert got.prefix_lengths.tolist() == [4, 4, 0]  # only a wrong answer's prefix is trimmed
+    assert got.prefix[:2].tolist() == [0.625, 0.125]
+    assert got.suffix.tolist() == [-0.125, -0.375, 0.0]
+
+
+@pytest.mark.parametrize("options", [{}, {"relu": True}, {"std": True}, {"alpha": 0.3}])
+def test_first_errors_of_right_answers_are_ignored_by_default(options: dict[str, Any]) -> None:
+    blind = {**FLAWED, "first_error": torch.tensor([-1, 6, -1])}
+    want = advantages.vppo(**blind, **options)
+    for same in (advantages.vppo(**FLAWED, **options), advantages.vppo(**blind, flawed=0.25, **options)):
+        assert all(torch.equal(a, b) for a, b in zip(same, want, strict=True))
+    # what is worth as much after its error as before it is no different either, token by token
+    mask = torch.arange(10) < FLAWED["lengths"][:, None]
+    whole = advantages.vppo(**FLAWED, flawed=1.0, **options).per_token(mask, mask)
+    assert torch.equal(whole, want.per_token(mask, mask))
+
+
+@pytest.mark.parametrize("flawed", [-0.1, 1.5, NAN])
+def test_a_flawed_answer_s_worth_is_checked(flawed: float) -> None:
+    with pytest.raises(ValueError, match="flawed: "):
+        advantages.vppo(**FLAWED, flawed=flawed)

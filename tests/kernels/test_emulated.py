@@ -21,7 +21,7 @@ from prefixloss.maths.divergence import BY_NAME
 ROOT = Path(__file__).parents[2]
 DEVICE_CODE = ROOT / "csrc_triton"
 # what asks the compiler alone is the same without the emulator
-FILES = ("tests/kernels/test_kernels.py", "tests/kernels/test_distill_kernels.py")
+FILES = ("tests/kernels/test_kernels.py", "tests/kernels/test_distill_kernels.py", "tests/kernels/test_entries.py")
 KERNELS = (*FILES, "-k", "not compile and not 64_bits")
 
 
@@ -60,9 +60,13 @@ def flags(kernel: str) -> dict[str, set[str]]:
         "slice_kernel": "aligned softcap reference indexed",
         "combine_kernel": "softcap reference indexed",
         "gradient_kernel": "aligned softcap reference penalty indexed clear rescaled",
+        "measure_kernel": "softcap reference penalty",
+        "select_kernel": "aligned softcap reference penalty",
         "distill_kernel": "aligned softcap mixed listed chunk gradient narrowed rescaled",
     }[kernel]
     wanted = {f"WORK.{name}": both for name in work.split()}
+    if kernel in ("measure_kernel", "select_kernel"):
+        return wanted
     if kernel == "distill_kernel":
         return wanted | {"NAME": set(BY_NAME), "TILE": {"1", "32", "64"}, "grads": {"*fp32", "*fp16", "*bf16"}}
     if kernel != "row_kernel":
@@ -76,10 +80,12 @@ def test_the_kernels_tests_pass_as_machine_code_and_reach_every_kernel_and_flag(
     figures = emulated(record_property, tmp_path, *KERNELS)
     assert kernels() <= set(figures["launches"])
     variants = set(figures["variants"])
-    for kernel in kernels() - {"scale_kernel"}:
+    products = {"gather_kernel weight_ptr", "scatter_kernel matrix_ptr"}
+    for kernel in kernels() - {"scale_kernel", *(name.split()[0] for name in products)}:
         wanted = {f"{kernel} {name}={value}" for name, values in flags(kernel).items() for value in values}
         assert wanted <= variants, sorted(wanted - variants)
-    assert {f"scale_kernel x_ptr={kind}" for kind in ("*fp32", "*bf16", "*fp16")} <= variants
+    for kernel in {"scale_kernel x_ptr", *products}:
+        assert {f"{kernel}={kind}" for kind in ("*fp32", "*bf16", "*fp16")} <= variants
 
 
 def test_no_test_of_the_kernels_depends_on_the_bits_of_approximate_instructions(

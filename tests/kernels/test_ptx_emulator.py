@@ -103,11 +103,19 @@ def test_two_programs_may_read_and_not_write_the_same_place() -> None:
     assert run("ld.global.b32 %r3, [%rd0]; ret;", programs=2).tolist() == [[-1] * THREADS] * 2
 
 
-def test_threads_of_a_warp_may_store_one_value_and_not_two() -> None:
-    warp = "shr.u32 %r4, %r0, 5; mad.wide.s32 %rd2, %r4, 4, %rd0; st.global.b32 [%rd2], {value}; ret;"
-    assert run(warp.format(value="%r4"))[0, :2].tolist() == [0, 1]
+def test_threads_of_a_warp_may_store_one_value_in_shared_memory_and_not_two() -> None:
+    warp = (
+        "shr.u32 %r4, %r0, 5; shl.b32 %r5, %r4, 2; st.shared.b32 [%r5], {value}; bar.sync 0; ld.shared.b32 %r3, [%r5];"
+        + STORE
+    )
+    assert run(warp.format(value="%r4"))[0].tolist() == [0] * 32 + [1] * 32
     with pytest.raises(RaceError):
         run(warp.format(value="%r0"))
+
+
+def test_no_two_threads_store_at_one_place_in_global_memory() -> None:
+    with pytest.raises(RaceError):
+        run("shr.u32 %r4, %r0, 5; mad.wide.s32 %rd2, %r4, 4, %rd0; st.global.b32 [%rd2], %r4; ret;")
 
 
 # --- numbers
@@ -124,6 +132,26 @@ def test_a_fused_product_is_rounded_once() -> None:
         special = fused(*(np.array(x, np.float32) for x in ([np.inf, 0, 1], [1, np.inf, 1], [-np.inf, 1, np.inf])))
     assert np.isnan(special[:2]).all()
     assert special[2] == np.inf
+
+
+def test_bits_are_taken_out_of_a_number() -> None:
+    # bits 4 to 6 of the thread's number, and all from bit 5 on
+    out = run("bfe.u32 %r4, %r0, 4, 3; bfe.s32 %r5, %r0, 4, 2; mad.lo.s32 %r3, %r5, 100, %r4;" + STORE)
+    signed = {0: 0, 1: 1, 2: -2, 3: -1}
+    assert out[0].tolist() == [100 * signed[t >> 4 & 3] + (t >> 4 & 7) for t in range(THREADS)]
+
+
+def test_bytes_of_two_numbers_are_chosen() -> None:
+    # 0x..a5 and 0x04030201: a byte of either, the sign of the first one's, and one of the second's
+    out = run("mov.b32 %r4, 0xa5; mov.b32 %r5, 0x04030201; prmt.b32 %r3, %r4, %r5, 0x7805U;" + STORE)
+    assert np.unique(out[0].view(np.uint32)).tolist() == [0x04FFA502]
+
+
+def test_a_warp_adds_up() -> None:
+    out = run("mov.b32 %r4, -1; redux.sync.add.s32 %r3, %r0, %r4;" + STORE)
+    assert out[0].tolist() == [sum(range(32))] * 32 + [sum(range(32, 64))] * 32
+    with pytest.raises(UnknownInstructionError):
+        run("mov.b32 %r4, 1; redux.sync.add.s32 %r3, %r0, %r4;" + STORE)
 
 
 def test_bf16_is_rounded_to_even() -> None:

@@ -221,6 +221,39 @@ def _copysign(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | No
     return Operation((kind,), (kind, kind), lambda sign, x: np.copysign(x, sign)) if not modifiers else None
 
 
+def _extract(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
+    """So many bits of a number from a place on; the first one of a signed field is its sign."""
+    if modifiers or kind not in ("s32", "u32"):
+        return None
+
+    def compute(x: Array, place: Array, count: Array) -> Array:
+        size = np.int64(1) << np.minimum(count, 32).astype(np.int64)
+        field = (x.astype(np.int64) >> np.minimum(place, 32).astype(np.int64)) & (size - 1)
+        negative = (kind == "s32") & (count > 0) & (2 * field >= size)
+        return np.where(negative, field - size, field).astype(x.dtype)
+
+    return Operation((kind,), (kind, "u32", "u32"), compute)
+
+
+def _permute(modifiers: tuple[str, ...], kind: str, _: Noise) -> Operation | None:
+    """Any four of the eight bytes of two numbers."""
+    if modifiers or kind != "b32":
+        return None
+
+    def compute(low: Array, high: Array, choice: Array) -> Array:
+        both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+        made = np.zeros_like(both)
+        for place in range(4):
+            wanted = choice.astype(np.uint64) >> np.uint64(4 * place) & np.uint64(15)
+            byte = both >> (wanted & np.uint64(7)) * np.uint64(8) & np.uint64(255)
+            # the sign of the byte eight times
+            sign = (byte >> np.uint64(7)) * np.uint64(255)
+            made = made | np.where(wanted > 7, sign, byte) << np.uint64(8 * place)
+        return made.astype(np.uint32)
+
+    return Operation((kind,), (kind, kind, kind), compute)
+
+
 # --- choices and comparisons
 
 
@@ -341,6 +374,8 @@ _TABLE: dict[str, Builder] = {
     "or": _elementwise(None, np.bitwise_or, 2),
     "xor": _elementwise(None, np.bitwise_xor, 2),
     "not": _elementwise(None, np.bitwise_not, 1),
+    "bfe": _extract,
+    "prmt": _permute,
     "shl": _shift(left=True),
     "shr": _shift(left=False),
     "selp": _select,

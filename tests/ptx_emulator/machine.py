@@ -81,7 +81,9 @@ class Code:
             return self._load_matrix(at, instruction)
         if name[-1] == "pred" and name[0] in _LOGIC:
             return self._logic(instruction)
-        special = {"mov": self._move, "ld": self._load_parameter, "shfl": self._shuffle}.get(name[0])
+        special = {"mov": self._move, "ld": self._load_parameter, "shfl": self._shuffle, "redux": self._reduce}.get(
+            name[0]
+        )
         return special(instruction) if special else self._compute(instruction)
 
     def _compute(self, instruction: Instruction) -> Step:
@@ -219,7 +221,8 @@ class Code:
                 if space == "shared":
                     machine.shared.mark(addresses, size)
                 stored = [machine.spread(read(machine))[active] for read in values]
-                memory.note_store(access, stored, WARP)
+                # in global memory nobody may store what another stores: Triton lets one thread do it
+                memory.note_store(access, stored, WARP if space == "shared" else 1)
                 memory.store(addresses, bits, stored)
 
         return step
@@ -279,6 +282,22 @@ class Code:
             # a thread without a partner keeps what it has
             source = np.where((source >= 0) & (source < WARP), source, lane)
             machine.write(target, machine.spread(read(machine))[machine.lanes - lane + source], lanes)
+
+        return step
+
+    def _reduce(self, instruction: Instruction) -> Step:
+        """The sum over a warp, for each of its threads. Only whole warps take part."""
+        target, value, members = instruction.operands
+        if instruction.name != ("redux", "sync", "add", "s32"):
+            raise UnknownInstructionError(instruction.text)
+        read, read_members = self._source(value, "s32"), self._source(members, "s32")
+
+        def step(machine: Machine, lanes: Array | None) -> None:
+            machine.require_whole_warps(lanes)
+            if not (read_members(machine) == -1).all():
+                raise UnknownInstructionError(instruction.text)
+            sums = machine.spread(read(machine)).reshape(-1, WARP).sum(1, dtype=np.int32)
+            machine.write(target, encode(np.repeat(sums, WARP), "s32"), lanes)
 
         return step
 
@@ -397,7 +416,10 @@ class Machine:
             return _split(lanes, active, target, at + 1)
         if name in ("ret", "exit"):
             return [Fragment(at + 1, rest)] if (rest := _without(lanes, active)) is not None else []
-        if instruction.name[:2] not in (("bar", "sync"), ("barrier", "sync")) or instruction.operands != ("0",):
+        of_program = instruction.name[:2] in (("bar", "sync"), ("barrier", "sync")) and instruction.operands == ("0",)
+        # of a warp that is the whole program
+        of_warp = instruction.name == ("bar", "warp", "sync") and instruction.operands == ("-1",)
+        if not of_program and not (of_warp and self.threads == WARP):
             raise UnknownInstructionError(instruction.text)
         if active is not lanes:
             raise BarrierError(f"{instruction.text!r} under a condition that not all threads meet")
@@ -466,10 +488,10 @@ def _constant(text: str, kind: str) -> Array:
         raw = np.array([int(match[2], 16)], np.uint32 if match[1] == "f" else np.uint64)
         number = raw.view(np.float32 if match[1] == "f" else np.float64)
         return number.astype(FLOATS[kind]) if kind in FLOATS else raw
-    if not re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)", text):
+    if not re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)U?", text):
         raise UnknownInstructionError(f"operand {text!r}")
     bits = bits_of(kind)
-    raw = np.array([int(text, 0) & (1 << bits) - 1], UNSIGNED[bits])
+    raw = np.array([int(text.removesuffix("U"), 0) & (1 << bits) - 1], UNSIGNED[bits])
     return decode(raw.view(SIGNED[bits]) if kind[0] == "s" else raw, kind)
 
 

@@ -75,7 +75,8 @@ class Memory:
         self.log.append(access)
 
     def note_store(self, access: Access, values: list[Array], warp: int) -> None:
-        """Threads of one warp may store one value at one place: any of them does. The first of each counts."""
+        """So many threads one behind the other may store one value at one place: any of them does. The first of each
+        counts."""
         owner = access.offsets * (int(access.lanes[-1]) // warp + 1) + access.lanes // warp
         order = np.argsort(owner, kind="stable")
         again = owner[order][1:] == owner[order][:-1]

@@ -38,6 +38,8 @@ def here(tmp_path, monkeypatch):
         (["--clip", "inf"], "--clip: got inf"),
         (["--threshold", "1.5"], "--threshold: got 1.5, expected a number from 0 to 1"),
         (["--alpha", "2"], "--alpha: got 2.0, expected a number from 0 to 1"),
+        (["--flawed", "2"], "--flawed: got 2.0, expected a number from 0 to 1"),
+        (["--flawed", "0.5", "--advantage", "cliff"], "--flawed: got 0.5, expected --advantage vppo with it"),
         (["--shorten", "half"], "--shorten: got 'half'"),
         (["--shorten", "-1"], "--shorten: got -1"),
         (["--shorten", "1.5"], "--shorten: got 1.5"),

@@ -173,6 +173,18 @@ def test_adapters_alone_are_trained_kept_and_merged(model, data, tmp_path, dtype
     assert {n for n in before if "proj" not in n} <= kept
 
 
+def test_frozen_weights_are_rounded_and_rotary_frequencies_are_not(model):
+    pytest.importorskip("peft")
+    plain = dict(start.open_policy(Config(model=model), "cpu").model.named_buffers())
+    policy = start.open_policy(Config(model=model, lora=2, dtype="bfloat16"), "cpu").model
+    assert any(p.dtype == torch.bfloat16 for p in policy.parameters())
+    frequencies = [value for name, value in plain.items() if "inv_freq" in name]
+    assert frequencies
+    for name, value in policy.named_buffers():
+        if "inv_freq" in name:
+            assert any(torch.equal(value, x) for x in frequencies)
+
+
 def test_a_step_moves_adapters_only_and_the_reference_shares_the_rest(model):
     pytest.importorskip("peft")
     policy = start.open_policy(Config(model=model, lora=2), "cpu")

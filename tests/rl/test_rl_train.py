@@ -21,11 +21,13 @@ from prefixloss.io.files import write_whole, write_whole_directory
 from prefixloss.rl import UsageError, checkpoint, task, train
 from prefixloss.rl.config import Config
 from prefixloss.rl.evaluate import evaluate, pass_at_k
+from prefixloss.rl.metrics import Learned, metrics_of
 from prefixloss.rl.optimise import NotFiniteError, Stepper, learning_rate
 from prefixloss.rl.policy import tiny_policy
 from prefixloss.rl.report import Report
 from prefixloss.rl.rollouts import Checked
 from prefixloss.rl.samples import write_samples
+from prefixloss.rl.team import Team
 from prefixloss.show import read_shown
 
 # one-step problems: after a hundred warm steps a few answers are right, enough for every update to learn something
@@ -142,6 +144,22 @@ def test_a_find_below_the_threshold_is_a_wrong_answer_without_a_known_first_erro
     assert result.first_error.tolist() == [first_error]
     credit = train.weigh(config, result, sampled, torch.zeros(1, dtype=torch.int64))
     assert credit.prefix_lengths.tolist() == [max(first_error, 0)]
+
+
+@pytest.mark.parametrize("detector", [None, "maths"])
+def test_right_answers_are_searched_only_when_their_wrong_steps_have_a_value(policy, detector):
+    flawed = "Step 1: 7+5=12\nStep 2: 12*3=37\nAnswer: 36"
+    sampled = policy.written([PROBLEM.question] * 2, [flawed, RESPONSES[0]])
+    for worth, found, value in [(None, -1, 0.0), (0.25, 8, -0.75)]:
+        config = Config(detector=detector, steps="lines", flawed=worth)
+        result = train.judge(config, policy, [PROBLEM] * 2, sampled)
+        assert result.correct.tolist() == [True, True]
+        assert result.first_error.tolist() == [found, -1]
+        credit = train.weigh(config, result, sampled, torch.zeros(2, dtype=torch.int64))
+        assert credit.prefix_lengths.tolist() == [max(found, 0), 0]
+        assert (credit.suffix[0] - credit.suffix[1]).item() == pytest.approx(value, abs=1e-6)  # float32
+        of_wrong = metrics_of(config, sampled, result, Learned(tokens=1.0), Team())
+        assert of_wrong["good_prefix"] == 0  # a figure of wrong answers alone
 
 
 def test_the_policy_itself_can_find_the_first_errors(policy):

@@ -1,30 +1,6 @@
 """Below the floor: the few entries of a chunk's logit gradient that are worth a product.
 
-A trained policy's logit gradient is nearly empty: most tokens are nearly certain, and most of a row's softmax lies far
-below the rounding of the result. Two options leave that out, and 0, which is exact, is the default of both:
-`gradient_tolerance` for the gradient of the hidden states, `head_gradient_tolerance` for that of the head and its bias.
-
-What a tolerance bounds. Let G be the logit gradients of a chunk of n tokens, g_i its rows, and dG what is left out of
-it. Then for every row |dg_i| <= tolerance * sqrt(sum_k |g_k|^2 / n) in Euclidean norm, the root mean square of the
-chunk's row norms; so |dG| <= tolerance * |G| in Frobenius norm, in each chunk and so in all of them. Entries leave a
-row in the order of their size, the smallest first. (A bound by each row's own norm would keep all of the tail of
-tokens that are nearly certain and weigh nothing; one on absolute sums would keep the diffuse tail of the others.)
-
-What that means for the gradients. d hidden = G W and d W = G^T H, so their errors are dG W and dG^T H: at most |dG|
-times the largest singular value of W, or of H. On a head like a trained policy's the head's error was as large beside
-its gradient as dG beside G, that of the hidden states twice as large with a vocabulary of 32,768 and four times with
-151,936 (`python -m bench.speed.policy_like`): what leaves a row as a wide tail has one sign and adds up. Ten times have
-been seen in a narrow model (D = 64) that is unsure of its tokens; where that matters, ask for less. With
-`row_tolerance`, which leaves out whole rows before their logits are made again, both bounds hold, each for its part.
-
-What it costs. A gradient of the head has rows that are exactly 0: of tokens that were too improbable everywhere. An
-optimiser that divides by the gradient's size, as Adam does, would have moved these as far as any other row for the
-tiny number that there was. That is why the head has an option of its own. What a token's result is depends on its
-chunk, and so on the batch.
-
-"auto" bounds |dG| / |G| by a quarter of what rounding to the result's dtype makes: numbers spread evenly over their
-logarithms are moved by eps * sqrt(E[1 / m^2] / 12) of their size in the root mean square, m being the mantissa in
-[1, 2), E[1 / m^2] = 3 / (8 log 2): 0.212 eps. A quarter of it is 4.1e-4 for bfloat16.
+What a tolerance means and costs: `prefixloss.backends.tolerance`.
 
 Where so much survives that dense products are faster they are taken, and nothing is left out. Every sum has a fixed
 order. Letters: n rows, V vocabulary, D hidden size, m entries.
@@ -39,6 +15,7 @@ from torch import Tensor
 
 from prefixloss.backends.columns import Columns
 from prefixloss.backends.sparse import Entries
+from prefixloss.backends.tolerance import MARGIN, smallest_usable
 from prefixloss.maths.softmax import blocks, row_sums
 
 # a product of single entries reads a row of the other matrix for each of them, at the pace of memory; a dense one takes
@@ -48,15 +25,6 @@ _DENSE = 100
 _LOOKED_AT = 50
 # rows that say whether it is worth while to look at the others
 _SAMPLE = 64
-# of a bound, kept for the rounding of float32 sums over a row
-_MARGIN = 1 - 2.0**-10
-
-
-def resolved(tolerance: float | str, dtype: torch.dtype) -> float:
-    """The number; for "auto" what a gradient of that dtype allows."""
-    if isinstance(tolerance, str):
-        return torch.finfo(dtype).eps * math.sqrt(3 / (8 * math.log(2)) / 12) / 4
-    return tolerance
 
 
 class Tolerance:
@@ -86,13 +54,12 @@ class Tolerance:
         of_all = squares.sum()
         self.columns.sum_(of_all)
         share = self.columns.columns / self.columns.vocabulary
-        mean = share * _MARGIN * of_all.item() / len(gradient)
+        mean = share * MARGIN * of_all.item() / len(gradient)
         left = of_all.new_zeros(3)
         left[2] = of_all
         self.left.append(left)
         # beside what is not finite nothing is small, and what is so small that its squares vanish is no measure
-        lost = gradient.shape[1] * torch.finfo(gradient.dtype).tiny
-        usable = math.isfinite(mean) and smallest**2 * mean * (1 - _MARGIN) >= lost
+        usable = math.isfinite(mean) and smallest**2 * mean >= smallest_usable(gradient.shape[1], gradient.dtype)
         parts = _above(gradient, squares, smallest**2 * mean) if usable else None
         if parts is None:
             return None, None

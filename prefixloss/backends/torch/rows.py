@@ -15,6 +15,7 @@ from torch import Tensor
 from prefixloss.backends import memory, products, sparse
 from prefixloss.backends.columns import Columns, Shard
 from prefixloss.backends.problem import Head
+from prefixloss.backends.tolerance import of_products
 from prefixloss.backends.torch import entries
 from prefixloss.maths.precision import accumulation_dtype, storage_dtype
 from prefixloss.maths.softmax import Transform
@@ -68,7 +69,7 @@ class LinearRows:
     """Logits of hidden [N, D] under a head weight [V, D] and bias [V] (or None).
 
     columns: which part of the vocabulary the head is; of a split one the hidden states' gradient is a share.
-    tolerances: of the products for the hidden states and for the head, see `prefixloss.backends.torch.entries`.
+    tolerances: of the products for the hidden states and for the head, see `prefixloss.backends.tolerance`.
     chosen: tokens a chunk, where the caller chose: then every product has the same number of rows, those beyond a
     chunk's own 0, and no token's bits depend on the others.
     """
@@ -96,10 +97,9 @@ class LinearRows:
         self.d_hidden = self.d_weight = self.d_bias = None
         wanted = needs[0], needs[1] or needs[2]
         dtypes = self.hidden.dtype, self.weight.dtype
-        hidden, head = (
-            entries.resolved(t, d) if w else 0.0 for t, d, w in zip(tolerances, dtypes, wanted, strict=True)
-        )
-        self.tolerance = entries.Tolerance(hidden, head, columns or Columns(self.vocabulary))
+        columns = columns or Columns(self.vocabulary)
+        numbers = of_products(tolerances, dtypes, wanted, columns.vocabulary)
+        self.tolerance = entries.Tolerance(*numbers, columns)
         if needs[0]:
             # of several processes' shares only the sum is rounded
             kept = self.dtype if isinstance(columns, Shard) else storage_dtype(self.hidden.dtype)

@@ -150,22 +150,38 @@ class HeadChunks:
         self.columns.sum_(product)
         return product
 
-    def add_gradient(self, rows: Tensor, grads: Tensor) -> None:
-        """Takes in grads [size, V] of the chunk `rows`, which is the one last made."""
+    def add_gradient(self, rows: Tensor, grads: Tensor, hidden: bool = True, head: bool = True) -> None:
+        """Takes in grads [size, V] of the chunk `rows`, which is the one last made; of hidden states, or head, alone if
+        the other's product is not wanted."""
         grads[len(rows) :] = 0
         if self.scales is not None:
             self.scales[len(rows) :] = LARGEST_SCALE
-        if self.d_hidden is not None:
-            self.d_hidden.index_copy_(0, rows, self.hidden_gradient(grads, len(rows)).to(self.d_hidden.dtype))
+        if self.d_hidden is not None and hidden:
+            self.put_hidden_gradient(rows, self.hidden_gradient(grads, len(rows)))
+        if head:
+            self.add_head_gradient(grads, self.hidden)
+
+    def put_hidden_gradient(self, rows: Tensor, gradient: Tensor) -> None:
+        """gradient: float32 [n, D] of the chunk `rows`."""
+        assert self.d_hidden is not None
+        self.d_hidden.index_copy_(0, rows, gradient.to(self.d_hidden.dtype))
+
+    def add_head_gradient(self, grads: Tensor, hidden: Tensor) -> None:
+        """Adds the products of grads [n, V] with hidden [n, D], and with 1 for the bias."""
         if self.d_weight is None and self.d_bias is None:
             return
         share = None if self.scales is None else self._share_of_sum(self.scales)[:, None]
+        for total, matrix in self.head_sums(hidden):
+            products.add_head_gradient(total, grads, matrix if share is None else (matrix * share).to(self.grads_dtype))
+
+    def head_sums(self, hidden: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The sums [V, D] that want a gradient of the head or its bias, and what logits' gradients come times: hidden
+        states [n, D], those of the chunk last made if not others, and 1."""
+        hidden = self.hidden if hidden is None else hidden
         if self.d_weight is not None:
-            hidden = self.hidden if share is None else (self.hidden * share).to(self.grads_dtype)
-            products.add_head_gradient(self.d_weight, grads, hidden)
+            yield self.d_weight, hidden
         if self.d_bias is not None:
-            ones = grads.new_ones(self.size, 1)
-            products.add_head_gradient(self.d_bias, grads, ones if share is None else share.to(self.grads_dtype))
+            yield self.d_bias, torch.ones(len(hidden), 1, dtype=self.grads_dtype, device=self.device)
 
     def _share_of_sum(self, scales: Tensor) -> Tensor:
         """[size], at most 1: what a row's gradient, times its own scale, needs to have the sum's scale.

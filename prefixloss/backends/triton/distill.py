@@ -113,7 +113,7 @@ def _problem(
         work=Work(
             aligned=aligned,
             softcap=softcap is not None,
-            mixed=kind.name not in device_form.UNMIXED,
+            mixed=mixed,
             listed=teacher is None,
             **work,
         ),

@@ -40,6 +40,7 @@ from prefixloss.backends.triton.problems import (
     total_of,
 )
 from prefixloss.backends.triton.scaling import save_gradients, scaled_gradients
+from prefixloss.backends.triton.sparse import SparseProducts
 from prefixloss.config import LossConfig
 
 LEARNING = LEARNING_BIT.value
@@ -80,8 +81,8 @@ def linear_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
     ref_bias: Tensor | None, ids: Tensor, flags: Tensor, given: Tensor, off_policy: bool, options: str, most: int,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss (0-d), stats, terms and the gradients of hidden, weight and bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss (0-d), stats, terms, the gradients of hidden, weight and bias, and left_out."""
     head, reference = Head(hidden, weight, bias), head_of(ref_hidden, ref_weight, ref_bias)
     columns = Columns(len(weight))
     return fused_loss(head, reference, columns, ids, flags, given, off_policy, decoded(options), most, needs)
@@ -90,20 +91,23 @@ def linear_loss(
 def fused_loss(
     head: Head, reference: Head | None, columns: Columns, ids: Tensor, flags: Tensor, given: Tensor, off_policy: bool,
     config: LossConfig, most: int, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `linear_loss`, of a head that is `columns` of the vocabulary."""
     stats, terms = rooms(given)
     tokens = Tokens(columns.local(ids), flags, given, ids)
 
-    def passed(which: Wanted, needs: list[bool]) -> HeadChunks:
+    def passed(which: Wanted, needs: list[bool]) -> tuple[HeadChunks, Tensor]:
         chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs, columns)
-        work = {"terms": True, "gradient": any(needs)}
+        sparse = SparseProducts.wanted(chunks, config, needs, most < 0)
+        work = {"terms": True, "gradient": any(needs) and sparse is None}
         for problem, grads, splits in _chunk_problems(chunks, config, tokens, off_policy, **work):
-            made = grads[: problem.rows]
-            run_columns(columns, ids, problem, stats, terms, made, _or(chunks.scales, stats), splits)
-            if any(needs):
+            scales = _or(chunks.scales, stats)
+            run_columns(columns, ids, problem, stats, terms, grads[: problem.rows], scales, splits)
+            if sparse is not None:
+                sparse.add_gradient(problem, stats, terms[3:], grads, scales, splits)
+            elif any(needs):
                 chunks.add_gradient(problem.tokens.rows_ptr, grads)
-        return chunks
+        return chunks, given.new_zeros(()) if sparse is None else sparse.left_out()
 
     if most >= 0:
         which = Wanted.where(flags != 0, most)
@@ -112,8 +116,9 @@ def fused_loss(
     else:
         which, without_gradient = Wanted.split((flags & LEARNING) != 0, flags != 0)
         passed(without_gradient, [False, False, False])
-    d_hidden, d_weight, d_bias = (_or(g, head.hidden.new_empty(0)) for g in passed(which, needs).gradients())
-    return total_of(terms, given, flags, most), stats, terms, d_hidden, d_weight, d_bias
+    chunks, left_out = passed(which, needs)
+    d_hidden, d_weight, d_bias = (_or(g, head.hidden.new_empty(0)) for g in chunks.gradients())
+    return total_of(terms, given, flags, most), stats, terms, d_hidden, d_weight, d_bias, left_out
 
 
 @linear_loss.register_fake
@@ -121,7 +126,7 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Any, ref_weight: Any, ref_bias: Any, ids: Any,
     flags: Any, given: Tensor, off_policy: bool, options: str, most: int, needs: list[bool],
 ) -> Any:  # fmt: skip
-    return given.new_empty(()), *rooms(given), *gradients_like((hidden, weight, bias), needs)
+    return given.new_empty(()), *rooms(given), *gradients_like((hidden, weight, bias), needs), given.new_empty(())
 
 
 linear_loss.register_autograd(scaled_gradients, setup_context=save_gradients)
@@ -135,8 +140,8 @@ def linear_gradient(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
     ref_bias: Tensor | None, ids: Tensor, flags: Tensor, stats: Tensor, coefficients: Tensor, options: str,
     most: int, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, weight and bias from coefficients [3, N] of log-prob, entropy and KL.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden, weight and bias from coefficients [3, N] of log-prob, entropy and KL; and left_out.
 
     Tokens whose coefficients are 0 enter no product."""
     head, reference = Head(hidden, weight, bias), head_of(ref_hidden, ref_weight, ref_bias)
@@ -147,17 +152,21 @@ def linear_gradient(
 def gradient_of(
     head: Head, reference: Head | None, columns: Columns, ids: Tensor, flags: Tensor, stats: Tensor,
     coefficients: Tensor, config: LossConfig, most: int, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `linear_gradient`, of a head that is `columns` of the vocabulary."""
     tokens = Tokens(columns.local(ids), flags, stats, ids)
     which = Wanted.where((coefficients != 0).any(0), None if most < 0 else most)
     chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs, columns)
+    sparse = SparseProducts.wanted(chunks, config, needs, most < 0)
     for problem, grads, splits in _chunk_problems(chunks, config, tokens, False, gradient=True):
         scales = _or(chunks.scales, stats)
+        if sparse is not None:
+            sparse.add_gradient(problem, stats, coefficients, grads, scales, splits)
+            continue
         rows.launch_gradient(problem, stats, coefficients, grads[: problem.rows], scales, splits)
         chunks.add_gradient(problem.tokens.rows_ptr, grads)
     d_hidden, d_weight, d_bias = (_or(g, head.hidden.new_empty(0)) for g in chunks.gradients())
-    return d_hidden, d_weight, d_bias
+    return d_hidden, d_weight, d_bias, stats.new_zeros(()) if sparse is None else sparse.left_out()
 
 
 @linear_gradient.register_fake
@@ -165,7 +174,7 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Any, ref_weight: Any, ref_bias: Any, ids: Any,
     flags: Any, stats: Any, coefficients: Any, options: str, most: int, needs: list[bool],
 ) -> Any:  # fmt: skip
-    return gradients_like((hidden, weight, bias), needs)
+    return *gradients_like((hidden, weight, bias), needs), stats.new_empty(())
 
 
 # --- statistics, whose gradient that is
@@ -175,8 +184,11 @@ def _(
 def linear_statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
     ref_bias: Tensor | None, ids: Tensor, flags: Tensor, options: str, most: int, slope: bool,
+    left_out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """stats, and with `slope` d logp / d hidden, float32 [N, D], which is all that a frozen head's backward needs."""
+    """stats, and with `slope` d logp / d hidden, float32 [N, D], which is all that a frozen head's backward needs.
+
+    left_out: where the backward writes that share, if anyone wants to know."""
     head, reference = Head(hidden, weight, bias), head_of(ref_hidden, ref_weight, ref_bias)
     return statistics_of(head, reference, Columns(len(weight)), ids, flags, decoded(options), most, slope)
 
@@ -212,13 +224,13 @@ def statistics_of(
 @linear_statistics.register_fake
 def _(
     hidden: Tensor, weight: Any, bias: Any, ref_hidden: Any, ref_weight: Any, ref_bias: Any, ids: Tensor, flags: Any,
-    options: str, most: int, slope: bool,
+    options: str, most: int, slope: bool, left_out: Any,
 ) -> Any:  # fmt: skip
     return no_stats(ids), hidden.new_empty(hidden.shape if slope else (0,), dtype=torch.float32)
 
 
 def save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.options, ctx.most, ctx.slope = inputs
+    *tensors, ctx.options, ctx.most, ctx.slope, ctx.left_out = inputs
     stats, slopes = output
     ctx.mark_non_differentiable(slopes)
     ctx.save_for_backward(*tensors, stats, slopes)
@@ -233,12 +245,14 @@ def gradients_later(ctx: Any, grad: Tensor, gradient: Callable[..., Any]) -> tup
     """The backward of statistics, by `gradient`, which is called as `linear_gradient` is."""
     *tensors, stats, slopes = ctx.saved_tensors
     coefficients = live_coefficients(decoded(ctx.options), tensors[-1], stats, grad)
-    none: tuple[None, ...] = (None,) * 8
+    none: tuple[None, ...] = (None,) * 9
     if ctx.slope:
         d_hidden = torch.where(coefficients[0, :, None] == 0, 0.0, slopes * coefficients[0, :, None])
         return d_hidden.to(tensors[0].dtype), None, None, *none
     needs = list(ctx.needs_input_grad[:3])
-    gradients = gradient(*tensors, stats, coefficients, ctx.options, ctx.most, needs)
+    *gradients, left_out = gradient(*tensors, stats, coefficients, ctx.options, ctx.most, needs)
+    if ctx.left_out is not None:
+        ctx.left_out.copy_(left_out)
     given = (g.to(t.dtype) if need else None for g, t, need in zip(gradients, tensors, needs, strict=False))
     return *given, *none
 

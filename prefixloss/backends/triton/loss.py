@@ -8,6 +8,7 @@ ratio turned out clipped stays in the products of its chunk, as a row of zeros.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -33,9 +34,10 @@ def head_loss(asked: HeadLoss) -> tuple[Tensor, TokenValues]:
     given, off_policy = _given(batch)
     needs = [wants_gradient(t) for t in asked.head]
     make = partial(sharded.linear_loss, asked.columns) if isinstance(asked.columns, Shard) else from_head.linear_loss
-    total, stats, terms, *_ = make(
+    total, stats, terms, *_, left_out = make(
         *_tensors(asked), batch.tokens, _flags(batch), given, off_policy, config.encoded, _bound(asked), needs
     )
+    asked.left_out.copy_(left_out.detach())
     return total, _values(stats, terms)
 
 
@@ -45,10 +47,15 @@ def head_statistics(asked: HeadStatistics) -> Statistics:
     hidden_alone = [wants_gradient(t) for t in asked.head] == [True, False, False]
     # with a frozen head and only logp to follow, one product now saves two later
     slope = hidden_alone and config.entropy_coef == 0 and asked.reference is None and config.row_tolerance == 0
-    flags = asked.wanted.to(torch.uint8)
+    flags, left_out = asked.wanted.to(torch.uint8), None
+    if config.tolerant:
+        if torch.compiler.is_compiling():
+            asked.left_out.fill_(math.nan)  # the backward of a graph tells nobody outside
+        else:
+            left_out = asked.left_out
     split = isinstance(asked.columns, Shard)
     make = partial(sharded.linear_statistics, asked.columns) if split else from_head.linear_statistics
-    stats, _ = make(*_tensors(asked), asked.tokens, flags, config.encoded, _bound(asked), slope)
+    stats, _ = make(*_tensors(asked), asked.tokens, flags, config.encoded, _bound(asked), slope, left_out)
     return _statistics(stats, config)
 
 

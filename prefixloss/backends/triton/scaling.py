@@ -43,8 +43,9 @@ def times(saved: Tensor, factor: Tensor) -> Tensor:
 
 
 def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """For an operator that returns the loss, stats, terms and the gradients of its first inputs."""
-    gradients = output[3:]
+    """For an operator that returns the loss, stats, terms, the gradients of its first inputs, at most three, and what
+    else there is behind them."""
+    gradients = output[3:6]
     ctx.save_for_backward(*gradients)
     ctx.dtypes = [t.dtype if isinstance(t, Tensor) else None for t in inputs[: len(gradients)]]
     ctx.others = len(inputs) - len(gradients)

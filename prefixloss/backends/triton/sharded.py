@@ -39,7 +39,7 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Any, ref_weight: Any, ref_bias: Any,
-        ids: Tensor, flags: Tensor, options: str, most: int, slope: bool, columns: Shard,
+        ids: Tensor, flags: Tensor, options: str, most: int, slope: bool, left_out: Any, columns: Shard,
     ) -> Any:  # fmt: skip
         head, reference = Head(hidden, weight, bias), from_head.head_of(ref_hidden, ref_weight, ref_bias)
         return from_head.statistics_of(head, reference, columns, ids, flags, decoded(options), most, slope)
@@ -52,7 +52,7 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        def gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        def gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             *heads, ids, flags, stats, coefficients, options, most, needs = arguments
             head, reference = Head(*heads[:3]), from_head.head_of(*heads[3:])
             return from_head.gradient_of(

@@ -1,0 +1,172 @@
+"""The products of a chunk's few entries that are worth one, by the kernels; see `prefixloss.backends.tolerance`.
+
+The root mean square of the chunk's row norms is taken from below: a row's gradient is at least as large as its target's
+entry, and at most 1.4 times where only log-probs count. So nothing but one logit a row is read before entries are
+chosen, the bound holds, and a little less than it allows is left out.
+
+Which products are taken depends on how many entries stay: the host waits for that once a chunk. Where it must not wait,
+and for products in float16, whose sums are scaled, nothing is left out. Letters: n rows, m entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefixloss._kernels import entries, rows
+from prefixloss._kernels.problem import Problem
+from prefixloss.backends import memory
+from prefixloss.backends.columns import Shard
+from prefixloss.backends.tolerance import MARGIN, of_products, smallest_usable
+from prefixloss.backends.triton.chunks import HeadChunks
+from prefixloss.config import LossConfig
+
+# a dense product takes so many entries in the time of one by itself, which reads a row of the other matrix
+_DENSE = 250
+# of a chunk's rows, one in so many may have no room for their lists before all of them are multiplied
+_OVERFLOWS = 8
+
+
+class Lists(NamedTuple):
+    """What `launch_select` made: columns int32 and values float32 [n, CAPACITY], counts int32 [n], squares [2, n]."""
+
+    columns: Tensor
+    values: Tensor
+    counts: Tensor
+    squares: Tensor
+
+
+class Chosen(NamedTuple):
+    """Lists whose lengths are known: those that fit, how many entries these have, and the rows [k] that have none
+    because they are too long."""
+
+    lists: Lists
+    entries: int
+    others: Tensor
+
+
+class SparseProducts:
+    """Chooses the entries of chunk after chunk, multiplies them, and knows what was left out."""
+
+    def __init__(self, chunks: HeadChunks, tolerances: tuple[float, float]) -> None:
+        self.chunks, self.tolerances = chunks, tolerances
+        self.left: list[Tensor] = []  # a chunk and product each, [2]: the squares left out, and of all there is
+
+    @classmethod
+    def wanted(cls, chunks: HeadChunks, config: LossConfig, needs: list[bool], waits: bool) -> SparseProducts | None:
+        """None where everything is exact, as with a head that is split over processes."""
+        if chunks.size == 0 or chunks.scales is not None or not waits or isinstance(chunks.columns, Shard):
+            return None
+        dtypes = chunks.head.hidden.dtype, chunks.head.weight.dtype
+        asked = config.gradient_tolerance, config.head_gradient_tolerance
+        tolerances = of_products(asked, dtypes, (needs[0], needs[1] or needs[2]), chunks.vocabulary)
+        return cls(chunks, tolerances) if max(tolerances) > 0 else None
+
+    def add_gradient(
+        self, problem: Problem, stats: Tensor, coefficients: Tensor, grads: Tensor, scales: Tensor, splits: int
+    ) -> None:
+        """Takes in the gradient of the chunk last made; grads: room for all of it, over the logits, if it is needed."""
+        work = problem.work._replace(terms=False, gradient=True)
+        problem = replace(problem, work=work)
+        chosen = self._chosen(problem, stats, coefficients)
+        for_hidden, for_head = (chosen.get(t) for t in self.tolerances)
+        for some in (for_hidden, for_head):
+            if some is not None:
+                self.left.append(some.lists.squares.sum(1))
+        if for_hidden is not None and self.chunks.d_hidden is not None:
+            out = self._hidden_gradient(for_hidden)
+            for at, dense in self._overflow(for_hidden, problem, stats, coefficients):
+                out[at] = self.chunks.hidden_gradient(dense, len(at))
+            self.chunks.put_hidden_gradient(problem.tokens.rows_ptr, out)
+        if for_head is not None:
+            self._add_head_gradient(for_head)
+            for at, dense in self._overflow(for_head, problem, stats, coefficients):
+                self.chunks.add_head_gradient(dense, self.chunks.hidden[at])
+        if for_hidden is None or for_head is None:
+            rows.launch_gradient(problem, stats, coefficients, grads[: problem.rows], scales, splits)
+            self.chunks.add_gradient(problem.tokens.rows_ptr, grads, for_hidden is None, for_head is None)
+
+    def left_out(self) -> Tensor:
+        """|dG| / |G|, the largest of the chunks and of the two products, 0-d."""
+        if not self.left:
+            return torch.zeros((), device=self.chunks.device)
+        left, of_all = torch.stack(self.left).unbind(1)
+        return (left / of_all).nan_to_num(0.0).max().sqrt()
+
+    def _chosen(self, problem: Problem, stats: Tensor, coefficients: Tensor) -> dict[float, Chosen]:
+        """By tolerance, where a product of single entries is worth it; the one wait."""
+        sizes = stats.new_empty(2, problem.rows)
+        entries.launch_measure(problem, stats, coefficients, sizes)
+        square, live = sizes.sum(1)
+        mean = MARGIN * square / live
+        made = {t: _select(problem, stats, coefficients, mean * t**2) for t in set(self.tolerances) if t > 0}
+        lengths = torch.stack([lists.counts for lists in made.values()])
+        fits = lengths <= entries.CAPACITY
+        totals = torch.stack([torch.where(fits, lengths, 0).sum(1), (~fits).sum(1)], 1).tolist()
+        chosen = {}
+        for (tolerance, lists), fit, (count, overflows) in zip(made.items(), fits, totals, strict=True):
+            if count * _DENSE <= problem.rows * problem.vocabulary and overflows * _OVERFLOWS <= problem.rows:
+                others = torch.argsort(fit.to(torch.uint8), stable=True)[:overflows]
+                chosen[tolerance] = Chosen(lists, count, others)
+        return chosen
+
+    def _hidden_gradient(self, chosen: Chosen) -> Tensor:
+        """float32 [n, D]."""
+        weight = self.chunks.head.weight
+        out = torch.empty(len(chosen.lists.counts), weight.shape[1], device=weight.device)
+        entries.launch_gather(*chosen.lists[:3], weight, out)
+        return out
+
+    def _add_head_gradient(self, chosen: Chosen) -> None:
+        lists, count, _ = chosen
+        if count == 0:
+            return
+        lengths = torch.where(lists.counts <= entries.CAPACITY, lists.counts, 0).to(torch.int64)
+        at = torch.arange(count, device=lengths.device)
+        row = torch.repeat_interleave(lengths, output_size=count)
+        slot = at - (lengths.cumsum(0) - lengths)[row]
+        columns, order = torch.sort(lists.columns[row, slot], stable=True)
+        row, values = row[order], lists.values[row, slot][order]
+        ends = torch.searchsorted(columns, columns, right=True)
+        for total, matrix in self.chunks.head_sums():
+            entries.launch_scatter(columns, ends, row, values, matrix, total)
+
+    def _overflow(
+        self, chosen: Chosen, problem: Problem, stats: Tensor, coefficients: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The rows without a list, if any, and their gradient [k, V] in the products' dtype."""
+        at = chosen.others
+        if len(at) == 0:
+            return []
+        logits = _rows_of(problem.logits, at)
+        ref = logits if problem.ref is problem.logits else _rows_of(problem.ref, at)
+        tokens = problem.tokens._replace(rows_ptr=problem.tokens.rows_ptr[at])
+        work = problem.work._replace(narrowed=False)
+        some = replace(problem, logits=logits, ref=ref, tokens=tokens, work=work)
+        # in place, and so by one program a row
+        rows.launch_gradient(some, stats, coefficients, logits, stats, 1)
+        return [(at, logits.to(self.chunks.grads_dtype))]
+
+
+def _rows_of(matrix: Tensor, at: Tensor) -> Tensor:
+    """Some rows of a matrix, as far apart as those of the whole."""
+    room = memory.room(len(at), matrix.shape[1], matrix.dtype, matrix.device)
+    return room.copy_(matrix.index_select(0, at))
+
+
+def _select(problem: Problem, stats: Tensor, coefficients: Tensor, budget: Tensor) -> Lists:
+    usable = (budget >= smallest_usable(problem.vocabulary, budget.dtype)) & budget.isfinite()
+    budget = torch.where(usable, budget, -1.0)
+    shape = problem.rows, entries.CAPACITY
+    columns = torch.empty(shape, dtype=torch.int32, device=stats.device)
+    lists = Lists(
+        columns,
+        stats.new_empty(shape),
+        columns.new_empty(problem.rows),
+        stats.new_empty(2, problem.rows),
+    )
+    entries.launch_select(problem, stats, coefficients, budget, *lists)
+    return lists
