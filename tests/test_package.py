@@ -32,6 +32,20 @@ def test_kernels_are_installed_inside_the_package() -> None:
     assert run_python("import prefixloss._kernels as k; print(k.__name__)").strip() == "prefixloss._kernels"
 
 
+def test_every_folder_of_the_package_is_in_a_wheel() -> None:
+    root = README.parent
+    text = (root / "pyproject.toml").read_text()
+    listed = re.findall(r'"(prefixloss[\w.]*)"', text[text.index("packages = [") : text.index("package-dir]")])
+    folders = {
+        name if folder == "prefixloss" else name.replace(folder, f"prefixloss.{inside}", 1)
+        for folder, inside in (("prefixloss", ""), ("csrc_triton", "_kernels"), ("bench", "_bench"))
+        for path in (root / folder).rglob("__init__.py")
+        if "_kernels" not in path.parts and "_bench" not in path.parts
+        for name in [".".join(path.relative_to(root).parent.parts)]
+    }
+    assert set(listed) == folders
+
+
 def test_the_benchmark_is_installed_inside_the_package() -> None:
     code = "import prefixloss._bench.speed.worker as w; print(w.__name__, w.Worker.__module__)"
     assert run_python(code).strip() == "prefixloss._bench.speed.worker prefixloss._bench.speed.worker"
