@@ -49,6 +49,22 @@ def load_block(row_ptr, at, cols, stop, LAST: tl.constexpr):
 
 
 @triton.jit
+def load_capped(row_ptr, at, cols, stop, transform, WORK: tl.constexpr, LAST: tl.constexpr):
+    """A block's z."""
+    return capped(load_block(row_ptr, at, cols, stop, LAST), transform, WORK.softcap)
+
+
+@triton.jit
+def load_with_reference(logits_row, ref_row, at, cols, stop, transform, WORK: tl.constexpr, LAST: tl.constexpr):
+    """A block's logits as they are and the reference's z, which is not looked at where there is none."""
+    x = load_block(logits_row, at, cols, stop, LAST)
+    ref = x
+    if WORK.reference:
+        ref = load_capped(ref_row, at, cols, stop, transform, WORK, LAST)
+    return x, ref
+
+
+@triton.jit
 def load_target(row_ptr, target, transform, WORK: tl.constexpr):
     """The target's own z; NaN for an id outside the vocabulary."""
     x = tl.load(row_ptr + target, mask=target >= 0, other=float("nan")).to(tl.float32)

@@ -13,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .access import block_columns, load_block, row_pointer
+from .access import block_columns, load_capped, row_pointer
 from .launch import Launch, next_power_of_two, on_device, options
 from .listed_teacher import Listed, read_classes, tail_gradient, write_listed
 from .maths import power_of_two
 from .problem import Matrix
-from .softmax import LogitScaling, cap_slope, capped
+from .softmax import LogitScaling, cap_slope
 from .whole_teacher import pair_gradient, read_pair
 
 # ids a tile at least, so that lists of nearly every length are one kernel
@@ -170,10 +170,10 @@ def write_block(
     WORK: tl.constexpr, NAME: tl.constexpr, LAST: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     cols = block_columns(LANES, VECTOR)
-    z = capped(load_block(logits_row, at, cols, stop, LAST), transform, WORK.softcap)
+    z = load_capped(logits_row, at, cols, stop, transform, WORK, LAST)
     r = z
     if not WORK.listed:
-        r = capped(load_block(teacher_row, at, cols, stop, LAST), transform, WORK.softcap)
+        r = load_capped(teacher_row, at, cols, stop, transform, WORK, LAST)
     if WORK.narrowed:
         # a block's gradients lie over logits of this block or later ones: all threads have to have read it
         tl.debug_barrier()

@@ -18,13 +18,21 @@ import torch
 import triton
 import triton.language as tl
 
-from .access import block_columns, load_block, load_statistics, load_target, row_pointer, target_column, which_token
+from .access import (
+    block_columns,
+    load_statistics,
+    load_target,
+    load_with_reference,
+    row_pointer,
+    target_column,
+    which_token,
+)
 from .launch import next_power_of_two, on_device, options
 from .objective import Coefficients
 from .problem import Problem
 from .rows import PER_TOKEN
 from .second_pass import gradient_with_target, has_gradient
-from .softmax import capped, target_gradient
+from .softmax import target_gradient
 
 # a row's list: as many entries as a program can hold in its registers
 CAPACITY = 1024
@@ -157,10 +165,7 @@ def load_gradient(
 ):  # fmt: skip
     """The gradient of the block that starts at column `at`, 0 behind the end."""
     cols = block_columns(LANES, VECTOR)
-    x = load_block(logits_row, at, cols, stop, LAST)
-    ref = x
-    if WORK.reference:
-        ref = capped(load_block(ref_row, at, cols, stop, LAST), transform, WORK.softcap)
+    x, ref = load_with_reference(logits_row, ref_row, at, cols, stop, transform, WORK, LAST)
     grads = gradient_with_target(x, ref, at, cols, target, at_target, stats, coefficients, transform, WORK)
     return tl.where(at + cols < stop, grads, 0.0)
 

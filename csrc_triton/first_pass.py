@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from .access import block_columns, load_block, load_given, load_target
+from .access import block_columns, load_capped, load_given, load_target
 from .objective import Coefficients, token_terms
-from .softmax import add_block, capped, finish, no_lanes
+from .softmax import add_block, finish, no_lanes
 
 
 @triton.jit
@@ -28,12 +28,12 @@ def read_block(
     WORK: tl.constexpr, LAST: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     cols = block_columns(LANES, VECTOR)
-    z = capped(load_block(logits_row, at, cols, stop, LAST), transform, WORK.softcap)
+    z = load_capped(logits_row, at, cols, stop, transform, WORK, LAST)
     if (target >= at) & (target < at + LANES * VECTOR):
         z = tl.where(cols == target - at, float("-inf"), z)
     ref = z
     if WORK.reference:
-        ref = capped(load_block(ref_row, at, cols, stop, LAST), transform, WORK.softcap)
+        ref = load_capped(ref_row, at, cols, stop, transform, WORK, LAST)
     return add_block(lanes, z, ref, transform.kappa, WORK.reference)
 
 

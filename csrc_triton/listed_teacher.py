@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .access import block_columns, load_block
+from .access import block_columns, load_capped
 from .divergence import class_terms
 from .maths import LOG2_E, LOG_ZERO
 from .online import add_exponentials, merge_exponentials
@@ -100,7 +100,7 @@ def add_tail(
 ):  # fmt: skip
     """A block without its listed ids, which are those from `place` on, into the sums."""
     cols = block_columns(LANES, VECTOR)
-    z = capped(load_block(logits_row, at, cols, stop, LAST), transform, WORK.softcap)
+    z = load_capped(logits_row, at, cols, stop, transform, WORK, LAST)
     end = tl.minimum(at + LANES * VECTOR, stop)
     following = tl.load(ids_ptr + place, mask=place < count, other=stop)
     while following < end:

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from .access import block_columns, load_block, load_target
+from .access import block_columns, load_target, load_with_reference
 from .maths import power_of_two
 from .objective import Coefficients
-from .softmax import block_gradient, capped, target_gradient
+from .softmax import block_gradient, target_gradient
 
 
 @triton.jit
@@ -87,10 +87,7 @@ def write_block(
     WORK: tl.constexpr, LAST: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     cols = block_columns(LANES, VECTOR)
-    x = load_block(logits_row, at, cols, stop, LAST)
-    ref = x
-    if WORK.reference:
-        ref = capped(load_block(ref_row, at, cols, stop, LAST), transform, WORK.softcap)
+    x, ref = load_with_reference(logits_row, ref_row, at, cols, stop, transform, WORK, LAST)
     if WORK.narrowed:
         # a block's gradients lie over logits of this block or later ones: all threads have to have read it
         tl.debug_barrier()

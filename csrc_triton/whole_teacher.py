@@ -12,10 +12,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .access import block_columns, load_block
+from .access import block_columns, load_capped
 from .divergence import class_terms
 from .online import add_exponentials, merge_exponentials
-from .softmax import LOWEST, capped, total_of
+from .softmax import LOWEST, total_of
 
 
 class Lanes(NamedTuple):
@@ -72,8 +72,8 @@ def load_pair(
 ):  # fmt: skip
     """A block of z and of the teacher's."""
     cols = block_columns(LANES, VECTOR)
-    z = capped(load_block(logits_row, at, cols, stop, LAST), transform, WORK.softcap)
-    return z, capped(load_block(teacher_row, at, cols, stop, LAST), transform, WORK.softcap)
+    z = load_capped(logits_row, at, cols, stop, transform, WORK, LAST)
+    return z, load_capped(teacher_row, at, cols, stop, transform, WORK, LAST)
 
 
 @triton.jit

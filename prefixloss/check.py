@@ -23,6 +23,8 @@ _LARGEST_WHOLE = 2**63 - 1
 _LARGEST_REWARD = 1e38
 # no response has an index above it: a larger one is an error of its maker, and arithmetic on it would wrap
 _LARGEST_INDEX = 2**31 - 1
+# how far above 1 probabilities may add up that somebody else has rounded
+ROUNDED_PROBABILITIES = 1e-3
 _LONGEST = 120  # characters of a value in a message
 
 

@@ -18,7 +18,6 @@ __all__ = ["Listed", "ServedTeacher", "UnansweredError"]
 
 _BYTES_AN_ENTRY = 512  # of a reply: an id, its log-prob and what else a server says of it
 _NOTHING = -9999.0  # what vLLM writes for a log-prob of -inf, which JSON has not
-_ROUNDING = 1e-3  # how far above 1 rounded probabilities may add up
 
 # a token's ids with their log-probs
 Row = list[tuple[int, float]]
@@ -136,10 +135,10 @@ class ServedTeacher:
             raise UnansweredError(f"token {at}: got id {beyond}, expected {wants}")
         if len(dict(row)) != len(row):
             raise UnansweredError(f"token {at}: an id is listed twice")
-        if not all(logp <= _ROUNDING for _, logp in row):
+        if not all(logp <= check.ROUNDED_PROBABILITIES for _, logp in row):
             raise UnansweredError(f"token {at}: got {str(listed)[:60]}, expected log-probs of at most 0")
         total = sum(math.exp(logp) for _, logp in row)
-        if total > 1 + _ROUNDING:
+        if total > 1 + check.ROUNDED_PROBABILITIES:
             raise UnansweredError(f"token {at}: probabilities that add up to {total:.6g}, expected no more than 1")
         row = [(token, -math.inf if logp <= _NOTHING else min(logp, 0.0)) for token, logp in row]
         return sorted(row, key=lambda pair: (-pair[1], pair[0]))

@@ -64,6 +64,7 @@ class Peer:
     def __init__(self, name: str, order: dict[str, Any], log: Path) -> None:
         self.name, self.order, self.log = name, order, log
         context = _context(order["device"])
+        log.touch()  # a worker may die before it writes a line
         self.line, end = context.Pipe()
         self.process = context.Process(target=worker.serve, args=(end, str(log)), daemon=True)
         self.process.start()

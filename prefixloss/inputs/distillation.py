@@ -15,8 +15,6 @@ from prefixloss.inputs.reduction import token_weights
 from prefixloss.maths.divergence import BY_NAME, Divergence, Listed
 
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "none")
-# how far above 1 the probabilities that a teacher lists may add up: rounded log-probs do
-_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -251,7 +249,7 @@ def _check_values(ids: Tensor, logps: Tensor, offsets: Tensor | None, layout: La
     else:
         of_row = torch.arange(layout.tokens, device=ids.device).repeat_interleave(offsets.diff())
     # of a half-precision log-prob of 8 or so, its last digit
-    rounding = max(_ROUNDING, 16 * torch.finfo(logps.dtype).eps)
+    rounding = max(check.ROUNDED_PROBABILITIES, 16 * torch.finfo(logps.dtype).eps)
     ids, logps = ids.reshape(-1), logps.reshape(-1).double()
     seen = layout.scored[of_row]
 

@@ -96,6 +96,21 @@ def test_a_crash_is_told_with_its_signal(bench: Bench) -> None:
     assert raised.value.status == "died"
 
 
+class Dies:
+    """Kills the process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return signal.raise_signal, (signal.SIGSEGV,)
+
+
+def test_so_is_one_before_the_worker_s_first_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.worker, "serve", Dies())
+    with bench.peer(CASE, "ours") as peer:
+        peer.process.join()
+        with pytest.raises(GoneError, match=r"^load: signal SIGSEGV$"):
+            peer.ask("load", 10)
+
+
 def test_a_worker_that_takes_too_long_is_stopped(bench: Bench) -> None:
     with bench.peer(CASE, "ours") as peer:
         with pytest.raises(GoneError, match="load took more than 0 s") as raised:

@@ -52,6 +52,7 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_every_target_without_a_finding(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "bench.gpu.compile_report", "--json", str(report)]

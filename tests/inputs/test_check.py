@@ -148,7 +148,7 @@ def response_arguments(*names: str, **options: Any) -> dict[str, Any]:
 OPTIONAL = {
     "mask", "old_logps", "sampler_logps", "ref_logps", "lm_head_bias", "ref_lm_head_bias", "group_ids of a loss",
     "judged", "cu_seqlens", "ref_hidden of None", "softcap", "ratio_cap", "dual_clip", "max_length", "chunk_tokens",
-    "sampler_missing", "off_policy_mask_threshold", "kl_clamp",
+    "sampler_missing", "off_policy_mask_threshold", "kl_clamp", "flawed",
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "normalizer": NORMALIZERS, "config": NAMES | {"None": None, "a dict": {}}, "backend": NAMES | {"None": None},
@@ -157,7 +157,7 @@ KINDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("inplace", "entropy", "relu", "std", "averaged", "kl_importance"), FLAGS),
     "temperature": numbers({"zero": 0.0, "negative": -1.0}), "logit_scale": numbers({"zero": 0.0, "negative": -1.0}),
     **dict.fromkeys(("softcap", "ratio_cap", "kl_clamp"), numbers({"zero": 0.0, "negative": -1.0})),
-    "dual_clip": numbers({"one": 1.0}), "alpha": SHARES, "weight": SHARES, "shorten": SHORTENS,
+    "dual_clip": numbers({"one": 1.0}), "alpha": SHARES, "flawed": SHARES, "weight": SHARES, "shorten": SHORTENS,
     **dict.fromkeys(("keep", "beta", "gamma", "kl_coef", "entropy_coef"), numbers({})),
     **dict.fromkeys(("clip_low", "clip_high", "divergence_cap", "row_tolerance"), numbers({"negative": -0.1})),
     **dict.fromkeys(("off_policy_mask_threshold", "std_floor"), numbers({"negative": -0.1})),
@@ -176,7 +176,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         advantages.vppo,
         lambda: response_arguments(
             "correct", "lengths", "first_error", "group_ids", "prompt_lengths",
-            alpha=0.5, shorten="prompt", relu=False, std=False, std_floor=0.0,
+            alpha=0.5, shorten="prompt", relu=False, std=False, std_floor=0.0, flawed=0.5,
         ),
     ),
     "cliff": (
