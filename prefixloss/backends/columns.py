@@ -25,6 +25,19 @@ _LOWEST = -1e30
 _LARGEST = 1e37
 
 
+class Sum(NamedTuple):
+    """What the processes are adding up; on one process it is there."""
+
+    total: Tensor
+    work: Any = None
+
+    def wait(self) -> Tensor:
+        """The sum, before which nothing may be done with `total`; on a GPU it is the stream that waits."""
+        if self.work is not None:
+            self.work.wait()
+        return self.total
+
+
 @dataclass(frozen=True)
 class Columns:
     """All of the vocabulary is here: `vocabulary` columns, and perhaps padding behind them."""
@@ -67,8 +80,13 @@ class Columns:
     ) -> None:  # fmt: skip
         softmax.logit_gradient_(probs, tokens, stats, coefficients, transform, ref_scores)
 
+    def begin_sum(self, shares: Tensor) -> Sum:
+        """Adds up, over the processes, what each of them has of a gradient of the hidden states; shares may become
+        the sum."""
+        return Sum(shares)
+
     def sum_(self, x: Tensor | None) -> None:
-        """Adds up, over the processes, what each of them has of a gradient of the hidden states."""
+        """As `begin_sum`, at once and in place."""
 
 
 class _Sums(NamedTuple):
@@ -131,30 +149,32 @@ class Shard(Columns):
     def logits(self, logits: Tensor) -> Tensor:
         return super().logits(logits) if self.columns else _never(logits[..., :1])
 
+    def begin_sum(self, shares: Tensor) -> Sum:
+        total = shares.contiguous()
+        return Sum(total, torch.distributed.all_reduce(total, group=self.group, async_op=True))
+
     def sum_(self, x: Tensor | None) -> None:
         if x is not None:
-            together = x.contiguous()
-            torch.distributed.all_reduce(together, group=self.group)
-            if together is not x:
-                x.copy_(together)
+            total = self.begin_sum(x).wait()
+            if total is not x:
+                x.copy_(total)
 
     def local(self, tokens: Tensor) -> Tensor:
         here, target = self._target(tokens)
         return torch.where(here, target, -1)
 
-    def gathered(self, mine: Tensor) -> Tensor:
+    def begin_gather(self, mine: Tensor) -> Sum:
         """Every process's `mine` [..], [processes, ..], by one all-reduce in which each fills a place of its own."""
         rank, size = torch.distributed.get_rank(self.group), torch.distributed.get_world_size(self.group)
         packed = mine.new_zeros(size, *mine.shape)
         packed[rank] = mine
-        torch.distributed.all_reduce(packed, group=self.group)
-        return packed
+        return self.begin_sum(packed)
 
     def stats(self, scores: Tensor, tokens: Tensor, probs: Tensor, ref_scores: Tensor | None) -> RowStats:
         """As `softmax.row_stats`; `total` is what this process's part of probs is to be divided by."""
         here, target = self._target(tokens)
         sums = self._sums(scores, here, target, probs, ref_scores)
-        parts = _Sums(*self.gathered(torch.stack(sums)).unbind(1))
+        parts = _Sums(*self.begin_gather(torch.stack(sums)).wait().unbind(1))
         top = parts.top.amax(0)
         shrink = torch.exp(parts.top - top)
         others = (parts.others * shrink).sum(0)

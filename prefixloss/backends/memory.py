@@ -49,7 +49,11 @@ def chunk_rows(rows: int, tokens: int, bytes_per_row: int, device: torch.device,
     if chosen is not None:
         return chosen
     least = _ROWS_ON_CPU if device.type == "cpu" and "PREFIXLOSS_MEMORY" not in os.environ else 1
-    most = max(least, rows_in_budget(tokens, bytes_per_row, device))
+    return even_rows(rows, max(least, rows_in_budget(tokens, bytes_per_row, device)))
+
+
+def even_rows(rows: int, most: int) -> int:
+    """As many rows a chunk as divide `rows` > 0 evenly, in whole tiles of a matrix unit, no more than `most`."""
     tile = _TILE if most >= _TILE else 1
     most = most // tile * tile
     even = -(-rows // max(1, -(-rows // most)))

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from prefixloss import LossConfig, LossOutput, linear_logps, linear_prefix_loss, prefix_loss
+from prefixloss.backends import products
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="the processes talk through gloo")
 
@@ -221,6 +222,86 @@ def test_the_kernels_on_a_split_vocabulary_give_the_plain_formula(
     counts: tuple[int, ...], calls: list[tuple[str, int]], tmp_path: Path
 ) -> None:
     in_processes(by_kernels, len(counts), tmp_path, counts, calls)
+
+
+def by_machine_code(rank: int, size: int, file: str, counts: tuple[int, ...], calls: list[tuple[str, int]]) -> None:
+    from ptx_emulator import Emulator  # noqa: PLC0415 (in this process alone)
+
+    from prefixloss import door  # noqa: PLC0415
+
+    emulator = Emulator()
+    emulator.install()
+    door._interpreted = lambda: True
+    by_kernels(rank, size, file, counts, calls)
+    assert not emulator.figures.errors
+    assert set(emulator.figures.launches) >= {"slice_kernel", "combine_kernel", "gradient_kernel"}
+
+
+@INTERPRETED
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [(6, 5), (4, 4, 3, 2)], ids=["two", "four"])
+def test_the_kernels_on_a_split_vocabulary_pass_as_machine_code(
+    counts: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    calls = [("linear", 2), ("linear", 4), ("logps", 3), ("frozen", 0)]
+    in_processes(by_machine_code, len(counts), tmp_path, counts, calls)
+
+
+class Told:
+    """A collective on its way, that says when it is waited for."""
+
+    def __init__(self, work: Any, name: str, events: list[str]) -> None:
+        self.work, self.name, self.events = work, name, events
+
+    def wait(self) -> None:
+        self.events.append(f"have {self.name}")
+        self.work.wait()
+
+
+def collectives(rank: int, size: int, file: str) -> None:
+    """What a loss in three chunks does, in its order: sums and gradients by their chunk and size."""
+    events: list[str] = []
+    begun: dict[int, int] = {}
+    reduce, logits, head = dist.all_reduce, products.logits, products.add_head_gradient
+
+    def all_reduce(x: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if not async_op:
+            return reduce(x, group=group)
+        kind = "gradient" if x.dim() == 2 else "sums"
+        begun[x.dim()] = begun.get(x.dim(), -1) + 1
+        events.append(f"send {kind} {begun[x.dim()]}: {x.numel()} numbers")
+        return Told(reduce(x, group=group, async_op=True), f"{kind} {begun[x.dim()]}", events)
+
+    def say(name: str, product: Callable[..., None]) -> Callable[..., None]:
+        return lambda *given: events.append(name) or product(*given)
+
+    with group_of(rank, size, file) as group:
+        dist.all_reduce = all_reduce
+        products.logits, products.add_head_gradient = say("logits", logits), say("head", head)
+        mine = cut(inputs(torch.float32), (6, 5), rank)
+        hidden, weight = (mine[name].requires_grad_() for name in ("hidden", "weight"))
+        # 8 of 12 tokens learn: no others are multiplied, or talked about
+        linear_prefix_loss(
+            hidden, weight, TOKENS, ADVANTAGES, mask=MASK, config=LossConfig(chunk_tokens=3), tp_group=group,
+            backend="triton",
+        ).loss.backward()  # fmt: skip
+        dist.all_reduce = reduce
+    sums, gradients = 2 * 8, D
+    assert events == [
+        "logits", f"send sums 0: {3 * sums} numbers",
+        "logits", f"send sums 1: {3 * sums} numbers",
+        "have sums 0", f"send gradient 0: {3 * gradients} numbers", "head",
+        "logits", f"send sums 2: {2 * sums} numbers",
+        "have sums 1", "have gradient 0", f"send gradient 1: {3 * gradients} numbers", "head",
+        "have sums 2", "have gradient 1", f"send gradient 2: {2 * gradients} numbers", "head",
+        "have gradient 2",
+    ]  # fmt: skip
+
+
+@INTERPRETED
+def test_two_all_reduces_a_chunk_of_its_computed_tokens_go_on_while_products_are_made(tmp_path: Path) -> None:
+    in_processes(collectives, 2, tmp_path)
 
 
 def near_certainty(rank: int, size: int, file: str, counts: tuple[int, ...]) -> None:

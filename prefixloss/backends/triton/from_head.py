@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ from prefixloss.backends.autograd import first_order
 from prefixloss.backends.columns import Columns
 from prefixloss.backends.library import decoded, gradients_like
 from prefixloss.backends.problem import Head
-from prefixloss.backends.triton.chunks import HeadChunks, Wanted
-from prefixloss.backends.triton.parts import run_columns
+from prefixloss.backends.triton import parts
+from prefixloss.backends.triton.chunks import Chunk, HeadChunks, Wanted
 from prefixloss.backends.triton.problems import (
     live_coefficients,
     no_stats,
@@ -54,23 +54,32 @@ def head_of(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -
     return None if hidden is None or weight is None else Head(hidden, weight, bias)
 
 
-def _chunk_problems(
-    chunks: HeadChunks, config: LossConfig, tokens: Tokens, off_policy: bool, **work: Any
-) -> Iterator[tuple[Problem, Tensor, int]]:
-    """Each chunk's problem, room [size, V] for its gradients, and how many programs share a row."""
+class _Piece(NamedTuple):
+    """A chunk as the kernels take it. grads: room [size, V] for its gradients. splits: programs that share a row."""
+
+    chunk: Chunk
+    problem: Problem
+    grads: Tensor
+    scales: Tensor
+    splits: int
+
+
+def _pieces(chunks: HeadChunks, config: LossConfig, tokens: Tokens, off_policy: bool, **work: Any) -> Iterator[_Piece]:
     if chunks.size == 0:
         return
-    narrow = chunks.grads_dtype != torch.float32
-    work |= {"indexed": True, "clear": True, "rescaled": chunks.scales is not None}
-    whole = problem_of(config, chunks.logits, chunks.reference_logits, tokens, off_policy, chunks.grads_dtype, **work)
+    narrow, room = chunks.grads_dtype != torch.float32, chunks.rooms[0]
+    work |= {"indexed": True, "clear": True, "rescaled": chunks.scaled}
+    whole = problem_of(config, room.logits, room.reference_logits, tokens, off_policy, chunks.grads_dtype, **work)
     # the size of whole chunks decides, so that every row is summed the same way
     splits = splits_of(whole, chunks.size)
-    grads = chunks.gradient_room(apart=narrow and splits > 1)
-    in_place = whole.work._replace(narrowed=narrow and splits == 1)
+    apart = chunks.gradient_apart() if narrow and splits > 1 else None
+    in_place = whole.work._replace(narrowed=narrow and apart is None)
     for chunk in chunks:
         ref = chunk.logits if chunk.reference is None else chunk.reference
         here = tokens._replace(rows_ptr=chunk.rows)
-        yield replace(whole, logits=chunk.logits, ref=ref, tokens=here, work=in_place), grads, splits
+        problem = replace(whole, logits=chunk.logits, ref=ref, tokens=here, work=in_place)
+        grads = chunks.gradient_over(chunk.room.logits) if apart is None else apart
+        yield _Piece(chunk, problem, grads, _or(chunk.room.scales, chunk.logits), splits)
 
 
 # --- the loss, with the gradients made in the same pass
@@ -100,13 +109,13 @@ def fused_loss(
         chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs, columns)
         sparse = SparseProducts.wanted(chunks, config, needs, most < 0)
         work = {"terms": True, "gradient": any(needs) and sparse is None}
-        for problem, grads, splits in _chunk_problems(chunks, config, tokens, off_policy, **work):
-            scales = _or(chunks.scales, stats)
-            run_columns(columns, ids, problem, stats, terms, grads[: problem.rows], scales, splits)
+        for piece, sums in parts.ahead(columns, _pieces(chunks, config, tokens, off_policy, **work)):
+            chunk, problem, grads, scales, splits = piece
+            parts.run(sums, problem, ids, stats, terms, grads[: problem.rows], scales, splits)
             if sparse is not None:
-                sparse.add_gradient(problem, stats, terms[3:], grads, scales, splits)
+                sparse.add_gradient(chunk, problem, stats, terms[3:], grads, splits)
             elif any(needs):
-                chunks.add_gradient(problem.tokens.rows_ptr, grads)
+                chunks.add_gradient(chunk, grads)
         return chunks, given.new_zeros(()) if sparse is None else sparse.left_out()
 
     if most >= 0:
@@ -158,13 +167,12 @@ def gradient_of(
     which = Wanted.where((coefficients != 0).any(0), None if most < 0 else most)
     chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs, columns)
     sparse = SparseProducts.wanted(chunks, config, needs, most < 0)
-    for problem, grads, splits in _chunk_problems(chunks, config, tokens, False, gradient=True):
-        scales = _or(chunks.scales, stats)
+    for chunk, problem, grads, scales, splits in _pieces(chunks, config, tokens, False, gradient=True):
         if sparse is not None:
-            sparse.add_gradient(problem, stats, coefficients, grads, scales, splits)
+            sparse.add_gradient(chunk, problem, stats, coefficients, grads, splits)
             continue
         rows.launch_gradient(problem, stats, coefficients, grads[: problem.rows], scales, splits)
-        chunks.add_gradient(problem.tokens.rows_ptr, grads)
+        chunks.add_gradient(chunk, grads)
     d_hidden, d_weight, d_bias = (_or(g, head.hidden.new_empty(0)) for g in chunks.gradients())
     return d_hidden, d_weight, d_bias, stats.new_zeros(()) if sparse is None else sparse.left_out()
 
@@ -210,12 +218,13 @@ def statistics_of(
     tokens = Tokens(columns.local(ids), flags, given, ids)
     which = Wanted.where(flags != 0, None if most < 0 else most)
     chunks = HeadChunks(head, reference, which, config.chunk_tokens, columns=columns)
-    for problem, grads, splits in _chunk_problems(chunks, config, tokens, False, terms=slope, gradient=slope):
-        made = grads[: problem.rows]
-        run_columns(columns, ids, problem, stats, terms, made, _or(chunks.scales, stats), splits)
+    pieces = _pieces(chunks, config, tokens, False, terms=slope, gradient=slope)
+    for (chunk, problem, grads, scales, splits), sums in parts.ahead(columns, pieces):
+        parts.run(sums, problem, ids, stats, terms, grads[: problem.rows], scales, splits)
         if slope:
             grads[problem.rows :] = 0
-            slopes.index_copy_(0, problem.tokens.rows_ptr, chunks.hidden_gradient(grads, problem.rows))
+            chunks.put_summed(slopes, chunk.rows, chunks.hidden_gradient(grads, problem.rows, chunk.room.scales))
+    chunks.finish()
     if most >= 0:
         stats = torch.where((flags != 0).sum() > most, torch.nan, stats)
     return stats, slopes
