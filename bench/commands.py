@@ -17,14 +17,27 @@ from prefixloss.io.files import write_whole
 
 from .files import write_json
 from .speed import record as records
-from .speed.cases import DTYPES, Case, count_of, custom_cases, default_cases, head_of, methods_for, quick_cases
+from .speed import worker
+from .speed.cases import (
+    DTYPES,
+    Case,
+    count_of,
+    custom_cases,
+    default_cases,
+    dtype_of,
+    head_of,
+    methods_for,
+    quick_cases,
+)
 from .speed.clock import Clock
 from .speed.distill import Pair, measure
 from .speed.harness import GIB, Bench, GoneError, Limits, bench_on
 from .speed.headline import headline
 from .speed.methods import NAMES
+from .speed.own_model import QUANTILES, TOLERANCES, density, entropies, take
+from .speed.own_model import measure as measure_own
 from .speed.record import FormatError, Record
-from .speed.table import distilled, grids, made_on, markdown, show, show_grid
+from .speed.table import distilled, grids, kept_entries, made_on, markdown, of_model, show, show_grid
 
 app = typer.Typer(
     help="Time, memory and error of prefixloss beside PyTorch, TRL, Liger, Cut Cross-Entropy and bare products.",
@@ -53,6 +66,12 @@ def bench(
         typer.Option(help=listed("dense, grpo, vppo-relu, neutral-prefix, half-solved, solved-PERCENT. [grpo]")),
     ] = None,
     starts: Annotated[str | None, typer.Option(help=listed("hidden, logits (setting dense only). [hidden]"))] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Instead: a causal LM's own head, by directory or hub name, on --data.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help='Its responses: JSON lines of "problem", and "response" or "steps".')
+    ] = None,
     methods: Annotated[str | None, typer.Option(help=listed(f"{', '.join(NAMES)}; or all. [a choice by set]"))] = None,
     sets: Annotated[
         str | None, typer.Option(help=listed("of the default: floor, models, length, share. [all]"))
@@ -80,6 +99,12 @@ def bench(
     if context.invoked_subcommand is not None:
         return
     where = _device(device)
+    if model is not None or data is not None:
+        _check_alone(context, ("model", "data", "tokens", "dtypes", "rounds", "threads", "device", "json_file"))
+        _own(
+            model, data, _tokens(tokens or "2048"), dtypes or "float32,bfloat16", rounds or 5, threads, where, json_file
+        )
+        return
     chosen = {"heads": heads, "tokens": tokens, "dtypes": dtypes, "settings": settings, "starts": starts}
     cases = _cases(chosen, sets, quick, where)
     only = _methods(methods)
@@ -96,6 +121,57 @@ def bench(
             raise _fail(f"cannot compute on {where}: {error}") from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+
+
+def _tokens(text: str) -> int:
+    try:
+        return count_of(text)
+    except ValueError as error:
+        raise _fail(f"--tokens: {error}") from None
+
+
+def _check_alone(context: typer.Context, taken: tuple[str, ...]) -> None:
+    """Only options that `taken` names were given."""
+    for name, value in context.params.items():
+        if name not in taken and value not in (None, False):
+            raise _fail(f"--{name.replace('_', '-')}: cannot be given with --model and --data")
+
+
+def _own(
+    model: str | None, data: Path | None, tokens: int, dtypes: str, rounds: int, threads: int, device: str,
+    json_file: Path | None,
+) -> None:  # fmt: skip
+    """A model's own density and times, a table a dtype."""
+    if model is None or data is None:
+        raise _fail(f"--{'data' if data is None else 'model'}: needed with --{'model' if data is None else 'data'}")
+    if device != "cpu":
+        raise _fail(f"--device: got {device}, expected cpu with --model")
+    try:
+        chosen = [dtype_of(text) for text in dtypes.split(",")]
+        taken = take(model, data, tokens)
+    except ValueError as error:
+        raise _fail(str(error)) from None
+    torch.set_num_threads(threads)
+    console = wide_console()
+    (count, width), vocabulary = taken.hidden.shape, len(taken.weight)
+    quantiles = torch.quantile(entropies(taken), torch.tensor(QUANTILES)).tolist()
+    pairs = ", ".join(f"{q:.0%}: {x:.2g}" for q, x in zip(QUANTILES, quantiles, strict=True))
+    console.print(f"D {width:,}, V {vocabulary:,}, {count:,} tokens; entropy in nats, quantiles {pairs}", markup=False)
+    kept = density(taken, TOLERANCES)
+    show_grid(kept_entries(kept), console)
+    command = " ".join(["prefixloss", *sys.argv[1:]])
+    machine = {**worker.machine(torch.device(device)), "threads": threads}
+    record: dict[str, Any] = {
+        "made": records.now(), "command": command, "machine": machine, "versions": records.versions(),
+        "shape": {"tokens": count, "width": width, "vocabulary": vocabulary},
+        "entropy": dict(zip(map(str, QUANTILES), quantiles, strict=True)), "kept": kept, "times": {},
+    }  # fmt: skip
+    for dtype in chosen:
+        rows = record["times"][dtype] = measure_own(taken, getattr(torch, dtype), rounds, Clock(torch.device(device)))
+        show_grid(of_model(rows, f"Forward and backward, {dtype}"), console)
+    console.print(made_on(record), markup=False)
+    if json_file:
+        _write(json_file, record)
 
 
 def _run(runner: Bench, names: dict[Case, list[str]], json_file: Path | None, console: Console) -> None:

@@ -12,12 +12,14 @@ from typing import Annotated, Any
 
 from prefixloss.detect.choose import EXPECTED
 from prefixloss.detect.records import FormatError
+from prefixloss.io.endpoint import UnansweredError
 from prefixloss.io.files import write_whole
 from prefixloss.io.visible import visible
 from prefixloss.maths.divergence import BY_NAME
 from prefixloss.rl import UsageError
 from prefixloss.rl.config import ADVANTAGES, DISTIL_FROM, DTYPES, GENERAL, TRACKERS, Config
 from prefixloss.rl.lock import is_empty
+from prefixloss.rl.reload import BY_NAME as RELOADS
 from prefixloss.show import read_shown, to_html, to_terminal
 from prefixloss.steps import SEGMENTERS
 
@@ -60,6 +62,10 @@ def fail(message: str) -> typer.Exit:
     return typer.Exit(2)
 
 
+# options that are a number or a word
+_MIXED = "shorten", "gradient_tolerance", "head_gradient_tolerance"
+
+
 def option(name: str, text: str) -> Any:
     """An option of `Config`, its help with the default."""
     default = getattr(Config, name)
@@ -79,8 +85,8 @@ def train(
     detector: Annotated[
         str | None, option("detector", f"Finds first wrong steps, instead of the built-in check: rollouts, {EXPECTED}.")
     ] = None,
-    rollouts: Annotated[
-        int | None, option("rollouts", "Continuations from each prefix, with --detector rollouts.")
+    continuations: Annotated[
+        int | None, option("continuations", "Continuations from each prefix, with --detector rollouts.")
     ] = None,
     threshold: Annotated[
         float | None, option("threshold", "A detector's finds with less confidence count as none.")
@@ -109,9 +115,16 @@ def train(
     threads: Annotated[int | None, option("threads", "CPU threads, 0: as many as PyTorch likes.")] = None,
     seed: Annotated[int | None, option("seed", "Of everything random.")] = None,
     timeout: Annotated[
-        float | None, option("timeout", "Seconds that a process waits for the others, under torchrun.")
+        float | None,
+        option("timeout", "Seconds to wait for a server's answer and, under torchrun, for the other processes."),
     ] = None,
-    updates: Annotated[int | None, option("updates", "Batches of rollouts to learn from.")] = None,
+    rollouts: Annotated[
+        str | None, option("rollouts", "URL or MODEL@URL of an engine that samples, as vLLM's http://host:8000/v1.")
+    ] = None,
+    reload: Annotated[
+        str | None, option("reload", f"How that engine is given new weights: {', '.join(RELOADS)}.")
+    ] = None,
+    updates: Annotated[int | None, option("updates", "Batches of responses to learn from.")] = None,
     prompts: Annotated[int | None, option("prompts", "Prompts an update.")] = None,
     group: Annotated[int | None, option("group", "Responses a prompt.")] = None,
     max_tokens: Annotated[int | None, option("max_tokens", "Longest response.")] = None,
@@ -125,6 +138,16 @@ def train(
     clip: Annotated[float | None, option("clip", "The ratio's clip range, below and above 1.")] = None,
     kl_coef: Annotated[float | None, option("kl_coef", "Weight of the KL to the starting policy.")] = None,
     max_grad_norm: Annotated[float | None, option("max_grad_norm", "Gradients are clipped to this norm.")] = None,
+    gradient_tolerance: Annotated[
+        str | None,
+        option(
+            "gradient_tolerance",
+            "Of the loss: a share of the gradient that may be left out, or auto.",
+        ),
+    ] = None,
+    head_gradient_tolerance: Annotated[
+        str | None, option("head_gradient_tolerance", "The head's own, or auto.")
+    ] = None,
     alpha: Annotated[float | None, option("alpha", "vppo: value of a good-prefix token.")] = None,
     flawed: Annotated[
         float | None,
@@ -164,8 +187,7 @@ def train(
             _check_alone(given, out)
             config = Config.read(resume)
         else:
-            if "shorten" in given:
-                given["shorten"] = _number(given["shorten"])
+            given |= {name: _number(given[name]) for name in _MIXED if name in given}
             config = Config(**{**(GENERAL if model else {}), **given})
             if out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise UsageError("--out: got None, expected a directory: under torchrun all processes share one")
@@ -175,8 +197,9 @@ def train(
         train_run(config, run, Report(), overwrite=overwrite)
     except UsageError as error:
         raise fail(str(error)) from None
-    except NotFiniteError as error:
-        typer.echo(f"prefixloss: {visible(str(error))}", err=True)
+    except (NotFiniteError, UnansweredError) as error:
+        kept = _kept(run) if isinstance(error, UnansweredError) else ""
+        typer.echo(f"prefixloss: {visible(str(error))}{kept}", err=True)
         raise typer.Exit(1) from None
     except OSError as error:
         typer.echo(

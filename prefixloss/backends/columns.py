@@ -25,7 +25,7 @@ _LOWEST = -1e30
 _LARGEST = 1e37
 
 
-class Sum(NamedTuple):
+class Collective(NamedTuple):
     """What the processes are adding up; on one process it is there."""
 
     total: Tensor
@@ -80,10 +80,10 @@ class Columns:
     ) -> None:  # fmt: skip
         softmax.logit_gradient_(probs, tokens, stats, coefficients, transform, ref_scores)
 
-    def begin_sum(self, shares: Tensor) -> Sum:
+    def begin_sum(self, shares: Tensor) -> Collective:
         """Adds up, over the processes, what each of them has of a gradient of the hidden states; shares may become
         the sum."""
-        return Sum(shares)
+        return Collective(shares)
 
     def sum_(self, x: Tensor | None) -> None:
         """As `begin_sum`, at once and in place."""
@@ -149,9 +149,9 @@ class Shard(Columns):
     def logits(self, logits: Tensor) -> Tensor:
         return super().logits(logits) if self.columns else _never(logits[..., :1])
 
-    def begin_sum(self, shares: Tensor) -> Sum:
+    def begin_sum(self, shares: Tensor) -> Collective:
         total = shares.contiguous()
-        return Sum(total, torch.distributed.all_reduce(total, group=self.group, async_op=True))
+        return Collective(total, torch.distributed.all_reduce(total, group=self.group, async_op=True))
 
     def sum_(self, x: Tensor | None) -> None:
         if x is not None:
@@ -163,7 +163,7 @@ class Shard(Columns):
         here, target = self._target(tokens)
         return torch.where(here, target, -1)
 
-    def begin_gather(self, mine: Tensor) -> Sum:
+    def begin_gather(self, mine: Tensor) -> Collective:
         """Every process's `mine` [..], [processes, ..], by one all-reduce in which each fills a place of its own."""
         rank, size = torch.distributed.get_rank(self.group), torch.distributed.get_world_size(self.group)
         packed = mine.new_zeros(size, *mine.shape)

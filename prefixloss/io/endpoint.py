@@ -5,21 +5,58 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import httpx
 
 _BACKOFF = 0.5  # seconds before the second try, doubled for each further one
 _LONGEST = 200  # characters of a reason
+NOTHING = -9999.0  # what vLLM writes for a log-prob of -inf, which JSON has not
+
+# the model's name is no part of the address, which may hold a name and a password of its own
+_WHERE = re.compile(r"(?:(?P<model>.+?)@)?(?P<url>https?://.+)", re.DOTALL)
+
+KEY = "OPENAI_API_KEY"  # the environment variable with the key, unless another is named
 
 T = TypeVar("T")
+
+
+class Address(NamedTuple):
+    """A server, and a model's name there; None where it was not said."""
+
+    url: str
+    model: str | None
+
+    @classmethod
+    def of(cls, text: str) -> Address | None:
+        """From URL or MODEL@URL; None for any other text."""
+        where = _WHERE.fullmatch(text)
+        return cls(where["url"], where["model"]) if where else None
+
+    def named(self, seconds: float) -> Address:
+        """With the model's name, which need not be said where there is one only. UnansweredError: the server has not
+        got it, several, or no answer.
+        """
+        names = run(_models(self.url, seconds))
+        if self.model is None and len(names) == 1:
+            return self._replace(model=names[0])
+        if self.model in names:
+            return self
+        got = f"got {'no name' if self.model is None else repr(self.model)}"
+        raise UnansweredError(f"{got}, expected MODEL@URL with one of the server's models: {', '.join(names)}")
+
+    @property
+    def root(self) -> str:
+        """The server's own address, without the version of the API."""
+        return self.url.rstrip("/").removesuffix("/v1")
 
 
 class UnansweredError(Exception):
@@ -51,6 +88,17 @@ class Endpoint:
         """The reply's JSON; UnansweredError says why there is none. request: what is posted; None gets what is there.
         seconds: the limit over all tries; each may take an equal share of what is left. It is asked again while the
         endpoint is busy (429), fails (5xx), is silent or hangs up."""
+        body = await self._tried(path, request, seconds, tries)
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError):
+            raise UnansweredError(f"unreadable reply: {body.decode(errors='replace')}") from None
+
+    async def tell(self, path: str, request: dict[str, Any], seconds: float, tries: int) -> None:
+        """The same where there is nothing to read in the reply."""
+        await self._tried(path, request, seconds, tries)
+
+    async def _tried(self, path: str, request: dict[str, Any] | None, seconds: float, tries: int) -> bytes:
         clock = asyncio.get_running_loop().time
         end = clock() + seconds
         for attempt in range(tries):
@@ -69,7 +117,7 @@ class Endpoint:
             await asyncio.sleep(wait)
         raise SilentError(f"{failure} (tries: {tries})")
 
-    async def _send(self, path: str, request: dict[str, Any] | None) -> Any:
+    async def _send(self, path: str, request: dict[str, Any] | None) -> bytes:
         """Redirects are not followed: the key is for this address. Nothing is unpacked: ten packed kilobytes can hold
         gigabytes, and unpacking them ignores every limit."""
         import httpx  # noqa: PLC0415
@@ -94,10 +142,7 @@ class Endpoint:
                         raise UnansweredError(f"unreadable reply: more than {self.most_bytes} bytes")
         except httpx.TransportError as error:
             raise _BusyError(f"no answer: {type(error).__name__}") from None
-        try:
-            return json.loads(bytes(body))
-        except (ValueError, RecursionError):
-            raise UnansweredError(f"unreadable reply: {bytes(body).decode(errors='replace')}") from None
+        return bytes(body)
 
     def reason(self, error: Exception) -> str:
         """One line for a reader, without the key: the text of an unexpected error might show it."""
@@ -123,6 +168,18 @@ async def opened(url: str, api_key_env: str, most_bytes: int) -> AsyncIterator[E
 
     async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
         yield Endpoint(client, url, most_bytes, os.environ.get(api_key_env, "").strip())
+
+
+async def _models(url: str, seconds: float) -> list[str]:
+    """Names of the models that a server has, without adapters, which have a parent."""
+    async with opened(url.rstrip("/"), KEY, 1 << 20) as endpoint:
+        try:
+            models = (await endpoint.ask("/models", None, seconds, 2))["data"]
+            return [model["id"] for model in models if not model.get("parent")]
+        except (LookupError, TypeError, AttributeError):
+            raise UnansweredError('no "data" with an "id" a model in the reply to /models') from None
+        except Exception as error:
+            raise UnansweredError(f"/models: {endpoint.reason(error)}") from None
 
 
 def tokens_used(reply: Any) -> int:

@@ -11,10 +11,16 @@ from pathlib import Path
 import torch
 
 from prefixloss import linear_logps
+from prefixloss.io.endpoint import Address, UnansweredError
 from prefixloss.rl import UsageError, checkpoint, task
 from prefixloss.rl.config import Config
+from prefixloss.rl.engine import Engine, Place
 from prefixloss.rl.policy import Policy, add_checkpoints, add_lora, load_policy, tiny_policy
+from prefixloss.rl.reload import BY_NAME
 from prefixloss.rl.report import Report
+from prefixloss.rl.team import Team
+
+PROBES = 8  # questions
 
 Problems = Callable[[int, int], list[task.Problem]]
 
@@ -57,6 +63,26 @@ def open_teacher(config: Config, policy: Policy, device: str) -> Policy | None:
     teacher.dtype = policy.dtype
     teacher.model.to(device).requires_grad_(False)
     return teacher
+
+
+def open_engine(
+    config: Config, policy: Policy, directory: Path, held_out: list[task.Problem], team: Team
+) -> Engine | None:
+    """The engine that samples, without weights yet; None where the policy does that itself."""
+    if config.rollouts is None:
+        return None
+    place = Place(named(config.rollouts, config.timeout, "--rollouts"), directory / "served", config.timeout)
+    return Engine(policy, place, BY_NAME[config.reload], [p.question for p in held_out[:PROBES]], team)
+
+
+def named(text: str, seconds: float, option: str) -> Address:
+    """A server's address from URL or MODEL@URL, with the model's name there; UsageError where it is not there."""
+    address = Address.of(text)
+    assert address is not None
+    try:
+        return address.named(seconds)
+    except UnansweredError as error:
+        raise UsageError(f"{option}: {error}") from None
 
 
 def frozen(policy: Policy) -> Policy:

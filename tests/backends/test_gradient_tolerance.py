@@ -244,7 +244,11 @@ def test_products_of_entries_are_those_of_their_matrix_in_any_dtype(
     sparse.add_transposed(total, some, hidden)
     torch.testing.assert_close(total, 1 + gradient.T @ hidden, **close)
     assert torch.equal(total[4], torch.ones(5))
+    torch.testing.assert_close(sparse.transposed_product(some, 11, hidden), gradient.T @ hidden, **close)
+    of_each = (hidden @ weight.float().T)[row, column]
+    torch.testing.assert_close(sparse.dots(row, column, hidden, weight, torch.float32), of_each, **close)
     nothing = sparse.Entries.none(hidden)
+    assert torch.equal(sparse.transposed_product(nothing, 11, hidden), torch.zeros(11, 5))
     assert torch.equal(sparse.product(nothing, 6, weight, torch.float32), torch.zeros(6, 5))
     sparse.add_transposed(total, nothing, hidden)
 

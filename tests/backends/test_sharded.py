@@ -274,7 +274,7 @@ def collectives(rank: int, size: int, file: str) -> None:
         return Told(reduce(x, group=group, async_op=True), f"{kind} {begun[x.dim()]}", events)
 
     def say(name: str, product: Callable[..., None]) -> Callable[..., None]:
-        return lambda *given: events.append(name) or product(*given)
+        return lambda *given, **more: events.append(name) or product(*given, **more)
 
     with group_of(rank, size, file) as group:
         dist.all_reduce = all_reduce

@@ -14,7 +14,7 @@ from bench.method import commands as method
 from bench.method import runs as method_runs
 from bench.method import show as method_show
 from bench.method import tree as method_tree
-from prefixloss import advantages
+from prefixloss import LossConfig, advantages, linear_prefix_loss
 from prefixloss.rl import task, train
 from prefixloss.rl.config import Config
 from prefixloss.rl.optimise import Stepper
@@ -143,7 +143,8 @@ def test_equal_runs_of_two_comparisons_are_one():
     of_each = [key for by_name in keys.values() for key in set(by_name.values())]
     assert keys["teacher"]["VPPO"] == keys["compare"]["VPPO"]
     assert keys["teacher"]["GRPO"] == keys["compare"]["GRPO"]
-    assert len(set(of_each)) == len(of_each) - 5
+    assert keys["tolerance"]["VPPO"] == keys["compare"]["VPPO"]
+    assert len(set(of_each)) == len(of_each) - 6
 
 
 SHORT = replace(
@@ -162,6 +163,47 @@ def test_a_run_starts_from_its_seed_s_policy_and_repeats(tmp_path, monkeypatch):
     assert runs[0]["curve"] == runs[1]["curve"]
     assert [point["update"] for point in runs[0]["curve"]] == [0, 1, 2]
     assert runs[0]["key"] == condition.key
+
+
+def left_out():
+    """By a loss of the tiny model's size, with half as much asked."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(8, 16, requires_grad=True), torch.randn(32, 16, requires_grad=True)
+    config = LossConfig(gradient_tolerance=0.5, head_gradient_tolerance=0.5)
+    given = hidden, head, torch.arange(8), torch.ones(1)
+    return float(
+        linear_prefix_loss(*given, cu_seqlens=torch.tensor([0, 8]), config=config).metrics["gradient_left_out"]
+    )
+
+
+def test_runs_with_a_tolerance_leave_out_what_they_may(tmp_path, monkeypatch):
+    """The product with all of the gradient is faster for the tiny model's few tokens, and would leave out nothing."""
+    monkeypatch.setattr(method_runs, "SMALL", SHORT)
+    start = method_runs.warm(0, tmp_path)
+
+    def learn(config, policy, reference, stepper, problems, judge, teacher):
+        judge(config, policy, *train.sample(config, policy, problems))
+        return {"reward": 0.0, "length": 0.0, "kl": 0.0, "gradient_left_out": left_out()}
+
+    monkeypatch.setattr(train, "learn", learn)
+    exact, *tolerant = method_runs.EXPERIMENTS["tolerance"]
+    assert "gradient_left_out" not in method_runs.run(exact, 0, start, SHORT)["curve"][-1]
+    for condition in tolerant:
+        assert 0.1 < method_runs.run(condition, 0, start, SHORT)["curve"][-1]["gradient_left_out"] <= 0.5
+    assert left_out() == 0
+
+
+def test_what_was_left_out_is_a_column(tmp_path):
+    runs = [
+        record(condition, seed, **({"gradient_left_out": 2e-4} if condition.tolerant else {}))
+        for condition in method_runs.EXPERIMENTS["tolerance"]
+        for seed in range(10)
+    ]
+    lines = method_show.table("tolerance", runs).splitlines()
+    rows = {cells[1].strip(): cells for cells in (line.split("|") for line in lines) if len(cells) > 2}
+    assert rows[""][4] == " gradient_left_out "
+    assert rows["VPPO"][4].strip() == ""
+    assert rows["auto, both"][4:6] == [" 2.0e-04 ", " +0.0 ± 0.0 % "]
 
 
 def test_taught_runs_have_one_teacher(tmp_path, monkeypatch):
@@ -229,10 +271,10 @@ def test_only_missing_runs_are_made_and_pictures_follow_from_the_files(tmp_path,
     assert json.loads((tmp_path / "tree.json").read_text())["runs"] == 2
 
 
-def record(condition, seed):
+def record(condition, seed, **more):
     end = 0.5 + 0.01 * seed - 0.1 * (condition.name == "GRPO")
     curve = [
-        {"update": u, "pass@1": share, "pass@4": share, "steps": 5.0, "length": 40.0, "reward": 0.1, "kl": 0.0}
+        {"update": u, "pass@1": share, "pass@4": share, "steps": 5.0, "length": 40.0, "reward": 0.1, "kl": 0.0, **more}
         for u, share in ((0, 0.1), (10, end))
     ]
     return {"key": condition.key, "seed": seed, "seconds": 1, "curve": curve}

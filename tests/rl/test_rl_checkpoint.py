@@ -243,3 +243,9 @@ def test_settings_that_do_not_fit_the_checkpoint_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**TINY, "hidden_size": 16}))
     with pytest.raises(UsageError, match=r"checkpoint\.pt does not fit the settings in config\.json"):
         train.train(Config.read(tmp_path), tmp_path, Report())
+
+
+def test_a_count_of_rollouts_from_an_earlier_version_is_the_continuations():
+    assert Config.of({"rollouts": 3, "updates": 7}) == Config(continuations=3, updates=7)
+    with pytest.raises(UsageError, match=r"config.json has a value that cannot work: continuations: got 0"):
+        Config.of({"rollouts": 0})

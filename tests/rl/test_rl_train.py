@@ -165,12 +165,12 @@ def test_right_answers_are_searched_only_when_their_wrong_steps_have_a_value(pol
 def test_the_policy_itself_can_find_the_first_errors(policy):
     """Its continuations are samples of its own; without a right one among them there is nothing to say."""
     sampled = policy.written([PROBLEM.question] * 2, RESPONSES[1:3])
-    config = Config(detector="rollouts", rollouts=2, steps="lines", max_tokens=4)
+    config = Config(detector="rollouts", continuations=2, steps="lines", max_tokens=4)
     result = train.judge(config, policy, [PROBLEM] * 2, sampled)
     assert result.first_error.tolist() == [-1, -1]
     assert result.reasons == ["no right answer in 2 continuations of the problem"] * 2
-    with pytest.raises(UsageError, match="--rollouts: got 0"):
-        Config(detector="rollouts", rollouts=0)
+    with pytest.raises(UsageError, match="--continuations: got 0"):
+        Config(detector="rollouts", continuations=0)
 
 
 def test_samples_show_first_errors_reasons_and_each_token_s_advantage(policy, checked, tmp_path):

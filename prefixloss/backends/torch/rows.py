@@ -15,6 +15,7 @@ from torch import Tensor
 from prefixloss.backends import memory, products, sparse
 from prefixloss.backends.columns import Columns, Shard
 from prefixloss.backends.problem import Head
+from prefixloss.backends.sums import Sum
 from prefixloss.backends.tolerance import of_products
 from prefixloss.backends.torch import entries
 from prefixloss.maths.precision import accumulation_dtype, storage_dtype
@@ -105,7 +106,7 @@ class LinearRows:
             kept = self.dtype if isinstance(columns, Shard) else storage_dtype(self.hidden.dtype)
             self.d_hidden = memory.zeros(self.hidden.shape, kept, self.hidden.device)
         if needs[1]:
-            self.d_weight = memory.zeros(self.weight.shape, self.dtype, self.weight.device)
+            self.d_weight = Sum(self.weight.shape, self.dtype, self.weight.device)
         if needs[2]:
             self.d_bias = self.weight.new_zeros(self.vocabulary, dtype=self.dtype)
 
@@ -156,9 +157,8 @@ class LinearRows:
         """scale * gradient @ weight: [n, D]. gradient: the first rows of `room`."""
         width, whole = self.weight.shape[1], self._whole(gradient)
         product = gradient.new_empty(len(whole), width) if self.padded is None else self._room(width)
-        product.zero_()
         for columns, weight in self._weight_slices():
-            products.add_product(product, whole[:, columns], weight)
+            products.add_product(product, whole[:, columns], weight, first=columns.start == 0)
         return product[: len(gradient)].mul_(self.transform.before * scale)
 
     def _whole(self, gradient: Tensor) -> Tensor:
@@ -182,14 +182,14 @@ class LinearRows:
             return
         for_head = for_head.times(scale)
         if self.d_weight is not None:
-            sparse.add_transposed(self.d_weight, for_head, self._hidden(rows))
+            sparse.add_transposed(self.d_weight.value, for_head, self._hidden(rows))
         if self.d_bias is not None:
             ones = self.d_bias.new_full((len(rows), 1), self.transform.before)
             sparse.add_transposed(self.d_bias[:, None], for_head, ones)
 
     def _add_head_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
         if self.d_weight is not None:
-            products.add_product(self.d_weight, self._whole(gradient).t(), self._hidden(rows), alpha=scale)
+            self.d_weight.add_product(self._whole(gradient).t(), self._hidden(rows), scale)
         if self.d_bias is not None:
             self.d_bias.add_(gradient.sum(0), alpha=self.transform.before * scale)
 
@@ -200,9 +200,8 @@ class LinearRows:
         return self.tolerance.left_out()
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        d_weight, d_bias = self.d_weight, self.d_bias
-        if d_weight is not None:
-            d_weight = d_weight.to(storage_dtype(self.weight.dtype))
+        d_weight = None if self.d_weight is None else self.d_weight.value.to(storage_dtype(self.weight.dtype))
+        d_bias = self.d_bias
         if d_bias is not None and self.bias is not None:
             d_bias = d_bias.to(storage_dtype(self.bias.dtype))
         return self.d_hidden, d_weight, d_bias

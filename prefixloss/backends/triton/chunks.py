@@ -16,8 +16,10 @@ from torch import Tensor
 
 from prefixloss._kernels.scale import launch_scale
 from prefixloss.backends import memory, products
-from prefixloss.backends.columns import Columns, Shard, Sum
+from prefixloss.backends.columns import Collective, Columns, Shard
 from prefixloss.backends.problem import Head
+from prefixloss.backends.sums import Sum
+from prefixloss.backends.triton import waves
 from prefixloss.maths.precision import storage_dtype
 
 # no row's gradient is scaled by more: see `row_scale` in the kernels
@@ -99,22 +101,25 @@ class HeadChunks:
         self.grads_dtype = products.gradient_dtype(self.rooms[0].hidden, weight)
         self.scaled = self.rooms[0].scales is not None
         self.sum_scale = torch.full((), LARGEST_SCALE, device=self.device) if self.scaled else None
-        self._on_the_way: tuple[Tensor, Tensor, Sum] | None = None
+        self._on_the_way: tuple[Tensor, Tensor, Collective] | None = None
         self.d_hidden = self.d_weight = self.d_bias = None
         if needs[0]:
             self.d_hidden = torch.zeros(hidden.shape, device=self.device, dtype=storage_dtype(hidden.dtype))
         if needs[1]:
-            self.d_weight = torch.zeros(weight.shape, device=self.device)
+            self.d_weight = Sum(weight.shape, torch.float32, self.device)
         if needs[2]:
-            self.d_bias = torch.zeros(self.vocabulary, 1, device=self.device)
+            self.d_bias = Sum((self.vocabulary, 1), torch.float32, self.device)
 
     def _step(self, chosen: int | None) -> int:
         """Rows a chunk."""
         count, fit = len(self.rows.token), self.columns.rows_at_once
         if chosen is None and fit is not None:
-            return count if count <= fit else memory.even_rows(count, max(1, fit // 2))
-        per_row = 4 * self.vocabulary * (1 if self.reference is None else 2)
-        return memory.chunk_rows(count, len(self.head.hidden), per_row, self.device, chosen)
+            if count <= fit:
+                return count
+            most = memory.whole_tiles(max(1, fit // 2))
+            return memory.even_rows(count, -(-count // most), most)
+        per_row, (hidden, _, _) = 4 * self.vocabulary * (1 if self.reference is None else 2), self.head
+        return waves.chunk_rows(count, len(hidden), per_row, hidden.shape[1], self.device, chosen)
 
     def _room(self) -> Room:
         hidden = self._hidden_room(self.head)
@@ -206,9 +211,9 @@ class HeadChunks:
             return
         share = None if scales is None else self._share_of_sum(scales)[:, None]
         for total, matrix in self.head_sums(hidden):
-            products.add_head_gradient(total, grads, matrix if share is None else (matrix * share).to(self.grads_dtype))
+            total.add_head_gradient(grads, matrix if share is None else (matrix * share).to(self.grads_dtype))
 
-    def head_sums(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def head_sums(self, hidden: Tensor) -> Iterator[tuple[Sum, Tensor]]:
         """The sums [V, D] that want a gradient of the head or its bias, and what logits' gradients come times: hidden
         states [n, D], and 1."""
         if self.d_weight is not None:
@@ -224,8 +229,8 @@ class HeadChunks:
         assert self.sum_scale is not None
         smallest = torch.minimum(scales.min(), self.sum_scale)
         for total in (self.d_weight, self.d_bias):
-            if total is not None:
-                launch_scale(total, smallest / self.sum_scale)
+            if total is not None and total.begun:
+                launch_scale(total.value, smallest / self.sum_scale)
         self.sum_scale = smallest
         return smallest / scales
 
@@ -238,7 +243,8 @@ class HeadChunks:
             if total is None or given is None:
                 sums.append(None)
                 continue
+            value = total.value
             if self.sum_scale is not None:
-                total.div_(self.sum_scale)
-            sums.append(total.reshape(given.shape).to(storage_dtype(given.dtype)))
+                value.div_(self.sum_scale)
+            sums.append(value.reshape(given.shape).to(storage_dtype(given.dtype)))
         return self.d_hidden, sums[0], sums[1]

@@ -15,7 +15,7 @@ from torch import Tensor
 from prefixloss._kernels import launch, rows
 from prefixloss._kernels.problem import Problem
 from prefixloss._kernels.softmax import LOWEST
-from prefixloss.backends.columns import Columns, Shard, Sum
+from prefixloss.backends.columns import Collective, Columns, Shard
 from prefixloss.backends.triton import problems
 
 
@@ -31,7 +31,7 @@ class Sums(NamedTuple):
     """Of a chunk, on their way: [processes, 8, n], the six of `launch_slices` and the target's two logits."""
 
     columns: Shard
-    sums: Sum
+    sums: Collective
 
 
 def ahead(columns: Columns, pieces: Iterable[P]) -> Iterator[tuple[P, Sums | None]]:
