@@ -20,12 +20,20 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from prefixloss import LossConfig, LossOutput, linear_logps, linear_prefix_loss, prefix_loss
 from prefixloss.backends import products
+from prefixloss.maths.objectives import View
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="the processes talk through gloo")
 
 B, T, D, V = 3, 4, 5, 11
 # columns of each rank; 13 are 2 of padding behind the vocabulary; the last of three may hold nothing else
 SPLITS = [(6, 5), (1, 10), (4, 4, 3), (7, 6), (5, 6, 2)]
+
+
+def own(logp: Tensor, given: View) -> Tensor:
+    """A loss that no kernel knows."""
+    return -given.advantages * given.ratio.sigmoid()
+
+
 CONFIGS = [
     LossConfig(),
     LossConfig(objective="cispo", clip_high=3.0, entropy_coef=0.1, temperature=0.7),
@@ -34,6 +42,7 @@ CONFIGS = [
     LossConfig(ratio_level="sequence", reduction="seq-mean-token-mean", kl="k3", kl_coef=0.1),
     LossConfig(reduction="none", entropy_coef=0.1, softcap=3.0),
     LossConfig(row_tolerance=1e-9, entropy_coef=0.1),
+    LossConfig(objective=own, kl="k3", kl_coef=0.1, entropy_coef=0.1),
 ]
 
 
@@ -211,10 +220,12 @@ INTERPRETED = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("counts", "calls"),
     [
-        ((6, 5), [("linear", 1), ("linear", 4), ("logps", 3), ("frozen", 0)]),
+        ((6, 5), [("linear", 1), ("linear", 4), ("linear", 7), ("logps", 3), ("frozen", 0)]),
         ((5, 6, 2), [("linear", 2)]),
         pytest.param((4, 4, 3, 2), [("linear", 2)], marks=pytest.mark.slow),
-        pytest.param((6, 5), list(itertools.product(("linear", "logps", "frozen"), range(7))), marks=pytest.mark.slow),
+        pytest.param(
+            (6, 5), list(itertools.product(("linear", "logps", "frozen"), range(len(CONFIGS)))), marks=pytest.mark.slow
+        ),
     ],
     ids=["two", "three", "four", "all"],
 )

@@ -32,9 +32,11 @@ from prefixloss.backends.problem import Head
 from prefixloss.backends.triton import parts
 from prefixloss.backends.triton.chunks import Chunk, HeadChunks, Wanted
 from prefixloss.backends.triton.problems import (
+    in_kernels,
     live_coefficients,
     no_stats,
     problem_of,
+    put_terms,
     rooms,
     splits_of,
     total_of,
@@ -88,33 +90,39 @@ def _pieces(chunks: HeadChunks, config: LossConfig, tokens: Tokens, off_policy: 
 @torch.library.custom_op("prefixloss::linear_loss", mutates_args=())
 def linear_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
-    ref_bias: Tensor | None, ids: Tensor, flags: Tensor, given: Tensor, off_policy: bool, options: str, most: int,
-    needs: list[bool],
+    ref_bias: Tensor | None, ids: Tensor, flags: Tensor, given: Tensor, recorded: list[bool], options: str,
+    most: int, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss (0-d), stats, terms, the gradients of hidden, weight and bias, and left_out."""
+    """The loss (0-d), stats, terms, the gradients of hidden, weight and bias, and left_out. recorded: whether old,
+    sampler's and reference log-probs are given."""
     head, reference = Head(hidden, weight, bias), head_of(ref_hidden, ref_weight, ref_bias)
     columns = Columns(len(weight))
-    return fused_loss(head, reference, columns, ids, flags, given, off_policy, decoded(options), most, needs)
+    return fused_loss(head, reference, columns, ids, flags, given, recorded, decoded(options), most, needs)
 
 
 def fused_loss(
-    head: Head, reference: Head | None, columns: Columns, ids: Tensor, flags: Tensor, given: Tensor, off_policy: bool,
-    config: LossConfig, most: int, needs: list[bool],
+    head: Head, reference: Head | None, columns: Columns, ids: Tensor, flags: Tensor, given: Tensor,
+    recorded: list[bool], config: LossConfig, most: int, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `linear_loss`, of a head that is `columns` of the vocabulary."""
+    known = in_kernels(config)
     stats, terms = rooms(given)
     tokens = Tokens(columns.local(ids), flags, given, ids)
 
     def passed(which: Wanted, needs: list[bool]) -> tuple[HeadChunks, Tensor]:
         chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs, columns)
         sparse = SparseProducts.wanted(chunks, config, needs, most < 0)
-        work = {"terms": True, "gradient": any(needs) and sparse is None}
-        for piece, sums in parts.ahead(columns, _pieces(chunks, config, tokens, off_policy, **work)):
+        work = {"terms": known, "gradient": known and any(needs) and sparse is None}
+        for piece, sums in parts.ahead(columns, _pieces(chunks, config, tokens, recorded[0], **work)):
             chunk, problem, grads, scales, splits = piece
             parts.run(sums, problem, ids, stats, terms, grads[: problem.rows], scales, splits)
+            if not known:
+                put_terms(config, stats, terms, given, recorded, flags, chunk.rows)
             if sparse is not None:
                 sparse.add_gradient(chunk, problem, stats, terms[3:], grads, splits)
             elif any(needs):
+                if not known:
+                    rows.launch_gradient(problem, stats, terms[3:], grads[: problem.rows], scales, splits)
                 chunks.add_gradient(chunk, grads)
         return chunks, given.new_zeros(()) if sparse is None else sparse.left_out()
 
@@ -133,7 +141,7 @@ def fused_loss(
 @linear_loss.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Any, ref_weight: Any, ref_bias: Any, ids: Any,
-    flags: Any, given: Tensor, off_policy: bool, options: str, most: int, needs: list[bool],
+    flags: Any, given: Tensor, recorded: list[bool], options: str, most: int, needs: list[bool],
 ) -> Any:  # fmt: skip
     return given.new_empty(()), *rooms(given), *gradients_like((hidden, weight, bias), needs), given.new_empty(())
 

@@ -23,12 +23,12 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Any, ref_weight: Any, ref_bias: Any,
-        ids: Tensor, flags: Tensor, given: Tensor, off_policy: bool, options: str, most: int, needs: list[bool],
-        columns: Shard,
+        ids: Tensor, flags: Tensor, given: Tensor, recorded: list[bool], options: str, most: int,
+        needs: list[bool], columns: Shard,
     ) -> Any:  # fmt: skip
         head, reference = Head(hidden, weight, bias), from_head.head_of(ref_hidden, ref_weight, ref_bias)
         return from_head.fused_loss(
-            head, reference, columns, ids, flags, given, off_policy, decoded(options), most, needs
+            head, reference, columns, ids, flags, given, recorded, decoded(options), most, needs
         )
 
     setup_context = staticmethod(save_gradients)
