@@ -9,6 +9,7 @@ ratio turned out clipped stays in the products of its chunk, as a row of zeros.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from torch import Tensor
 from prefixloss._kernels.problem import LEARNING
 from prefixloss.backends import two_stages
 from prefixloss.backends.autograd import wants_gradient
+from prefixloss.backends.columns import Shard
 from prefixloss.backends.problem import HeadLoss, HeadStatistics, LogitLoss
-from prefixloss.backends.triton import from_head, from_logits
+from prefixloss.backends.triton import from_head, from_logits, sharded
 from prefixloss.backends.triton.problems import in_kernels
 from prefixloss.backends.two_stages import Statistics
 from prefixloss.config import LossConfig
@@ -31,7 +33,8 @@ def head_loss(asked: HeadLoss) -> tuple[Tensor, TokenValues]:
         return two_stages.loss(lambda wanted: head_statistics(asked.statistics(wanted)), batch, config)
     given, recorded = _given(batch)
     needs = [wants_gradient(t) for t in asked.head]
-    total, stats, terms, *_, left_out = from_head.linear_loss(
+    make = partial(sharded.linear_loss, asked.columns) if isinstance(asked.columns, Shard) else from_head.linear_loss
+    total, stats, terms, *_, left_out = make(
         *_tensors(asked), batch.tokens, _flags(batch), given, recorded, config.encoded, _bound(asked), needs
     )
     asked.left_out.copy_(left_out.detach())
@@ -50,9 +53,9 @@ def head_statistics(asked: HeadStatistics) -> Statistics:
             asked.left_out.fill_(math.nan)  # the backward of a graph tells nobody outside
         else:
             left_out = asked.left_out
-    stats, _ = from_head.linear_statistics(
-        *_tensors(asked), asked.tokens, flags, config.encoded, _bound(asked), slope, left_out
-    )
+    split = isinstance(asked.columns, Shard)
+    make = partial(sharded.linear_statistics, asked.columns) if split else from_head.linear_statistics
+    stats, _ = make(*_tensors(asked), asked.tokens, flags, config.encoded, _bound(asked), slope, left_out)
     return _statistics(stats, config)
 
 
