@@ -16,15 +16,30 @@ from rich.console import Console
 from prefixloss.io.files import write_whole
 
 from .files import write_json
+from .speed import distill as distillation
+from .speed import objectives as of_objectives
 from .speed import record as records
-from .speed.cases import DTYPES, Case, count_of, custom_cases, default_cases, head_of, methods_for, quick_cases
+from .speed import worker
+from .speed.cases import (
+    DTYPES,
+    Case,
+    count_of,
+    custom_cases,
+    default_cases,
+    dtype_of,
+    head_of,
+    methods_for,
+    quick_cases,
+)
 from .speed.clock import Clock
-from .speed.distill import Pair, measure
 from .speed.harness import GIB, Bench, GoneError, Limits, bench_on
 from .speed.headline import headline
+from .speed.inputs import Linear
 from .speed.methods import NAMES
+from .speed.own_model import QUANTILES, TOLERANCES, density, entropies, take
+from .speed.own_model import measure as measure_own
 from .speed.record import FormatError, Record
-from .speed.table import distilled, grids, made_on, markdown, show, show_grid
+from .speed.table import grids, in_turns, kept_entries, made_on, markdown, of_model, show, show_grid
 
 app = typer.Typer(
     help="Time, memory and error of prefixloss beside PyTorch, TRL, Liger, Cut Cross-Entropy and bare products.",
@@ -53,6 +68,12 @@ def bench(
         typer.Option(help=listed("dense, grpo, vppo-relu, neutral-prefix, half-solved, solved-PERCENT. [grpo]")),
     ] = None,
     starts: Annotated[str | None, typer.Option(help=listed("hidden, logits (setting dense only). [hidden]"))] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Instead: a causal LM's own head, by directory or hub name, on --data.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help='Its responses: JSON lines of "problem", and "response" or "steps".')
+    ] = None,
     methods: Annotated[str | None, typer.Option(help=listed(f"{', '.join(NAMES)}; or all. [a choice by set]"))] = None,
     sets: Annotated[
         str | None, typer.Option(help=listed("of the default: floor, models, length, share. [all]"))
@@ -80,6 +101,12 @@ def bench(
     if context.invoked_subcommand is not None:
         return
     where = _device(device)
+    if model is not None or data is not None:
+        _check_alone(context, ("model", "data", "tokens", "dtypes", "rounds", "threads", "device", "json_file"))
+        _own(
+            model, data, _tokens(tokens or "2048"), dtypes or "float32,bfloat16", rounds or 5, threads, where, json_file
+        )
+        return
     chosen = {"heads": heads, "tokens": tokens, "dtypes": dtypes, "settings": settings, "starts": starts}
     cases = _cases(chosen, sets, quick, where)
     only = _methods(methods)
@@ -96,6 +123,57 @@ def bench(
             raise _fail(f"cannot compute on {where}: {error}") from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+
+
+def _tokens(text: str) -> int:
+    try:
+        return count_of(text)
+    except ValueError as error:
+        raise _fail(f"--tokens: {error}") from None
+
+
+def _check_alone(context: typer.Context, taken: tuple[str, ...]) -> None:
+    """Only options that `taken` names were given."""
+    for name, value in context.params.items():
+        if name not in taken and value not in (None, False):
+            raise _fail(f"--{name.replace('_', '-')}: cannot be given with --model and --data")
+
+
+def _own(
+    model: str | None, data: Path | None, tokens: int, dtypes: str, rounds: int, threads: int, device: str,
+    json_file: Path | None,
+) -> None:  # fmt: skip
+    """A model's own density and times, a table a dtype."""
+    if model is None or data is None:
+        raise _fail(f"--{'data' if data is None else 'model'}: needed with --{'model' if data is None else 'data'}")
+    if device != "cpu":
+        raise _fail(f"--device: got {device}, expected cpu with --model")
+    try:
+        chosen = [dtype_of(text) for text in dtypes.split(",")]
+        taken = take(model, data, tokens)
+    except ValueError as error:
+        raise _fail(str(error)) from None
+    torch.set_num_threads(threads)
+    console = wide_console()
+    (count, width), vocabulary = taken.hidden.shape, len(taken.weight)
+    quantiles = torch.quantile(entropies(taken), torch.tensor(QUANTILES)).tolist()
+    pairs = ", ".join(f"{q:.0%}: {x:.2g}" for q, x in zip(QUANTILES, quantiles, strict=True))
+    console.print(f"D {width:,}, V {vocabulary:,}, {count:,} tokens; entropy in nats, quantiles {pairs}", markup=False)
+    kept = density(taken, TOLERANCES)
+    show_grid(kept_entries(kept), console)
+    command = " ".join(["prefixloss", *sys.argv[1:]])
+    machine = {**worker.machine(torch.device(device)), "threads": threads}
+    record: dict[str, Any] = {
+        "made": records.now(), "command": command, "machine": machine, "versions": records.versions(),
+        "shape": {"tokens": count, "width": width, "vocabulary": vocabulary},
+        "entropy": dict(zip(map(str, QUANTILES), quantiles, strict=True)), "kept": kept, "times": {},
+    }  # fmt: skip
+    for dtype in chosen:
+        rows = record["times"][dtype] = measure_own(taken, getattr(torch, dtype), rounds, Clock(torch.device(device)))
+        show_grid(of_model(rows, f"Forward and backward, {dtype}"), console)
+    console.print(made_on(record), markup=False)
+    if json_file:
+        _write(json_file, record)
 
 
 def _run(runner: Bench, names: dict[Case, list[str]], json_file: Path | None, console: Console) -> None:
@@ -155,30 +233,62 @@ def table(
         show(record, wide_console(), short)
 
 
+HeadOption = Annotated[str, typer.Option(help="D x V, or a model's head by its name.")]
+TokensOption = Annotated[str, typer.Option(help="2048, 16k, ...")]
+DtypeOption = Annotated[str, typer.Option(help=", ".join(DTYPES))]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Turns of each method.")]
+ThreadsOption = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda. [cuda where there is one]")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")]
+
+
 @app.command()
 def distill(
-    head: Annotated[str, typer.Option(help="D x V, or a model's head by its name.")] = "512x16384",
-    tokens: Annotated[str, typer.Option(help="2048, 16k, ...")] = "1024",
-    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "float32",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each method.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. [cuda where there is one]")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")] = None,
-) -> None:
+    head: HeadOption = "512x16384", tokens: TokensOption = "1024", dtype: DtypeOption = "float32",
+    rounds: RoundsOption = 5, threads: ThreadsOption = 2, device: DeviceOption = None, json_file: JsonOption = None,
+) -> None:  # fmt: skip
     """Distillation beside plain PyTorch, TRL's and Liger's: times in turns, and a call's peak memory."""
+
+    def rows(where: torch.device, count: int, width: int, vocabulary: int) -> list[dict[str, Any]]:
+        data = distillation.Pair.random(where, count, width, vocabulary, getattr(torch, dtype))
+        return distillation.measure(data, rounds, Clock(where))
+
+    _in_turns("Distillation", "floor", rows, (head, tokens, dtype), threads, device, json_file)
+
+
+@app.command()
+def objectives(
+    head: HeadOption = "wide", tokens: TokensOption = "2048", dtype: DtypeOption = "float32", rounds: RoundsOption = 5,
+    threads: ThreadsOption = 2, device: DeviceOption = None, json_file: JsonOption = None,
+) -> None:  # fmt: skip
+    """A function of the caller's own, and sampling replay, beside the built-in loss over the whole vocabulary."""
+
+    def rows(where: torch.device, *shape: int) -> list[dict[str, Any]]:
+        data = Linear.random(where, shape, 8, dtype=getattr(torch, dtype))  # type: ignore[arg-type]
+        return of_objectives.measure(data, rounds, Clock(where))
+
+    _in_turns("Objectives", "whole", rows, (head, tokens, dtype), threads, device, json_file)
+
+
+def _in_turns(
+    what: str, base: str, measured: Callable[..., list[dict[str, Any]]], shape: tuple[str, str, str], threads: int,
+    device: str | None, json_file: Path | None,
+) -> None:  # fmt: skip
+    """measured: from device, N, D and V to rows, with times beside `base`. shape: head, tokens and dtype as given."""
     try:
-        shape, count = head_of(head), count_of(tokens)
+        head, count = head_of(shape[0]), count_of(shape[1])
     except ValueError as error:
         raise _fail(f"--head or --tokens: {error}") from None
-    if dtype not in DTYPES:
-        raise _fail(f"--dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if shape[2] not in DTYPES:
+        raise _fail(f"--dtype: got {shape[2]!r}, expected one of {', '.join(DTYPES)}")
     torch.set_num_threads(threads)
     where = torch.device(_device(device))
-    data = Pair.random(where, count, shape.width, shape.vocabulary, getattr(torch, dtype))
-    rows = measure(data, rounds, Clock(where))
-    show_grid(distilled(rows, f"Distillation: {shape.name}, {count:,} tokens, {dtype}"), wide_console())
+    rows = measured(where, count, head.width, head.vocabulary)
+    show_grid(in_turns(rows, f"{what}: {head.name}, {count:,} tokens, {shape[2]}", base), wide_console())
     if json_file:
-        _write(json_file, {"head": shape._asdict(), "tokens": count, "dtype": dtype, "threads": threads, "rows": rows})
+        _write(
+            json_file, {"head": head._asdict(), "tokens": count, "dtype": shape[2], "threads": threads, "rows": rows}
+        )
 
 
 def _put(path: Path, text: str) -> None:

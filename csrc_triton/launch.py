@@ -65,14 +65,14 @@ def launch_with(num_warps: int, bytes_a_thread: int, vocabulary: int, *dtypes: t
 def splits_for(rows: int, vocabulary: int, block: int, device: torch.device) -> int:
     """Programs a row, a power of two: enough for two a multiprocessor, none of less than one block."""
     splits = 1
-    wanted = min(_MOST_SPLITS, 2 * _processors(device) // max(1, rows), vocabulary // block)
+    wanted = min(_MOST_SPLITS, 2 * processors(device) // max(1, rows), vocabulary // block)
     while 2 * splits <= wanted:
         splits *= 2
     return splits
 
 
 @lru_cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return _PROCESSORS

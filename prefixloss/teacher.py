@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from prefixloss import check
-from prefixloss.io.endpoint import UnansweredError, check_server, opened, run
+from prefixloss.io.endpoint import NOTHING, UnansweredError, check_server, opened, run
 
 __all__ = ["Listed", "ServedTeacher", "UnansweredError"]
 
 _BYTES_AN_ENTRY = 512  # of a reply: an id, its log-prob and what else a server says of it
-_NOTHING = -9999.0  # what vLLM writes for a log-prob of -inf, which JSON has not
 
 # a token's ids with their log-probs
 Row = list[tuple[int, float]]
@@ -140,7 +139,7 @@ class ServedTeacher:
         total = sum(math.exp(logp) for _, logp in row)
         if total > 1 + check.ROUNDED_PROBABILITIES:
             raise UnansweredError(f"token {at}: probabilities that add up to {total:.6g}, expected no more than 1")
-        row = [(token, -math.inf if logp <= _NOTHING else min(logp, 0.0)) for token, logp in row]
+        row = [(token, -math.inf if logp <= NOTHING else min(logp, 0.0)) for token, logp in row]
         return sorted(row, key=lambda pair: (-pair[1], pair[0]))
 
 

@@ -278,7 +278,7 @@ def offset_types(text: str) -> list[str]:
 
 if __name__ == "__main__":
     driver.set_active(Driver())
-    launch._processors.cache_clear()
+    launch.processors.cache_clear()
     # the offsets last: they leave Triton's launcher changed
     results = {"variants": variants(), "devices": devices(), "tuned": tuned(), "offsets": row_offsets()}
     print(json.dumps(results))

@@ -10,16 +10,20 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
+from prefixloss.backends.tolerance import resolved
+from prefixloss.backends.torch import entries
 from prefixloss.io.files import write_whole, write_whole_directory
 from prefixloss.rl import task, train
 from prefixloss.rl.checkpoint import Stop
@@ -30,6 +34,8 @@ from prefixloss.rl.policy import Policy, tiny_policy
 from prefixloss.rl.report import Report
 from prefixloss.rl.rollouts import Checked, Sampled
 from prefixloss.rl.start import frozen, open_problems, open_teacher, warm_start
+
+from . import judge as method_judge
 
 # a sixth of the demo's rollouts: a run takes about a minute on one core
 SMALL = Config(updates=40, prompts=16, eval_every=10, eval_problems=64, eval_samples=8, k=4, lr_warmup=10)
@@ -110,6 +116,17 @@ def loose(seed: int) -> train.Judge:
     return check
 
 
+@contextmanager
+def leaving_out() -> Iterator[None]:
+    """Within it a tolerance leaves out whatever it may. The package does not where dense products are faster, and with
+    the tiny model's few tokens they always are."""
+    with patch.multiple(entries, _DENSE=1, _LOOKED_AT=1):
+        yield
+
+
+JUDGED = "prm:judge"  # stands for the directory of the trained judge
+
+
 @dataclass(frozen=True)
 class Condition:
     """One line of a comparison: options of `Config` over SMALL, and a judge."""
@@ -119,9 +136,19 @@ class Condition:
     judge: Judge = exact
 
     @property
+    def tolerant(self) -> bool:
+        """Whether it is run `leaving_out`."""
+        return any(name.endswith("gradient_tolerance") for name in self.options)
+
+    @property
     def taught(self) -> bool:
         """Whether there is a teacher."""
         return "distill_from" in self.options
+
+    @property
+    def judged(self) -> bool:
+        """Whether the trained judge finds the first errors."""
+        return self.options.get("detector") == JUDGED
 
     @property
     def key(self) -> str:
@@ -133,8 +160,11 @@ class Condition:
         return f"{judge} " + " ".join(f"{name}={value}" for name, value in sorted(options.items()))
 
 
+# what gradient_tolerance="auto" is where gradients are bfloat16; these runs have float32, whose own is next to nothing
+AUTO = round(resolved("auto", torch.bfloat16), 5)
+MUCH = round(100 * AUTO, 5)
 # seeds of each comparison
-SEEDS = {"compare": 10, "inflation": 5, "alpha": 5, "noise": 5, "teacher": 10}
+SEEDS = {"compare": 10, "inflation": 5, "alpha": 5, "noise": 5, "teacher": 10, "tolerance": 10, "judge": 10}
 EXPERIMENTS: dict[str, list[Condition]] = {
     "compare": [
         Condition("VPPO"),
@@ -167,9 +197,24 @@ EXPERIMENTS: dict[str, list[Condition]] = {
         Condition("teacher alone, wrong responses", {"advantage": "none", "distill_from": "wrong"}),
         Condition("teacher alone, all responses", {"advantage": "none", "distill_from": "all"}),
     ],
+    "tolerance": [
+        Condition("VPPO"),
+        Condition("auto, the hidden states alone", {"gradient_tolerance": AUTO}),
+        Condition("auto, both", {"gradient_tolerance": AUTO, "head_gradient_tolerance": AUTO}),
+        Condition("100 x auto, both", {"gradient_tolerance": MUCH, "head_gradient_tolerance": MUCH}),
+    ],
+    "judge": [
+        Condition("exact check"),
+        Condition("trained judge", {"detector": JUDGED, "steps": "lines"}),
+        Condition("own rollouts", {"detector": "rollouts", "steps": "lines", "continuations": 4}),
+        Condition("GRPO", {"advantage": "grpo"}),
+    ],
 }
 # the teacher: another model of the policy's size, on written solutions for longer
 STRONGER = replace(SMALL, seed=1000, warm_steps=1500, warm_loss=0.03)
+
+# whose responses the judge is trained on: a policy as those of the runs start from, of a seed that no run has
+WRITER = replace(SMALL, seed=2000)
 
 
 def warm(seed: int, directory: Path) -> Path:
@@ -188,6 +233,22 @@ def teacher(directory: Path) -> Path:
     return path
 
 
+def trained_judge(directory: Path) -> Path:
+    """The directory of the judge that all judged runs have, made once."""
+    return method_judge.trained(directory, teacher(directory), writer(directory), WRITER)
+
+
+def writer(directory: Path) -> Callable[[], Policy]:
+    """Makes the policy whose responses the judge is trained on."""
+
+    def make() -> Policy:
+        policy = tiny_policy(WRITER.hidden_size, WRITER.layers)
+        policy.model.load_state_dict(torch.load(warm(WRITER.seed, directory), weights_only=True))
+        return policy
+
+    return make
+
+
 def _started(config: Config) -> Policy:
     """A new policy after its time on written solutions."""
     torch.manual_seed(config.seed)
@@ -202,7 +263,9 @@ def run(condition: Condition, seed: int, start: Path, base: Config = SMALL) -> d
     began = time.perf_counter()
     torch.set_num_threads(1)
     beside: dict[str, Any] = {"teacher": str(teacher(start.parent))} if condition.taught else {}
-    config = replace(base, seed=seed, **beside, **condition.options)
+    if condition.judged:
+        beside["detector"] = f"prm:{trained_judge(start.parent)}"
+    config = replace(base, seed=seed, **{**condition.options, **beside})
     problems, held_out = open_problems(config)
     policy = tiny_policy(config.hidden_size, config.layers)
     policy.model.load_state_dict(torch.load(start, weights_only=True))
@@ -215,18 +278,23 @@ def run(condition: Condition, seed: int, start: Path, base: Config = SMALL) -> d
         steps.append(statistics.fmean(text.count("Step ") for text in sampled.texts))
         return judge(config, policy, problems, sampled)
 
+    kept = ["reward", "length", "kl", *(["gradient_left_out"] if condition.tolerant else [])]
     curve: list[dict[str, float]] = [{"update": 0, **evaluate(config, policy, held_out)}]
     since: list[dict[str, float]] = []
     for number in range(1, config.updates + 1):
         torch.manual_seed(1_000_003 * seed + number)
         first = config.warm_steps * config.warm_batch + (number - 1) * config.prompts
         batch = problems(first, config.prompts)
-        metrics = train.learn(config, policy, reference, stepper, batch, check, teacher=taught_by)
-        since.append({"steps": steps[-1], **{name: metrics[name] for name in ("reward", "length", "kl")}})
+        with leaving_out() if condition.tolerant else nullcontext():
+            metrics = train.learn(config, policy, reference, stepper, batch, check, teacher=taught_by)
+        since.append({"steps": steps[-1], **{name: metrics[name] for name in kept}})
         if number % config.eval_every == 0 or number == config.updates:
             means = {name: statistics.fmean(point[name] for point in since) for name in since[0]}
             curve.append({"update": number, **means, **evaluate(config, policy, held_out)})
             since = []
     seconds = round(time.perf_counter() - began)
-    points = [{name: round(value, 5) for name, value in point.items()} for point in curve]
+    points = [
+        {name: round(value, 7 if name == "gradient_left_out" else 5) for name, value in point.items()}
+        for point in curve
+    ]
     return {"key": condition.key, "seed": seed, "seconds": seconds, "curve": points}

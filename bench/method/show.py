@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from prefixloss.io.files import write_whole
 
+from . import judge as method_judge
 from . import runs as method_runs
 from . import tree as method_tree
 
@@ -44,21 +45,28 @@ def at_end(runs: Iterable[Run], metric: str) -> list[float]:
     return [run["curve"][-1][metric] for run in runs]
 
 
-def write(directory: Path, tree: dict[str, Any], runs: Sequence[Run]) -> str:
+def write(directory: Path, tree: dict[str, Any], runs: Sequence[Run], judges: dict[str, Any] | None = None) -> str:
     """Writes the pictures and results.md into the directory; returns the latter's text."""
     done = [name for name in method_runs.EXPERIMENTS if complete(name, runs)]
     pictures = {"tree": draw_tree(tree)}
     draw: dict[str, Callable[[Sequence[Run]], Figure]] = {
         "compare": partial(draw_curves, name="compare"), "inflation": draw_inflation, "alpha": draw_alpha,
         "noise": draw_noise, "teacher": partial(draw_curves, name="teacher"),
+        "tolerance": partial(draw_curves, name="tolerance"),
+        "judge": partial(draw_curves, name="judge"),
     }  # fmt: skip
     pictures |= {name: draw[name](runs) for name in done}
+    if judges is not None:
+        pictures["judges"] = draw_judges(judges)
     for name, figure in pictures.items():
         image = BytesIO()
         FigureCanvasAgg(figure)
         figure.savefig(image, dpi=110, format="png")
         write_whole(directory / f"{name}.png", lambda file, image=image: file.write(image.getvalue()))  # type: ignore[misc]
-    text = "\n\n".join([HEAD, tree_table(tree), *(table(name, runs) for name in done)]) + "\n"
+    tables = [tree_table(tree), *(table(name, runs) for name in done)]
+    if judges is not None:
+        tables.append(method_judge.table(judges))
+    text = "\n\n".join([HEAD, *tables]) + "\n"
     write_whole(directory / "results.md", lambda file: file.write(text.encode()))
     return text
 
@@ -100,12 +108,27 @@ _TITLES = {
     "alpha": "The value of a good prefix",
     "noise": "A detector that errs",
     "teacher": "A teacher beside the advantages, and alone",
+    "tolerance": "A gradient tolerance",
+    "judge": "Who finds the first errors",
 }
 # columns of differences in pass@1, seed by seed: what they are called, to which condition, with which sign
 _GAPS = {
     "compare": [("pass@1 over GRPO", "GRPO", 1), ("VPPO over it", "VPPO", -1)],
     "noise": [("pass@1 over GRPO", "GRPO", 1)],
     "teacher": [("pass@1 over VPPO", "VPPO", 1)],
+    "tolerance": [("pass@1 over VPPO", "VPPO", 1)],
+    "judge": [("pass@1 over GRPO", "GRPO", 1), ("over the exact check", "exact check", 1)],
+}
+
+
+# and what else is told of an experiment
+_MORE = {"inflation": ["steps", "length"], "tolerance": ["gradient_left_out"]}
+_NOTES = {
+    "tolerance": f"""
+
+"auto" is that of bfloat16 gradients, {method_runs.AUTO:g}, in float32 runs, whose own "auto" is next to nothing. With
+31 tokens dense products are always faster, and the package then leaves out nothing; these runs were made to leave out
+what the tolerance allows. gradient_left_out: the share of the logits' gradient in norm, in the last updates."""
 }
 
 
@@ -115,16 +138,21 @@ def table(name: str, runs: Sequence[Run]) -> str:
     conditions = method_runs.EXPERIMENTS[name]
     ends = {c.name: at_end(of(runs, c, seeds), "pass@1") for c in conditions}
     gaps = _GAPS.get(name, [])
-    metrics = ["pass@1", f"pass@{method_runs.SMALL.k}", *(["steps", "length"] if name == "inflation" else [])]
+    metrics = ["pass@1", f"pass@{method_runs.SMALL.k}", *_MORE.get(name, [])]
     heads = [*metrics, *(head for head, _, _ in gaps)]
-    lines = [f"## {_TITLES[name]}", "", f"{seeds} seeds, {method_runs.SMALL.updates} updates.", ""]
+    lines = [
+        f"## {_TITLES[name]}",
+        "",
+        f"{seeds} seeds, {method_runs.SMALL.updates} updates.{_NOTES.get(name, '')}",
+        "",
+    ]
     lines += ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     first = [run["curve"][0] for run in of(runs, conditions[0], seeds)]
     start = [_cell([point[m] for point in first], m) if m in first[0] else "" for m in metrics]
     lines.append("| at the start | " + " | ".join([*start, *("" for _ in gaps)]) + " |")
     for condition in conditions:
         mine = of(runs, condition, seeds)
-        cells = [_cell(at_end(mine, m), m) for m in metrics]
+        cells = [_cell(at_end(mine, m), m) if m in mine[0]["curve"][-1] else "" for m in metrics]
         for _, other, sign in gaps:
             gap = [sign * (a - b) for a, b in zip(ends[condition.name], ends[other], strict=True)]
             cells.append("" if condition.name == other else _cell(gap, "pass@1", signed=True))
@@ -134,6 +162,8 @@ def table(name: str, runs: Sequence[Run]) -> str:
 
 def _cell(values: Sequence[float], metric: str, signed: bool = False) -> str:
     mean, half = interval(values)
+    if metric == "gradient_left_out":
+        return f"{mean:.1e}"
     share = metric.startswith("pass")
     scale, unit = (100, " %") if share else (1, "")
     sign = "+" if signed else ""
@@ -210,6 +240,30 @@ def draw_curves(runs: Sequence[Run], name: str) -> Figure:
     axes[0].legend(frameon=False, fontsize=8)
     seeds = method_runs.SEEDS[name]
     figure.suptitle(f"Built-in task: gain since the common start, {seeds} seeds, 95 % intervals", fontsize=11)
+    return figure
+
+
+def draw_judges(judges: dict[str, Any]) -> Figure:
+    """Where they put the first error of wrong responses, and how sure they are when they are right."""
+    figure, (places, sure) = _figure(2, width=9.5, height=3.9)
+    names, left = list(judges["judges"]), [0.0] * len(judges["judges"])
+    for i, kind in enumerate(("exact", "earlier", "later", "none found")):
+        shares = [100 * s["shares"][kind] * judges["responses"] / judges["wrong"] for s in judges["judges"].values()]
+        if kind == "exact":  # right responses that are left alone count as exact, too
+            shares = [100 * s["exact_among_wrong"] for s in judges["judges"].values()]
+        places.barh(names, shares, left=left, color=_COLOURS[i], label=kind)
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    places.invert_yaxis()
+    places.set_xlabel("share of wrong responses (%)")
+    places.legend(frameon=False, fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.3, 1.0))
+    sure.plot([0, 1], [0, 1], ":", color="0.4")
+    for i, (name, scores) in enumerate(judges["judges"].items()):
+        bins = scores["reliability"]
+        mean, right = [b["confidence"] for b in bins], [b["right"] / b["verdicts"] for b in bins]
+        sure.plot(mean, right, color=_COLOURS[i], marker=_MARKERS[i], markersize=4, label=name)
+    sure.set_xlabel("confidence of a find")
+    sure.set_ylabel("share that is exact")
+    sure.legend(frameon=False, fontsize=7)
     return figure
 
 

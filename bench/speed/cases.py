@@ -82,6 +82,13 @@ def count_of(text: str) -> int:
     return int(digits) * scale
 
 
+def dtype_of(text: str) -> str:
+    """One of `DTYPES`; a ValueError says what is wrong."""
+    if text not in DTYPES:
+        raise ValueError(f"--dtypes: got {text!r}, expected one of {', '.join(DTYPES)}")
+    return text
+
+
 FLOOR = [
     Case("floor", HEADS[head], tokens, dtype, "dense", start)
     for start, head, tokens in (("hidden", "narrow", 2048), ("hidden", "wide", 1024), ("logits", "narrow", 2048))

@@ -7,7 +7,6 @@ Jensen-Shannon divergence; both are given the same hidden states and heads as ou
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from prefixloss import linear_distill_loss
 
+from . import turns
 from .clock import Clock
 from .inputs import random_head
 from .step import Result, Step
-from .worker import described, resident, resident_before
 
 LISTED = 20  # ids a row of a teacher that is served
 BETA = 0.5
@@ -135,30 +134,5 @@ METHODS: dict[str, Callable[[Pair], Step]] = {
 
 
 def measure(data: Pair, rounds: int, clock: Clock) -> list[dict[str, Any]]:
-    """A row a method: median milliseconds, the median of the rounds' ratios to the floor, the peak, the loss."""
-    rows: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS}
-    steps: dict[str, Step] = {}
-    for name, make in METHODS.items():
-        try:
-            step = make(data)
-            step()  # loads libraries
-            step.start_again()
-            before = resident_before()
-            loss = step()
-            rows[name] |= {"loss": None if loss is None else float(loss)}
-            if before and data.hidden.device.type == "cpu":
-                rows[name]["peak_bytes"] = max(0, resident("VmHWM") - before)
-        except Exception as error:  # one that is not installed, or fails, says so in its row
-            rows[name]["error"] = described(error)
-        else:
-            steps[name] = step
-        data.hidden.grad = data.weight.grad = None
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds):
-        for name in list(steps)[:: -1 if turn % 2 else 1]:
-            times[name].append(clock(steps[name])[0])
-            steps[name].start_again()
-    for name, seconds in times.items():
-        ratios = [mine / floor for mine, floor in zip(seconds, times[FLOOR], strict=True)]
-        rows[name] |= {"seconds": statistics.median(seconds), "times_the_floor": statistics.median(ratios)}
-    return list(rows.values())
+    """A row a method, see `turns.measure`."""
+    return turns.measure(METHODS, FLOOR, data, rounds, clock)

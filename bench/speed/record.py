@@ -25,13 +25,17 @@ class FormatError(Exception):
 def new_record(command: str, machine: dict[str, Any], threads: int, limits: dict[str, Any]) -> Record:
     return {
         "schema": SCHEMA,
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "made": now(),
         "command": command,
         "machine": {**machine, "threads": threads, "driver": driver() if machine["device"] == "cuda" else None},
         "versions": versions(),
         "limits": limits,
         "cases": [],
     }
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:

@@ -152,8 +152,8 @@ def _cell(case: dict[str, Any], name: str) -> str:
     return text if times_floor is None else f"{text} ({times_floor:.2f})"
 
 
-def distilled(rows: list[dict[str, Any]], title: str) -> Grid:
-    """What `distill.measure` found."""
+def in_turns(rows: list[dict[str, Any]], title: str, base: str) -> Grid:
+    """What `turns.measure` found beside the method that is called `base` here."""
     cells: list[tuple[str, ...]] = [
         (
             row["method"], f"{1e3 * row['seconds']:,.1f}", f"{row['times_the_floor']:.2f}",
@@ -163,7 +163,37 @@ def distilled(rows: list[dict[str, Any]], title: str) -> Grid:
         if "error" not in row
     ]  # fmt: skip
     notes = [f"{row['method']}: {row['error']}" for row in rows if "error" in row]
-    return Grid(title, ("method", "both\nms", "it /\nfloor", "peak\nMiB"), cells, notes)
+    return Grid(title, ("method", "both\nms", f"it /\n{base}", "peak\nMiB"), cells, notes)
+
+
+def kept_entries(rows: list[dict[str, float]]) -> Grid:
+    """What `own_model.density` found."""
+    columns = ("tolerance", "entries kept", "rows with none", "head rows touched", "left out of the norm")
+    cells: list[tuple[str, ...]] = [
+        (
+            f"{row['tolerance']:.1e}", f"{row['kept']:.1e}", f"{row['rows_with_none']:.0%}", f"{row['head_rows']:.0%}",
+            f"{row['left_out']:.1e}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    return Grid("The logits' gradient", columns, cells, [])
+
+
+def of_model(rows: list[dict[str, Any]], title: str) -> Grid:
+    """What `own_model.measure` found."""
+    names = ("d_hidden", "d_weight")
+    cells: list[tuple[str, ...]] = [
+        (
+            row["method"], f"{1e3 * row['seconds']:,.1f}", f"{row['times_the_floor']:.2f}",
+            *(f"{row[name]:.1e}" if name in row else "" for name in names),
+            f"{row['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in row else "",
+        )
+        for row in rows
+        if "error" not in row
+    ]  # fmt: skip
+    notes = [f"{row['method']}: {row['error']}" for row in rows if "error" in row]
+    columns = ("method", "both\nms", "it /\nfloor", "error of\nd hidden", "error of\nd head", "peak\nMiB")
+    return Grid(title, columns, cells, notes)
 
 
 def show(record: Record, console: Console, short: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 `PREFIXLOSS_MEMORY` (bytes) sets the budget for the logits of one chunk of tokens and all the tokens' own statistics;
 unset, it is 1 GiB, and on a CPU, where larger chunks gain little, 128 MiB or what 512 rows of a whole vocabulary take.
+`prefixloss.backends.triton.waves` says what a card has for its kernels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _PER_TOKEN = 64
 # each chunk reads the head twice, and reads and writes its gradient: with fewer rows a CPU spends over 7 % on that
 _ROWS_ON_CPU = 512
 # rows that fill a tile of the matrix units
-_TILE = 128
+TILE = 128
 # rows of a small tile, and elements of a row, that every product takes whole: 64 bytes at least of any dtype but half
 ALIGNED = 16
 
@@ -48,12 +49,23 @@ def chunk_rows(rows: int, tokens: int, bytes_per_row: int, device: torch.device,
         return 0
     if chosen is not None:
         return chosen
-    least = _ROWS_ON_CPU if device.type == "cpu" and "PREFIXLOSS_MEMORY" not in os.environ else 1
+    most = most_rows(tokens, bytes_per_row, device, _ROWS_ON_CPU if device.type == "cpu" else 1)
+    return even_rows(rows, -(-rows // most), most)
+
+
+def most_rows(tokens: int, bytes_per_row: int, device: torch.device, worth: int) -> int:
+    """Rows that a chunk may have, in whole tiles where it holds one: what is in the budget, and `worth` if nobody set
+    one."""
+    least = 1 if "PREFIXLOSS_MEMORY" in os.environ else worth
     most = max(least, rows_in_budget(tokens, bytes_per_row, device))
-    tile = _TILE if most >= _TILE else 1
-    most = most // tile * tile
-    even = -(-rows // max(1, -(-rows // most)))
-    tile = min(tile, _TILE if even > _TILE else ALIGNED)
+    return most if most < TILE else most // TILE * TILE
+
+
+def even_rows(rows: int, chunks: int, most: int) -> int:
+    """Rows of each of so many chunks, at most `most`: the same in all, in whole tiles or, where one is too many, in
+    small ones."""
+    even = -(-rows // chunks)
+    tile = 1 if most < TILE else TILE if even > TILE else ALIGNED
     return min(most, -(-even // tile) * tile)
 
 
@@ -62,6 +74,14 @@ def zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     raw = np.zeros(tuple(shape), dtype=f"i{dtype.itemsize}")
+    return torch.from_numpy(raw).view(dtype)
+
+
+def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty, on a CPU from NumPy as `zeros` is."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    raw = np.empty(tuple(shape), dtype=f"i{dtype.itemsize}")
     return torch.from_numpy(raw).view(dtype)
 
 

@@ -44,20 +44,22 @@ def hidden_gradient(grads: Tensor, weight: Tensor) -> Tensor:
     if _offered(grads, weight):
         _mm(grads, weight, out)
         return out
-    out.zero_()
     for columns in _slices(*weight.shape):
-        add_product(out, _float(grads[:, columns]), weight[columns].float())
+        add_product(out, _float(grads[:, columns]), weight[columns].float(), first=columns.start == 0)
     return out
 
 
-def add_head_gradient(total: Tensor, grads: Tensor, hidden: Tensor) -> None:
-    """total [V, D] += grads [n, V].T @ hidden [n, D]; total is float32."""
-    if _offered(grads, hidden):
+def add_head_gradient(total: Tensor, grads: Tensor, hidden: Tensor, first: bool = False) -> None:
+    """total [V, D] += grads [n, V].T @ hidden [n, D]; total is float32. first: nothing is in it yet, so it is written
+    and not read."""
+    if not _offered(grads, hidden):
+        hidden = hidden.float()
+        for columns in _slices(*total.shape):
+            add_product(total[columns], grads[:, columns].t().float(), hidden, first=first)
+    elif first:
+        _mm(grads.t(), hidden, total)
+    else:
         _addmm(total, grads.t(), hidden)
-        return
-    hidden = hidden.float()
-    for columns in _slices(*total.shape):
-        add_product(total[columns], grads[:, columns].t().float(), hidden)
 
 
 def gradient_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -73,13 +75,14 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out=out)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """total += alpha * a @ b, all of one dtype."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, first: bool = False) -> None:
+    """total += alpha * a @ b, all of one dtype; `first` as above."""
     if _replaced(a):
         for rows in _slices(*total.shape):
-            total[rows].add_(torch.mm(a[rows], b), alpha=alpha)
+            before = 0.0 if first else total[rows]
+            total[rows] = torch.add(before, torch.mm(a[rows], b), alpha=alpha)
     else:
-        total.addmm_(a, b, alpha=alpha)
+        total.addmm_(a, b, beta=0.0 if first else 1.0, alpha=alpha)
 
 
 def _offered(a: Tensor, b: Tensor) -> bool:

@@ -24,6 +24,11 @@ class FirstError(NamedTuple):
     reason: str
     confidence: float
 
+    @property
+    def chances(self) -> tuple[float | None, ...]:
+        """For each step how likely it is right, None where nothing is known; empty where there is a verdict only."""
+        return ()
+
     def at_least(self, threshold: float) -> FirstError:
         """Itself; with less confidence than the threshold, a find is as good as none: it splits no credit."""
         if self.step is None or self.confidence >= threshold:

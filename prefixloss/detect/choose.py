@@ -10,6 +10,7 @@ from typing import Any
 
 from prefixloss import check
 from prefixloss.detect.base import Detector
+from prefixloss.io.address import Address
 
 _CLASSES = {
     "brackets": "puzzles.brackets.Brackets",
@@ -37,7 +38,6 @@ _GROUP = re.compile(rf"({'|'.join(_COMBINED)})\((.*)\)", re.DOTALL)
 
 _OPTIONS = re.compile(r"\?(?P<all>\w+=[^?/@&=]*(?:&\w+=[^?/@&=]*)*)\Z")
 _NUMBERS: dict[str, Any] = {"threshold": float, "max_tokens": int}  # settings that are None unless given
-_WHERE = re.compile(r"(?:(?P<model>.+?)@)?(?P<url>https?://.+)", re.DOTALL)
 
 EXPECTED = (
     f"{', '.join(('auto', *_CLASSES))}, several with commas between them (each answers what those before it cannot), "
@@ -79,13 +79,13 @@ def _by_name(name: str, rollouts: Detector | None) -> Detector:
 def _of_model(name: str, kind: str, setting: str) -> Detector:
     options = _OPTIONS.search(setting)
     setting = setting[: options.start()] if options else setting
-    where = _WHERE.fullmatch(setting)
+    where = Address.of(setting)
     classes = _OF_SERVERS if where else _OF_MODELS
-    if kind in _NEED_A_NAME and (kind not in classes or (where and not where["model"])):
+    if kind in _NEED_A_NAME and (kind not in classes or (where and not where.model)):
         raise ValueError(f"detector: got {name!r}, expected {kind}:MODEL@URL, as in {kind}:maths-7b@http://host/v1")
     if kind not in classes:
         raise ValueError(f"detector: got {check.describe(name)}, expected {EXPECTED}")
-    found = {"url": where["url"], "model": where["model"] or ""} if where else {"model": setting}
+    found = {"url": where.url, "model": where.model or ""} if where else {"model": setting}
     cls = _class(classes[kind])
     return cls(**found, **(_options(cls, options["all"]) if options else {}))
 

@@ -39,7 +39,8 @@ def label(
     batch_size: Annotated[int, typer.Option(min=1, help="Responses handed to the detector at once.")] = 64,
 ) -> None:
     """Write the responses of which the detector says something, with first_error (from 0, null for none), as
-    `prm train` and `detect eval --format labelled` read them. A response with the right answer in which no error is
+    `prm train` and `detect eval --format labelled` read them; by rollouts with soft labels, too: chances, how likely
+    each step is right (null behind the first wrong one). A response with the right answer in which no error is
     found counts as right throughout; other ones without a verdict are left out."""
     chosen, records = opened(detector, file, form, steps)
     lines, done, written, wrong = Lines(out), 0, 0, 0
@@ -67,9 +68,11 @@ def _has_label(record: Record, found: FirstError, threshold: float) -> bool:
 
 
 def _labelled(record: Record, found: FirstError) -> dict[str, Any]:
-    own = {"problem": record.problem, "steps": record.steps, "first_error": found.step}
+    own: dict[str, Any] = {"problem": record.problem, "steps": record.steps, "first_error": found.step}
     if record.answer is not None:
         own["answer"] = record.answer
+    if found.chances:
+        own["chances"] = [None if chance is None else round(chance, 4) for chance in found.chances]
     return {**own, "reason": found.reason, "confidence": round(found.confidence, 4)}
 
 

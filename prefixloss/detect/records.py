@@ -25,13 +25,15 @@ _MARKS = (  # the longer ones first: UTF-32's starts as UTF-16's does
 
 class Record(NamedTuple):
     """answer: the right final answer, where the file has it. label: the first wrong step from 0, -1 for none, None
-    where nobody has said. source: the line as it was."""
+    where nobody has said. source: the line as it was. chances: for each step how likely it is right, None where
+    nothing is known; None in place of them all where there is a label only."""
 
     problem: str
     steps: list[str]
     answer: str | None
     label: int | None
     source: dict[str, Any]
+    chances: list[float | None] | None = None
 
 
 class FormatError(ValueError):
@@ -211,12 +213,28 @@ def _taken(step: Any) -> dict[str, Any] | None:
 
 
 def _labelled(source: dict[str, Any], by: Segmenter) -> Record:
-    """The plain form with first_error, the number of the first wrong step from 0, or null where there is none."""
+    """The plain form with first_error, the number of the first wrong step from 0, or null where there is none; perhaps
+    chances, soft labels: for each step how likely it is right, or null."""
     if "first_error" not in source:
         raise FormatError("the key 'first_error' is missing")
     label = source["first_error"]
     label = -1 if label is None else _get(source, "first_error", int, "a whole number or null")
-    return _plain(source, by)._replace(label=label)
+    record = _plain(source, by)
+    return record._replace(label=label, chances=_chances(source, len(record.steps)))
+
+
+def _chances(source: dict[str, Any], count: int) -> list[float | None] | None:
+    values = source.get("chances")
+    if values is None:
+        return None
+    wants = f"a list of {count} numbers from 0 to 1, or null for one"
+    if not isinstance(values, list) or len(values) != count or not all(map(_is_chance, values)):
+        raise FormatError(f"the key 'chances' has to be {wants}")
+    return values
+
+
+def _is_chance(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1)
 
 
 def _math_shepherd(source: dict[str, Any], _: Segmenter) -> Record:

@@ -1,13 +1,17 @@
 """Training a process reward model: cross-entropy at the steps' ends, on labels of first wrong steps.
 
 A step before the first wrong one is right, that one is wrong, and what comes after it has no label, as in Lightman et
-al. 2023, "Let's Verify Step by Step" (arXiv 2305.20050). Right steps are many and wrong ones few: each class weighs as
-much as the other. The result is a token classifier that `PRM` and `transformers` alone can load.
+al. 2023, "Let's Verify Step by Step" (arXiv 2305.20050). A record with soft labels has the chance that a step is right
+in the place of these, as in the soft estimation of Wang et al. 2023, "Math-Shepherd" (arXiv 2312.08935):
+-w1 y log p - w0 (1 - y) log(1 - p), over the sum of the weights w1 y + w0 (1 - y). Right steps are many and wrong ones
+few: w makes each class count as much as the other. The result is a token classifier that `PRM` and `transformers` alone
+can load.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,10 +63,10 @@ class Settings:
 
 
 class Example(NamedTuple):
-    """labels: for each step 1, right, or 0, wrong; -100 behind the first wrong one."""
+    """labels: for each step how likely it is right, 1 or 0 where that is known; None behind the first wrong one."""
 
     marked: Marked
-    labels: list[int]
+    labels: list[float | None]
     record: Record
 
 
@@ -165,15 +169,17 @@ def _example(record: Record, model: Any, tokenizer: Any, settings: Settings) -> 
         return None
     assert record.label is not None
     first = len(record.steps) if record.label < 0 else record.label
-    labels = [1 if k < first else 0 if k == first else -100 for k in range(len(record.steps))]
-    return Example(marked, labels, record)
+    known = [1.0 if k < first else 0.0 if k == first else None for k in range(len(record.steps))]
+    return Example(marked, known if record.chances is None else list(record.chances), record)
 
 
 def _balance(examples: Sequence[Example]) -> Tensor:
     """float [2]: weights under which each class counts as much as the other."""
-    counts = [sum(example.labels.count(label) for example in examples) for label in (0, 1)]
+    known = [label for example in examples for label in example.labels if label is not None]
+    counts = [len(known) - math.fsum(known), math.fsum(known)]
     if not all(counts):
-        raise ValueError(f"records: got {counts[0]} wrong and {counts[1]} right steps to train on, expected both kinds")
+        got = f"{counts[0]:g} wrong and {counts[1]:g} right steps"
+        raise ValueError(f"records: got {got} to train on, expected both kinds")
     return torch.tensor([sum(counts) / (2 * count) for count in counts])
 
 
@@ -208,8 +214,16 @@ def _logits(model: Any, batch: Sequence[Example]) -> Tensor:
 
 
 def _loss(model: Any, batch: Sequence[Example], weights: Tensor) -> Tensor:
-    labels = torch.tensor([label for example in batch for label in example.labels], device=model.device)
-    return torch.nn.functional.cross_entropy(_logits(model, batch), labels, weights)
+    labels = [label for example in batch for label in example.labels]
+    known = [k for k, label in enumerate(labels) if label is not None]
+    right = torch.tensor([labels[k] for k in known], device=model.device)
+    return cross_entropy(_logits(model, batch)[known], right, weights)
+
+
+def cross_entropy(logits: Tensor, right: Tensor, weights: Tensor) -> Tensor:
+    """0-d. logits: [n, 2], of wrong and of right; right: float [n], from 0 to 1; weights: [2], of the two."""
+    counted = weights * torch.stack([1 - right, right], -1)
+    return -(counted * logits.log_softmax(-1)).sum() / counted.sum()
 
 
 @torch.no_grad()
@@ -219,7 +233,7 @@ def _loss_of(model: Any, examples: Sequence[Example], weights: Tensor, batch_siz
     total = steps = 0.0
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
-        known = sum(label >= 0 for example in batch for label in example.labels)
+        known = sum(label is not None for example in batch for label in example.labels)
         total += known * _loss(model, batch, weights).item()
         steps += known
     return total / steps

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _BACKOFF = 0.5  # seconds before the second try, doubled for each further one
 _LONGEST = 200  # characters of a reason
+NOTHING = -9999.0  # what vLLM writes for a log-prob of -inf, which JSON has not
+KEY = "OPENAI_API_KEY"  # the environment variable with the key, unless another is named
 
 T = TypeVar("T")
 
@@ -51,6 +53,17 @@ class Endpoint:
         """The reply's JSON; UnansweredError says why there is none. request: what is posted; None gets what is there.
         seconds: the limit over all tries; each may take an equal share of what is left. It is asked again while the
         endpoint is busy (429), fails (5xx), is silent or hangs up."""
+        body = await self._tried(path, request, seconds, tries)
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError):
+            raise UnansweredError(f"unreadable reply: {body.decode(errors='replace')}") from None
+
+    async def tell(self, path: str, request: dict[str, Any], seconds: float, tries: int) -> None:
+        """The same where there is nothing to read in the reply."""
+        await self._tried(path, request, seconds, tries)
+
+    async def _tried(self, path: str, request: dict[str, Any] | None, seconds: float, tries: int) -> bytes:
         clock = asyncio.get_running_loop().time
         end = clock() + seconds
         for attempt in range(tries):
@@ -69,7 +82,7 @@ class Endpoint:
             await asyncio.sleep(wait)
         raise SilentError(f"{failure} (tries: {tries})")
 
-    async def _send(self, path: str, request: dict[str, Any] | None) -> Any:
+    async def _send(self, path: str, request: dict[str, Any] | None) -> bytes:
         """Redirects are not followed: the key is for this address. Nothing is unpacked: ten packed kilobytes can hold
         gigabytes, and unpacking them ignores every limit."""
         import httpx  # noqa: PLC0415
@@ -94,10 +107,7 @@ class Endpoint:
                         raise UnansweredError(f"unreadable reply: more than {self.most_bytes} bytes")
         except httpx.TransportError as error:
             raise _BusyError(f"no answer: {type(error).__name__}") from None
-        try:
-            return json.loads(bytes(body))
-        except (ValueError, RecursionError):
-            raise UnansweredError(f"unreadable reply: {bytes(body).decode(errors='replace')}") from None
+        return bytes(body)
 
     def reason(self, error: Exception) -> str:
         """One line for a reader, without the key: the text of an unexpected error might show it."""

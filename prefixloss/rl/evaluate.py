@@ -8,6 +8,7 @@ import torch
 
 from prefixloss.rl import task
 from prefixloss.rl.config import Config
+from prefixloss.rl.engine import Sampler
 from prefixloss.rl.policy import Policy
 from prefixloss.rl.team import Team
 
@@ -17,8 +18,11 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(config: Config, policy: Policy, problems: list[task.Problem], team: Team = Team()) -> dict[str, float]:
-    """pass@1 and pass@k on held-out problems, with random numbers of its own, the same at each evaluation."""
+def evaluate(
+    config: Config, policy: Policy, problems: list[task.Problem], team: Team = Team(), sampler: Sampler | None = None
+) -> dict[str, float]:
+    """pass@1 and pass@k on held-out problems, with random numbers of its own, the same at each evaluation. sampler: as
+    in training; None: the policy itself."""
     problems = team.share(problems)
     repeated = [p for p in problems for _ in range(config.eval_samples)]
     size = config.prompts * config.group
@@ -28,7 +32,7 @@ def evaluate(config: Config, policy: Policy, problems: list[task.Problem], team:
         torch.manual_seed(config.seed + team.rank)
         for start in range(0, len(repeated), size):
             chunk = repeated[start : start + size]
-            texts = policy.sample([p.question for p in chunk], config.max_tokens).texts
+            texts = (sampler or policy).sample([p.question for p in chunk], config.max_tokens).texts
             correct += [task.check_answer(p, text) for p, text in zip(chunk, texts, strict=True)]
     counts = torch.tensor(correct).view(len(problems), config.eval_samples).sum(1).tolist()
     ks = list(dict.fromkeys((1, config.k)))

@@ -18,6 +18,8 @@ class Learned:
     tokens: float = 0.0
     kl: float = 0.0
     clip_share: float = 0.0
+    left_out: float = 0.0  # of the logits' gradient, by a tolerance
+    sampler_gap: float = 0.0  # nats that a served engine's log-probs are away from the policy's
     taught: float = 0.0  # tokens that a teacher was asked about
     divergence: float = 0.0
 
@@ -25,6 +27,7 @@ class Learned:
         tokens = float(out.metrics["learning_tokens"])
         self.tokens += tokens
         self.kl += tokens * float(out.metrics["kl"])
+        self.left_out += tokens * float(out.metrics["gradient_left_out"])
         self.clip_share += tokens * float(out.metrics["clip_low"] + out.metrics["clip_high"])
         if taught is not None:
             tokens = float(taught.metrics["learning_tokens"])
@@ -35,8 +38,10 @@ class Learned:
 def metrics_of(config: Config, sampled: Sampled, checked: Checked, learned: Learned, team: Team) -> dict[str, float]:
     """One dict for all processes, each with its own responses."""
     found = ~checked.correct & (checked.first_error >= 0)
+    flawed = checked.correct & (checked.first_error >= 0)
     local: dict[str, Any] = {
         "responses": len(sampled.mask), "reward": checked.correct.sum(), "found": found.sum(),
+        "flawed": flawed.sum(),
         "good_prefix": checked.first_error[found].sum(), "good_steps": checked.right_steps[found].sum(),
         "length": sampled.mask.sum(), **vars(learned),
     }  # fmt: skip
@@ -49,5 +54,9 @@ def metrics_of(config: Config, sampled: Sampled, checked: Checked, learned: Lear
         "kl": of["kl"] / max(of["tokens"], 1.0),
         "clip_share": of["clip_share"] / max(of["tokens"], 1.0),
         "learning_tokens": of["tokens"] / (of["length"] * config.epochs),
+        **({"gradient_left_out": of["left_out"] / max(of["tokens"], 1.0)} if config.tolerant else {}),
+        # of the right answers
+        **({"flawed": of["flawed"] / max(of["reward"], 1.0)} if config.flawed is not None else {}),
+        **({"sampler_gap": of["sampler_gap"] / of["length"]} if config.rollouts else {}),
         **({"divergence": of["divergence"] / max(of["taught"], 1.0)} if config.teacher else {}),
     }

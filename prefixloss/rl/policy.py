@@ -24,6 +24,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from prefixloss import linear_logps
 from prefixloss.integrations.models.heads import LogitMap, refuse_quantised
 from prefixloss.rl import UsageError
 from prefixloss.rl.rollouts import Sampled
@@ -94,6 +95,11 @@ class Policy:
         """[B, T, D]; hidden[b, t] predicts sampled.tokens[b, t]."""
         return self.all_hidden(sampled.ids, sampled.attention)[:, -sampled.mask.shape[1] - 1 : -1]
 
+    @torch.no_grad()
+    def logps(self, sampled: Sampled) -> Tensor:
+        """Log-probs of the sampled tokens, float [B, T], 0 after the responses' ends."""
+        return linear_logps(self.hidden(sampled), tokens=sampled.tokens, mask=sampled.mask, **self.head).logps
+
     def save(self, directory: Path) -> None:
         """A directory that `load_policy` and `transformers` can load."""
         logging.disable_progress_bar()
@@ -102,6 +108,10 @@ class Policy:
         else:
             self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
+
+    def save_adapters(self, directory: Path) -> None:
+        """The adapters of a LoRA model, as `peft` loads them on top of the model that they were made for."""
+        self.model.save_pretrained(directory)
 
     def prompt(self, question: str) -> str:
         text = self.instruction.format(question=question)
@@ -142,12 +152,17 @@ class Policy:
         """Given responses in the place of sampled ones, each with its end token."""
         prompt, attention = self.encode(questions)
         rows = [self.tokenizer.encode(r, add_special_tokens=False) + self.end_ids[:1] for r in responses]
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        pad = self.tokenizer.pad_token_id
-        width = max(map(len, rows))
+        return self.from_rows(prompt, attention, rows, [True] * len(rows))
+
+    def from_rows(
+        self, prompt: Tensor, attention: Tensor, rows: Sequence[list[int]], finished: Sequence[bool]
+    ) -> Sampled:
+        """Responses as token ids with their end tokens, behind prompts as `encode` makes them."""
+        pad, width = self.tokenizer.pad_token_id, max(map(len, rows))
         tokens = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.device)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
         mask = torch.arange(width, device=self.device) < lengths[:, None]
-        return self._sampled(prompt, attention, tokens, mask, torch.ones_like(lengths, dtype=torch.bool))
+        return self._sampled(prompt, attention, tokens, mask, torch.tensor(finished, device=self.device))
 
     def _sampled(self, prompt: Tensor, attention: Tensor, tokens: Tensor, mask: Tensor, finished: Tensor) -> Sampled:
         rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
@@ -175,6 +190,22 @@ def add_checkpoints(policy: Policy) -> None:
         raise UsageError("--gradient-checkpointing: the model has no layers that can be computed again")
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def set_chat(policy: Policy, chat: bool | None, name: str) -> None:
+    """chat: whether the tokenizer's chat template is needed, or left off; None: used where there is one.
+
+    Left off it is gone: whatever makes a prompt, and whoever loads the trained policy, does without it too.
+    """
+    if chat and getattr(policy.tokenizer, "chat_template", None) is None:
+        raise UsageError(f"--chat: the tokenizer of {name!r} has no chat template")
+    if chat is False:
+        policy.tokenizer.chat_template = None
+    try:
+        policy.prompt("1+1=?")
+    except Exception as error:  # templates are programs, and raise what they like
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"--chat: the chat template of {name!r} fails, --no-chat leaves it off: {reason}") from None
 
 
 def token_at(tokenizer: Any, ids: Sequence[int], offset: int) -> int:

@@ -81,6 +81,7 @@ class Report:
             ("response length, tokens", "length", "{:.1f}"),
             ("KL to the start (k3)", "kl", "{:.4f}"),
             ("clipped share", "clip_share", "{:.2%}"),
+            ("log-probs of the engine, away by", "sampler_gap", "{:.4f}"),
             ("divergence from the teacher", "divergence", "{:.4f}"),
         ):
             values = [m[name] for m in history if name in m]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -13,7 +13,8 @@ class Sampled:
     """B sampled responses: prompts padded on the left to width P, responses on the right to T.
 
     ids, attention: int64 [B, P + T]. mask: bool [B, T], the response with its end token. finished: bool [B], False for
-    responses cut off by the length limit. texts: the responses without special tokens.
+    responses cut off by the length limit. texts: the responses without special tokens. logps: float [B, T], the
+    sampler's own log-probs, where it is another program than the policy's.
     """
 
     ids: Tensor
@@ -21,6 +22,7 @@ class Sampled:
     mask: Tensor
     finished: Tensor
     texts: list[str]
+    logps: Tensor | None = None
 
     @property
     def tokens(self) -> Tensor:
@@ -34,7 +36,11 @@ class Sampled:
 
     def rows(self, rows: Tensor) -> Sampled:
         texts = [self.texts[i] for i in rows.tolist()]
-        return Sampled(self.ids[rows], self.attention[rows], self.mask[rows], self.finished[rows], texts)
+        logps = None if self.logps is None else self.logps[rows]
+        return Sampled(self.ids[rows], self.attention[rows], self.mask[rows], self.finished[rows], texts, logps)
+
+    def with_logps(self, logps: Tensor) -> Sampled:
+        return replace(self, logps=logps)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from prefixloss import TokenAdvantages
 from prefixloss.io.files import write_whole_directory
 from prefixloss.rl import UsageError, checkpoint, task, trackers
 from prefixloss.rl.config import Config
+from prefixloss.rl.engine import Engine, Sampler
 from prefixloss.rl.evaluate import evaluate
 from prefixloss.rl.lock import Lock
 from prefixloss.rl.optimise import State, Stepper
@@ -23,7 +24,8 @@ from prefixloss.rl.policy import Policy
 from prefixloss.rl.report import Report
 from prefixloss.rl.rollouts import Checked, Sampled
 from prefixloss.rl.samples import write_page, write_samples
-from prefixloss.rl.start import Problems, frozen, open_policy, open_problems, open_teacher, warm_start
+from prefixloss.rl.start import Problems, frozen, open_engine, open_policy, open_problems, open_teacher, warm_start
+from prefixloss.rl.teachers import Teacher
 from prefixloss.rl.team import Team
 
 
@@ -41,11 +43,12 @@ def opened(config: Config, directory: Path, report: Report, overwrite: bool) -> 
         problems, held_out = open_problems(config)
         policy = open_policy(config, team.device)
         teacher = open_teacher(config, policy, team.device)
+        engine = open_engine(config, policy, directory, held_out, team)
         saved = open_run(config, directory, overwrite, team, lock)
         if saved is None and config.model is None:
             warm_start(policy, config, problems, report, stop)
         team.start_alike(policy.model.state_dict().values())
-        run = Run(config, directory, report, team, stop, problems, held_out, policy, teacher)
+        run = Run(config, directory, report, team, stop, problems, held_out, policy, teacher, engine)
         if saved is not None:
             run.stepper.state, run.history = restore(saved, run.modules, directory / "checkpoint.pt")
         tracker = config.log_to if team.leads else None
@@ -60,11 +63,11 @@ class Run:
 
     def __init__(
         self, config: Config, directory: Path, report: Report, team: Team, stop: checkpoint.Stop, problems: Problems,
-        held_out: list[task.Problem], policy: Policy, teacher: Policy | None,
+        held_out: list[task.Problem], policy: Policy, teacher: Teacher | None, engine: Engine | None = None,
     ) -> None:  # fmt: skip
         self.config, self.directory, self.report, self.team, self.stop = config, directory, report, team, stop
         self.problems, self.held_out, self.policy = problems, held_out, policy
-        self.reference, self.teacher = frozen(policy), teacher
+        self.reference, self.teacher, self.engine = frozen(policy), teacher, engine
         self.stepper = Stepper.adamw(config, policy.model, team)
         # what a checkpoint keeps; of adapters nothing else moves, and they start as no change
         models = {"model": policy.model, "reference": self.reference.model}
@@ -78,6 +81,10 @@ class Run:
         return self.stepper.state.update
 
     @property
+    def sampler(self) -> Sampler:
+        return self.engine or self.policy
+
+    @property
     def evaluates(self) -> bool:
         """Whether the update to come is one that is evaluated."""
         return self.update + 1 == self.config.updates or (self.update + 1) % self.config.eval_every == 0
@@ -85,7 +92,7 @@ class Run:
     def begin(self) -> None:
         """Evaluates the policy that the run starts from, if it does not resume."""
         if not self.history:
-            self.history = [{"update": 0, **evaluate(self.config, self.policy, self.held_out, self.team)}]
+            self.history = [{"update": 0, **self.evaluation()}]
             self.save()
             self.log(self.history[0])
         if self.team.leads:
@@ -93,6 +100,15 @@ class Run:
         self.report.evaluated(next(m for m in reversed(self.history) if "pass@1" in m))
         if self.team.any(self.stop.asked) and self.update < self.config.updates:
             raise checkpoint.Stopped(self.stop.number)
+
+    def evaluation(self) -> dict[str, float]:
+        self.serve()
+        return evaluate(self.config, self.policy, self.held_out, self.team, self.sampler)
+
+    def serve(self) -> None:
+        """What samples has the policy's weights from here on."""
+        if self.engine is not None:
+            self.engine.load(self.update)
 
     def phase(self) -> AbstractContextManager[None]:
         """The progress of the updates."""
@@ -103,6 +119,7 @@ class Run:
         config = self.config
         used = config.warm_steps * config.warm_batch * (config.model is None)
         self.team.seed(config.seed, self.update)
+        self.serve()
         return self.team.share(self.problems(used + self.update * config.prompts, config.prompts))
 
     def keep(
@@ -122,7 +139,7 @@ class Run:
         last = state.update == self.config.updates
         self.history.append({"update": state.update, **metrics})
         if evaluates:
-            self.history[-1] |= evaluate(self.config, self.policy, self.held_out, self.team)
+            self.history[-1] |= self.evaluation()
             self.report.evaluated(self.history[-1])
         if self.team.leads:
             checkpoint.append_metrics(self.directory / "metrics.jsonl", self.history[-1])

@@ -16,18 +16,19 @@ from prefixloss import (
     TokenAdvantages,
     advantages,
     linear_distill_loss,
-    linear_logps,
     linear_prefix_loss,
 )
 from prefixloss.detect.choose import by_name
 from prefixloss.detect.models.rollouts import OwnRollouts, sampler_of
 from prefixloss.rl import run, task
 from prefixloss.rl.config import Config
+from prefixloss.rl.engine import Sampler
 from prefixloss.rl.metrics import Learned, metrics_of
 from prefixloss.rl.optimise import Stepper
 from prefixloss.rl.policy import Policy, token_at
 from prefixloss.rl.report import Report
 from prefixloss.rl.rollouts import Checked, Sampled
+from prefixloss.rl.teachers import Says, Teacher, says
 from prefixloss.steps import split
 
 ROUNDS = 16  # of a search by rollouts: enough for any number of steps
@@ -39,10 +40,10 @@ Credit = Tensor | TokenAdvantages
 # ---- 1. sample
 
 
-def sample(config: Config, policy: Policy, problems: list[task.Problem]) -> tuple[list[task.Problem], Sampled]:
+def sample(config: Config, sampler: Sampler, problems: list[task.Problem]) -> tuple[list[task.Problem], Sampled]:
     """A group of responses to every problem, one group behind the other, and the problem of each response."""
     repeated = [problem for problem in problems for _ in range(config.group)]
-    return repeated, policy.sample([problem.question for problem in repeated], config.max_tokens)
+    return repeated, sampler.sample([problem.question for problem in repeated], config.max_tokens)
 
 
 # ---- 2. check
@@ -99,7 +100,7 @@ def own_rollouts(config: Config, policy: Policy) -> OwnRollouts:
     """The policy goes on from its own prefixes."""
     size = config.prompts * config.group
     sampler = sampler_of(policy.model, policy.tokenizer, policy.instruction, config.max_tokens, 1.0, size, config.seed)
-    return OwnRollouts(sampler, samples=config.rollouts, budget=ROUNDS * config.rollouts)
+    return OwnRollouts(sampler, samples=config.continuations, budget=ROUNDS * config.continuations)
 
 
 def judge(config: Config, policy: Policy, problems: list[task.Problem], sampled: Sampled) -> Checked:
@@ -147,9 +148,9 @@ def lessons(config: Config, checked: Checked, sampled: Sampled, group_ids: Tenso
 
 
 class Taught(NamedTuple):
-    """A teacher, and the weight of what it says of each token, float [B, T]."""
+    """What a teacher says of responses, and the weight of that for each token, float [B, T]."""
 
-    teacher: Policy
+    says: Says
     weights: Tensor
 
 
@@ -162,8 +163,10 @@ def update(
     # log-probs of the policy that sampled and, for the KL, of the one it started from
     old_logps = logps_of(policy, sampled, groups.split(config.micro_prompts))
     ref_logps = logps_of(reference, sampled, groups.split(config.micro_prompts)) if config.kl_coef else None
-    options = loss_config(config, policy)
+    options = loss_config(config, policy, sampled)
     learned = Learned()
+    if sampled.logps is not None:
+        learned.sampler_gap = float((old_logps - sampled.logps).abs().sum())
     for _ in range(config.epochs):
         # groups stay whole, so each minibatch's loss is the mean over its groups
         for minibatch in groups[torch.randperm(len(groups))].tensor_split(config.minibatches):
@@ -173,8 +176,9 @@ def update(
                 hidden = policy.hidden(part)
                 out = linear_prefix_loss(
                     hidden, policy.weight, part.tokens, rows_of(credit, rows), mask=part.mask,
-                    old_logps=old_logps[rows], ref_logps=None if ref_logps is None else ref_logps[rows],
-                    lm_head_bias=policy.bias, group_ids=group_ids[rows],
+                    old_logps=old_logps[rows], sampler_logps=part.logps,
+                    ref_logps=None if ref_logps is None else ref_logps[rows], lm_head_bias=policy.bias,
+                    group_ids=group_ids[rows],
                     normalizer=count,  # the micro-batches' and processes' losses add up to the minibatch's
                     config=options,
                 )  # fmt: skip
@@ -192,25 +196,27 @@ def distillation(
     config: Config, policy: Policy, hidden: Tensor, part: Sampled, taught: Taught, rows: Tensor, count: float
 ) -> DistillOutput:
     """What the teacher says of the responses `rows`, whose hidden states are [b, T, D]. count: as for the policy."""
-    teacher = taught.teacher
-    with torch.no_grad():
-        teacher_hidden = teacher.hidden(part)
     # both distributions as each model makes them
     return linear_distill_loss(
-        hidden, policy.weight, lm_head_bias=policy.bias, teacher_hidden=teacher_hidden,
-        teacher_lm_head_weight=teacher.weight, teacher_lm_head_bias=teacher.bias, mask=part.mask,
-        weights=taught.weights[rows], normalizer=count, divergence=config.divergence, softcap=policy.softcap,
-        logit_scale=policy.logit_scale,
+        hidden, policy.weight, lm_head_bias=policy.bias, mask=part.mask, weights=taught.weights[rows],
+        normalizer=count, divergence=config.divergence, softcap=policy.softcap, logit_scale=policy.logit_scale,
+        **taught.says(rows),
     )  # fmt: skip
 
 
-def loss_config(config: Config, policy: Policy) -> LossConfig:
+def loss_config(config: Config, policy: Policy, sampled: Sampled) -> LossConfig:
+    hidden: Any = config.gradient_tolerance
+    head: Any = config.head_gradient_tolerance
     return LossConfig(
         clip_low=config.clip,
         clip_high=config.clip,
         kl="k3" if config.kl_coef else None,
         kl_coef=config.kl_coef,
         reduction="group-token-mean",
+        gradient_tolerance=hidden,
+        head_gradient_tolerance=head,
+        # an engine's log-probs are not the policy's to the last digit
+        sampler_correction=None if sampled.logps is None else "tis",
         softcap=policy.softcap,
         logit_scale=policy.logit_scale,
     )
@@ -225,8 +231,7 @@ def logps_of(policy: Policy, sampled: Sampled, micro_batches: Sequence[Tensor]) 
     """Log-probs of the sampled tokens, float [B, T], 0 after the responses' ends."""
     logps = torch.zeros(sampled.mask.shape, device=policy.device)
     for rows in map(Tensor.flatten, micro_batches):
-        part = sampled.rows(rows)
-        logps[rows] = linear_logps(policy.hidden(part), tokens=part.tokens, mask=part.mask, **policy.head).logps
+        logps[rows] = policy.logps(sampled.rows(rows))
     return logps
 
 
@@ -241,15 +246,21 @@ def learn(
     problems: list[task.Problem],
     judge: Judge = judge,
     keep: Callable[[list[task.Problem], Sampled, Checked, Credit], None] = lambda *_: None,
-    teacher: Policy | None = None,
+    teacher: Teacher | None = None,
+    sampler: Sampler | None = None,
 ) -> dict[str, float]:
-    """One update; its metrics. problems: this process's. judge: checks and finds. keep: is handed the responses."""
-    repeated, sampled = sample(config, policy, problems)
+    """One update; its metrics. problems: this process's. judge: checks and finds. keep: is handed the responses.
+    sampler: has the policy's weights; None: the policy itself.
+    """
+    repeated, sampled = sample(config, sampler or policy, problems)
     checked = judge(config, policy, repeated, sampled)
     group_ids = torch.arange(len(problems), device=policy.device).repeat_interleave(config.group)
     credit = weigh(config, checked, sampled, group_ids)
     keep(repeated, sampled, checked, credit)
-    taught = None if teacher is None else Taught(teacher, lessons(config, checked, sampled, group_ids))
+    taught = None
+    if teacher is not None:
+        weights = lessons(config, checked, sampled, group_ids)
+        taught = Taught(says(teacher, policy, sampled, weights), weights)
     learned = update(config, policy, reference, stepper, sampled, credit, group_ids, taught)
     return {**metrics_of(config, sampled, checked, learned, stepper.team), "skipped": stepper.state.skipped}
 
@@ -261,10 +272,11 @@ def train(config: Config, directory: Path, report: Report, *, overwrite: bool = 
 
     UsageError: an argument cannot work, or another process trains there. NotFiniteError: see there. KeyboardInterrupt:
     stopped, and saved if there was an update to save. OSError: a file cannot be written; the last checkpoint is kept.
+    UnansweredError: a server gives no answer that fits; likewise.
     """
     with run.opened(config, directory, report, overwrite) as here, here.phase():
         while here.update < config.updates:
             problems = here.next_problems()
             given = (config, here.policy, here.reference, here.stepper, problems)
-            here.updated(learn(*given, keep=here.keep, teacher=here.teacher))
+            here.updated(learn(*given, keep=here.keep, teacher=here.teacher, sampler=here.sampler))
     return here.history

@@ -207,7 +207,7 @@ def test_kernels_give_a_token_the_same_bits_in_any_batch(
     from prefixloss._kernels import launch  # noqa: PLC0415
 
     # a small device: one token's row is split, eleven tokens' rows are not
-    monkeypatch.setattr(launch, "_processors", lambda device: 3)
+    monkeypatch.setattr(launch, "processors", lambda device: 3)
     batch = Batch(dtype, width, vocabulary)
     for name, value in vars(batch).items():
         setattr(batch, name, value.to(DEVICE) if isinstance(value, Tensor) else value)
@@ -220,7 +220,7 @@ def test_as_many_programs_share_a_row_of_logits_whatever_the_batch(monkeypatch: 
 
     splits: list[int] = []
     chosen = launch.splits_for
-    monkeypatch.setattr(launch, "_processors", lambda device: 3)
+    monkeypatch.setattr(launch, "processors", lambda device: 3)
     monkeypatch.setattr(launch, "splits_for", lambda *given: splits.append(chosen(*given)) or splits[-1])
     batch = Batch(F32, 1, 5000)
     for name, value in vars(batch).items():

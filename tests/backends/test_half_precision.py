@@ -102,7 +102,7 @@ def test_half_precision_products_give_float64_s_loss_and_gradients(
     dtype: torch.dtype, options: dict[str, Any], chunk_tokens: int | None, split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if split:  # several programs a row: the narrow gradients then lie apart
-        monkeypatch.setattr(launch, "_processors", lambda _: 10**6)
+        monkeypatch.setattr(launch, "processors", lambda _: 10**6)
     case = half_case(dtype, **options)
     case = case if "kl" in options else case.but(ref_hidden=None, ref_weight=None)
     # sizes of rows that differ a thousandfold, in falling order: later chunks have larger scales of their own

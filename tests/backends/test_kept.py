@@ -11,6 +11,8 @@ from cases import Counter, small_case, solve_with_grads
 from torch import Tensor
 
 from prefixloss import LossConfig, linear_logps, linear_prefix_loss, prefix_loss
+from prefixloss.backends import memory, sparse
+from prefixloss.backends.torch import kept as kept_columns
 
 VOCABULARY, KEPT = 9, 4
 OPTIONS: list[dict[str, Any]] = [
@@ -19,6 +21,16 @@ OPTIONS: list[dict[str, Any]] = [
     {"reduction": "none", "kl": "k3", "kl_coef": 0.2, "objective": "sapo"},
     {"ratio_level": "sequence", "reduction": "seq-mean-token-mean", "stats": "scored"},
 ]
+
+
+# what looking a column up costs: less than nothing, or more than any product
+WAYS = {"looked up": -1, "multiplied": 10**6}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(kept_columns, "_LOOKED_UP", WAYS[request.param])
+    return request.param
 
 
 def kept_of(tokens: Tensor, least: int = 1) -> Tensor:
@@ -37,6 +49,12 @@ def packed_sets(kept: Tensor) -> dict[str, Tensor]:
     used = [row[row >= 0] for row in kept.reshape(-1, kept.shape[-1])]
     ends = torch.tensor([0, *(len(row) for row in used)]).cumsum(0)
     return {"kept_ids": torch.cat(used), "kept_offsets": ends}
+
+
+def banned_by(kept: Tensor) -> Tensor:
+    """bool [.., VOCABULARY]: what is not kept."""
+    banned = torch.ones(*kept.shape[:-1], VOCABULARY + 1, dtype=torch.bool)
+    return banned.scatter(-1, torch.where(kept < 0, VOCABULARY, kept), False)[..., :-1]
 
 
 def call(case: Any, backend: str, dtype: torch.dtype, sets: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
@@ -65,8 +83,7 @@ def test_it_is_the_loss_with_all_other_ids_banned(backend: str, level: str, form
     case = small_case(level, vocab=VOCABULARY, **options)
     case.sampler_logps = None
     kept = kept_of(case.tokens)
-    banned = torch.ones(*case.tokens.shape, VOCABULARY + 1, dtype=torch.bool)
-    banned = banned.scatter(-1, torch.where(kept < 0, VOCABULARY, kept), False)[..., :-1]
+    banned = banned_by(kept)
     raw = case.logits if level == "logits" else case.hidden @ case.weight.t() + case.bias
     ref = case.ref_logits if level == "logits" else case.ref_hidden @ case.ref_weight.t()
     dense = case.but(
@@ -97,8 +114,7 @@ def test_it_is_the_loss_with_all_other_ids_banned(backend: str, level: str, form
 def test_log_probs_and_entropies_are_of_the_kept_ids_too(backend: str, form: str) -> None:
     case = small_case("linear", vocab=VOCABULARY)
     kept = kept_of(case.tokens)
-    banned = torch.ones(*case.tokens.shape, VOCABULARY + 1, dtype=torch.bool)
-    banned = banned.scatter(-1, torch.where(kept < 0, VOCABULARY, kept), False)[..., :-1]
+    banned = banned_by(kept)
     dtype = torch.float32 if backend == "triton" else torch.float64
     leaves = [x.detach().to(dtype).clone().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
     sets = {"kept_ids": kept} if form == "padded" else packed_sets(kept)
@@ -128,23 +144,91 @@ def test_log_probs_of_a_set_without_the_token_are_refused() -> None:
         linear_logps(case.hidden, case.weight, case.tokens, kept_offsets=case.tokens)
 
 
-def test_only_the_kept_columns_are_computed() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [False, True], ids=["all columns", "some columns"])
+def test_both_ways_give_the_dense_gradients(
+    way: str, share: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces of a few tokens, and of a few rows of the head."""
+    monkeypatch.setenv("PREFIXLOSS_MEMORY", "1")  # on a CPU chunks are large where nobody has said
+    monkeypatch.setattr(memory, "rows_in_budget", lambda *_: 2)
+    monkeypatch.setattr(sparse, "_AT_ONCE", 3 * 8)
+    case = small_case("linear", batch=3, length=5, width=8, vocab=VOCABULARY)
+    case.mask[:] = True
+    if share:  # of the columns, so few that they are picked out of the head
+        case.tokens[:] = case.tokens % 3
+    kept = kept_of(case.tokens)
+    kept = torch.where(kept >= 3, -1, kept) if share else kept
+    given = [x.detach().to(dtype).requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    made = linear_logps(given[0], given[1], case.tokens, lm_head_bias=given[2], entropy=True, kept_ids=kept)
+    dense = [x.detach().double().requires_grad_() for x in given]
+    scores = (dense[0] @ dense[1].T + dense[2]).masked_fill(banned_by(kept), -math.inf)
+    logp = scores.log_softmax(-1)
+    want = logp.gather(-1, case.tokens[..., None])[..., 0], -(logp.exp() * logp.masked_fill(logp.isinf(), 0.0)).sum(-1)
+    # float32 sums of 8 numbers of size 1; gradients are rounded to the inputs' dtype
+    close = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    rounded = {"rtol": 2**-8, "atol": 2**-8} if dtype == torch.bfloat16 else close
+    for a, b in zip(made, want, strict=True):
+        torch.testing.assert_close(a.double(), b, **close)
+    # the first token has no gradient
+    scale = torch.linspace(0, 2, case.tokens.numel()).reshape(case.tokens.shape)
+    sum((x * scale).sum() for x in made).backward()  # type: ignore[union-attr]
+    sum((x * scale).sum() for x in want).backward()  # type: ignore[union-attr]
+    for a, b in zip(given, dense, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, **rounded)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("learns", [[0], [1], [2], []])
+def test_gradients_that_nobody_asks_for_are_not_made(way: str, learns: list[int]) -> None:
+    case = small_case("linear", vocab=VOCABULARY)
+    given = [x.detach().clone() for x in (case.hidden, case.weight, case.bias)]
+    for i in learns:
+        given[i].requires_grad_()
+    kept = kept_of(case.tokens)
+    made = linear_logps(given[0], given[1], case.tokens, lm_head_bias=given[2], kept_ids=kept)
+    assert made.logps.requires_grad == bool(learns)
+    if learns:
+        made.logps.sum().backward()
+    assert [x.grad is not None for x in given] == [i in learns for i in range(3)]
+
+
+def test_nothing_scored_has_gradients_of_0(way: str) -> None:
+    case = small_case("linear", vocab=VOCABULARY)
+    given = [x.detach().clone().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    nobody = torch.zeros_like(case.mask)
+    made = linear_logps(
+        given[0], given[1], case.tokens, mask=nobody, lm_head_bias=given[2], kept_ids=kept_of(case.tokens)
+    )
+    made.logps.sum().backward()
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in given)  # type: ignore[arg-type]
+
+
+def test_only_the_kept_columns_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = small_case("linear", batch=4, length=8, width=64, vocab=512)
     case.mask[:] = True
     kept = torch.cat([case.tokens[..., None], (case.tokens[..., None] + torch.arange(1, 4)) % 512], -1)
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
-    with Counter() as counter:
-        out = linear_prefix_loss(hidden, weight, case.tokens, case.advantages, mask=case.mask, kept_ids=kept)
-        out.loss.backward()
-    # forward; both gradients are sums of rows, one for each kept column
-    assert counter.products == 32 * 4 * 64
+
+    def run() -> Counter:
+        with Counter() as counter:
+            out = linear_prefix_loss(hidden, weight, case.tokens, case.advantages, mask=case.mask, kept_ids=kept)
+            out.loss.backward()
+        return counter
+
+    looked_up = []
+    plain = sparse.dots
+    monkeypatch.setattr(kept_columns, "dots", lambda row, *rest: looked_up.append(len(row)) or plain(row, *rest))
+    counter = run()
+    # one dot product a kept column; both gradients are sums of rows
+    assert (counter.products, looked_up) == (0, [32 * 4])
     assert counter.largest == 512 * 64  # the head's gradient
-    with Counter() as counter:
-        linear_logps(hidden, weight, case.tokens, kept_ids=kept).logps.sum().backward()
-    assert counter.products == 32 * 4 * 64
+    # where looking up is dear: the columns that any token keeps, in three products
+    monkeypatch.setattr(kept_columns, "_LOOKED_UP", 10**6)
+    assert run().products == 3 * 32 * len(kept.unique()) * 64
+    assert looked_up == [32 * 4]
 
 
-def test_values_outside_the_mask_do_not_matter() -> None:
+def test_values_outside_the_mask_do_not_matter(way: str) -> None:
     case = small_case("linear", vocab=VOCABULARY)
     kept = kept_of(case.tokens)
     out, grads = call(case, "torch", torch.float64, {"kept_ids": kept})

@@ -81,6 +81,14 @@ def run_all(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+def test_the_first_product_of_a_sum_is_not_added_to_what_was_there(library: Library) -> None:
+    hidden, _, _, grads = operands(torch.bfloat16)
+    total = torch.full((V, D), torch.nan)
+    products.add_head_gradient(total, grads, hidden, first=True)
+    want = grads.double().t() @ hidden.double()
+    torch.testing.assert_close(total.double(), want, rtol=1e-6, atol=N * 20 * 2.0**-24)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_way_gives_float32_sums(library: Library, dtype: torch.dtype) -> None:
     for got, want in run_all(dtype):

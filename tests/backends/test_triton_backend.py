@@ -351,7 +351,7 @@ def test_few_rows_and_a_wide_vocabulary_share_a_row_among_programs(
     level: str, rows: int, vocab: int, processors: int | None, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if processors is not None:
-        monkeypatch.setattr(launch, "_processors", lambda _: processors)
+        monkeypatch.setattr(launch, "processors", lambda _: processors)
     assert launch.splits_for(rows, vocab, 128, DEVICE) > 1
     case = small_case(level, batch=1, length=rows, vocab=vocab, scale=0.5, **options)
     case = case.but(mask=None) if "kl" in options else without_ref(case).but(mask=None)

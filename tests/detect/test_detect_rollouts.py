@@ -104,6 +104,31 @@ def test_a_budget_ends_with_the_earliest_step_that_is_possible() -> None:
     assert found.confidence == pytest.approx(1 / 5, abs=0.01)
 
 
+def test_the_counts_say_how_likely_each_step_is_right() -> None:
+    """The middles of 9 are 4, 6, 5: with an error in step 5 prefixes of 4 and 5 stand, that of 6 falls. Up to there
+    each is as sure as the prefix of 5, step 5 is as likely right as its counts say, behind it nothing is known."""
+    asked = {0: 8, 4: 7, 6: 1, 5: 6}
+
+    def ask(prefixes: list[Prefix]) -> list[Counts | str]:
+        return [Counts(asked[p.text.count("\n")], 8) for p in prefixes]
+
+    found = search([("problem", STEPS, "7")], ask, fall=0.5, rounds=16)[0]
+    stands, fallen = Counts(6, 8).above(0.5 * 6 / 8), Counts(1, 8).above(0.5 * 6 / 8)
+    assert found.step == 5
+    assert found.chances == pytest.approx((*[stands] * 5, fallen, None, None, None))
+    assert found.confidence == pytest.approx(stands * (1 - fallen))
+    assert pickle.loads(pickle.dumps(found)).chances == found.chances
+    # one round less: the error is in step 4 or 5, as likely as not, or else there is none up to there
+    early = search([("problem", STEPS, "7")], ask, fall=0.5, rounds=3)[0]
+    up, down = Counts(7, 8).above(0.5 * 7 / 8), Counts(1, 8).above(0.5 * 7 / 8)
+    assert early.step == 4
+    assert early.chances == pytest.approx((*[up] * 4, (up + down) / 2, down, None, None, None))
+    # a response's own wrong answer needs no continuation to be wrong
+    last = search([("problem", STEPS[:1], "7")], lambda prefixes: [Counts(6, 8)], fall=0.5, rounds=16)[0]
+    assert last.chances == (0.0,)
+    assert FirstError(1, "", 1.0).chances == ()
+
+
 def test_a_model_that_never_gets_there_says_nothing() -> None:
     found = find(Model([0.0] * 10, 8))
     assert found == FirstError(None, "no right answer in 8 continuations of the problem", 0.0)

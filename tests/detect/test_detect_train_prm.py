@@ -1,6 +1,7 @@
 """A process reward model trained end to end: a tiny one, on labels that are known and on labels from the rules."""
 
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from prefixloss.detect.choose import by_name
 from prefixloss.detect.evaluate import Scores
 from prefixloss.detect.models.batches import first_below
 from prefixloss.detect.models.prm import PRM
-from prefixloss.detect.records import Record
+from prefixloss.detect.models.search import Counted
+from prefixloss.detect.records import FormatError, Record, read_records
 from prefixloss.detect.train_prm import Settings, _balance, _example, split
 
 SEPARATOR = "<extra_0>"
@@ -109,13 +111,46 @@ def test_steps_behind_the_first_wrong_one_have_no_label(base) -> None:
     model, tokens = train_prm._base(base, QUICK)
     steps = ["a", "b", "c", "d"]
     labels = [_example(Record("p", steps, None, label, {}), model, tokens, QUICK).labels for label in (-1, 0, 2)]
-    assert labels == [[1, 1, 1, 1], [0, -100, -100, -100], [1, 1, 0, -100]]
+    assert labels == [[1, 1, 1, 1], [0, None, None, None], [1, 1, 0, None]]
     examples = [_example(Record("p", steps, None, label, {}), model, tokens, QUICK) for label in (-1, 2)]
     # six right steps and one wrong one: 7 / 12 and 7 / 2
     assert _balance(examples).tolist() == pytest.approx([7 / 2, 7 / 12])
     assert _example(Record("p", ["x" * 100], None, -1, {}), model, tokens, QUICK) is None
     with pytest.raises(ValueError, match="got 0 wrong and 4 right steps"):
         _balance(examples[:1])
+    soft = _example(Record("p", steps, None, 2, {}, [0.75, 0.75, 0.5, None]), model, tokens, QUICK)
+    assert soft.labels == [0.75, 0.75, 0.5, None]
+    # one wrong step and two right ones, in halves and quarters: 3 / 2 and 3 / 4
+    assert _balance([soft]).tolist() == [3 / 2, 3 / 4]
+
+
+def test_the_loss_of_soft_labels_is_the_formula_s() -> None:
+    logits = torch.tensor([[1.0, 3.0], [0.5, -0.5], [2.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    p = [1 / (1 + math.exp(-gap)) for gap in (2.0, -1.0, -1.0)]
+    y, w0, w1 = [1.0, 0.25, 0.0], 3.0, 0.5
+    weight = [(w1 * right, w0 * (1 - right)) for right in y]
+    loss = -sum(a * math.log(q) + b * math.log(1 - q) for (a, b), q in zip(weight, p, strict=True))
+    weights = torch.tensor([w0, w1], dtype=torch.float64)
+    got = train_prm.cross_entropy(logits, torch.tensor(y, dtype=torch.float64), weights)
+    assert got.item() == pytest.approx(loss / sum(map(sum, weight)), rel=1e-12)
+    hard = torch.tensor([1, 0, 0])
+    expected = torch.nn.functional.cross_entropy(logits, hard, weights)
+    torch.testing.assert_close(train_prm.cross_entropy(logits, hard.double(), weights), expected)
+
+
+def test_the_chances_of_soft_labels_are_learned(base, tmp_path) -> None:
+    """At a chance y the weighted loss is least at w1 y / (w1 y + w0 (1 - y)), the weights one over their classes."""
+    chance = {"ok": 0.9, "no": 0.3}
+    soft = [r._replace(chances=[chance[step[:2]] for step in r.steps]) for r in records(96)]
+    out = tmp_path / "prm"
+    train_prm.train_prm(soft, base, out, replace(QUICK, epochs=6))
+    every = [c for r in soft for c in r.chances]
+    right = sum(every)
+    wrong = len(every) - right
+    expected = {w: y / right / (y / right + (1 - y) / wrong) for w, y in chance.items()}
+    got = {w: 1 - PRM(str(out), threshold=1.0).detect("0?", [f"{w} a"]).confidence for w in chance}
+    assert got == pytest.approx(expected, abs=0.1)
+    assert expected["ok"] - expected["no"] > 0.4
 
 
 def test_the_best_threshold_needs_no_f1_and_is_the_one_in_the_middle() -> None:
@@ -189,6 +224,29 @@ def test_responses_are_labelled_by_the_rules_and_a_judge_is_trained_on_the_label
     assert PRM(str(out)).detect("1+1=?", ["1+1=2"]).confidence > 0
     again = invoke("train", labels, "--model", base, "--out", out)
     assert (again.exit_code, "exists already" in again.output.replace("\n", "")) == (2, True)
+
+
+def test_rollout_labels_are_soft_and_are_read_again(base, tmp_path, monkeypatch) -> None:
+    """A judge that counts: a line of its verdict has the chances, and `prm train` takes them in the labels' place."""
+
+    class Counting(Saying):
+        def find(self, problem: str, steps, answer) -> FirstError:
+            return Counted.of(1, "counted", 0.9, [0.97, 1 / 16, None])
+
+    monkeypatch.setattr("prefixloss.detect.commands.by_name", lambda name: Counting())
+    rows = [{"problem": f"{k}?", "steps": ["ok a", "no a", "ok b"], "answer": "7"} for k in range(4)]
+    out = tmp_path / "labels.jsonl"
+    result = invoke("label", written(tmp_path / "in.jsonl", rows), "--detector", "x", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert [json.loads(line)["chances"] for line in out.read_text().splitlines()] == [[0.97, 0.0625, None]] * 4
+    assert [record.chances for record in read_records(out, "labelled")] == [[0.97, 0.0625, None]] * 4
+
+
+@pytest.mark.parametrize("chances", [[0.5], [0.5, 1.5], [0.5, "1"], [True, 0.5], 0.5])
+def test_soft_labels_that_are_none_are_refused(tmp_path, chances) -> None:
+    rows = [{"problem": "?", "steps": ["a", "b"], "first_error": None, "chances": chances}]
+    with pytest.raises(FormatError, match="the key 'chances' has to be a list of 2 numbers from 0 to 1"):
+        read_records(written(tmp_path / "in.jsonl", rows), "labelled")
 
 
 class Saying(Detector):

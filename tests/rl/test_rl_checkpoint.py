@@ -208,6 +208,8 @@ def test_signals_are_left_alone_in_another_thread():
         ({"updates": "many"}, "a value of the wrong type: updates: got 'many', expected a whole number"),
         ({"updates": 3.5}, "a value of the wrong type: updates: got 3.5, expected a whole number"),
         ({"updates": True}, "a value of the wrong type: updates: got True, expected a whole number"),
+        ({"chat": 1}, "a value of the wrong type: chat: got 1, expected true or false or null"),
+        ({"rollouts": True}, "a value of the wrong type: rollouts: got True, expected a text or null"),
         ({"lr": None}, "a value of the wrong type: lr: got None, expected a number"),
         ({"lr": 10**400}, "a value of the wrong type: lr: got a whole number of 1329 bits, expected a number"),
         ({"model": 3}, "a value of the wrong type: model: got 3, expected a text or null"),
@@ -243,3 +245,9 @@ def test_settings_that_do_not_fit_the_checkpoint_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**TINY, "hidden_size": 16}))
     with pytest.raises(UsageError, match=r"checkpoint\.pt does not fit the settings in config\.json"):
         train.train(Config.read(tmp_path), tmp_path, Report())
+
+
+def test_a_count_of_rollouts_from_an_earlier_version_is_the_continuations():
+    assert Config.of({"rollouts": 3, "updates": 7}) == Config(continuations=3, updates=7)
+    with pytest.raises(UsageError, match=r"config.json has a value that cannot work: continuations: got 0"):
+        Config.of({"rollouts": 0})

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 
 from prefixloss import cli
 from prefixloss.rl.config import GENERAL, Config
+from prefixloss.rl.policy import tiny_policy
+from prefixloss.rl.train import loss_config
 
 
 def invoke(*arguments):
@@ -43,10 +46,21 @@ def here(tmp_path, monkeypatch):
         (["--shorten", "half"], "--shorten: got 'half'"),
         (["--shorten", "-1"], "--shorten: got -1"),
         (["--shorten", "1.5"], "--shorten: got 1.5"),
+        (
+            ["--gradient-tolerance", "some"],
+            "--gradient-tolerance: got 'some', expected \"auto\" or a number of at least 0",
+        ),
+        (["--head-gradient-tolerance", "-1"], "--head-gradient-tolerance: got -1"),
+        (["--gradient-tolerance", "inf"], "--gradient-tolerance: got inf"),
         (["--k", "9"], "--k: got 9, expected at most --eval-samples, 8"),
         (["--seed", "-3"], "--seed: got -3"),
         (["--threads", "-1"], "--threads: got -1"),
         (["--hidden-size", "12"], "--hidden-size: got 12, expected a multiple of 8"),
+        (["--chat"], "--chat: got True, expected --model with it"),
+        (["--no-chat"], "--chat: got False, expected --model with it"),
+        (["--rollouts", "h:8000"], "--rollouts: expected URL or MODEL@URL with http://... or https://..."),
+        (["--reload", "nccl"], "--reload: got 'nccl', expected one of vllm, vllm-lora, sglang"),
+        (["--teacher-top", "0"], "--teacher-top: got 0, expected a whole number of at least 1"),
         (["--distill-from", "start"], "--distill-from: got 'start', expected one of first-error, wrong, all"),
         (["--distill-coef", "-1"], "--distill-coef: got -1.0"),
         (["--divergence", "kl"], "--divergence: got 'kl', expected one of reverse, forward, jsd"),
@@ -97,6 +111,16 @@ def test_a_number_that_is_none_is_refused_by_its_option(here):
 def test_a_gpu_that_is_not_there_is_refused(here, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "--device: got 'cuda', expected cpu: PyTorch sees no GPU here" in invoke("--device", "cuda").stderr
+
+
+def test_tolerances_reach_the_loss(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr("prefixloss.rl.train.train", lambda config, run, report, overwrite: seen.append(config))
+    result = invoke("--gradient-tolerance", "auto", "--head-gradient-tolerance", "0.001", "--out", "new")
+    assert result.exit_code == 0, result.output
+    (config,) = seen
+    loss = loss_config(config, tiny_policy(16, 1), SimpleNamespace(logps=None))
+    assert (loss.gradient_tolerance, loss.head_gradient_tolerance) == ("auto", 0.001)
 
 
 @pytest.mark.parametrize(("text", "value"), [("prompt", "prompt"), ("3", 3), ("0.1", 0.1)])

@@ -16,6 +16,8 @@ from torch import Tensor
 from prefixloss._kernels.scale import launch_scale
 from prefixloss.backends import memory, products
 from prefixloss.backends.problem import Head
+from prefixloss.backends.sums import Sum
+from prefixloss.backends.triton import waves
 from prefixloss.maths.precision import storage_dtype
 
 # no row's gradient is scaled by more: see `row_scale` in the kernels
@@ -74,7 +76,8 @@ class HeadChunks:
         hidden, weight, _ = head
         self.vocabulary, self.device = len(weight), hidden.device
         buffers = 1 if reference is None else 2
-        self.step = memory.chunk_rows(len(rows.token), len(hidden), 4 * self.vocabulary * buffers, self.device, chosen)
+        row = 4 * self.vocabulary * buffers
+        self.step = waves.chunk_rows(len(rows.token), len(hidden), row, hidden.shape[1], self.device, chosen)
         # the rows of the buffers and of every product
         self.size = self.step if chosen is None else memory.product_rows(self.step)
         self.logits = self._room(torch.float32)
@@ -91,9 +94,9 @@ class HeadChunks:
         if needs[0]:
             self.d_hidden = torch.zeros(hidden.shape, device=self.device, dtype=storage_dtype(hidden.dtype))
         if needs[1]:
-            self.d_weight = torch.zeros(weight.shape, device=self.device)
+            self.d_weight = Sum(weight.shape, torch.float32, self.device)
         if needs[2]:
-            self.d_bias = torch.zeros(self.vocabulary, 1, device=self.device)
+            self.d_bias = Sum((self.vocabulary, 1), torch.float32, self.device)
 
     def _room(self, dtype: torch.dtype) -> Tensor:
         """[size, V]."""
@@ -162,9 +165,9 @@ class HeadChunks:
             return
         share = None if self.scales is None else self._share_of_sum(self.scales)[:, None]
         for total, matrix in self.head_sums(hidden):
-            products.add_head_gradient(total, grads, matrix if share is None else (matrix * share).to(self.grads_dtype))
+            total.add_head_gradient(grads, matrix if share is None else (matrix * share).to(self.grads_dtype))
 
-    def head_sums(self, hidden: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def head_sums(self, hidden: Tensor | None = None) -> Iterator[tuple[Sum, Tensor]]:
         """The sums [V, D] that want a gradient of the head or its bias, and what logits' gradients come times: hidden
         states [n, D], those of the chunk last made if not others, and 1."""
         hidden = self.hidden if hidden is None else hidden
@@ -181,8 +184,8 @@ class HeadChunks:
         assert self.sum_scale is not None
         smallest = torch.minimum(scales.min(), self.sum_scale)
         for total in (self.d_weight, self.d_bias):
-            if total is not None:
-                launch_scale(total, smallest / self.sum_scale)
+            if total is not None and total.begun:
+                launch_scale(total.value, smallest / self.sum_scale)
         self.sum_scale = smallest
         return smallest / scales
 
@@ -194,7 +197,8 @@ class HeadChunks:
             if total is None or given is None:
                 sums.append(None)
                 continue
+            value = total.value
             if self.sum_scale is not None:
-                total.div_(self.sum_scale)
-            sums.append(total.reshape(given.shape).to(storage_dtype(given.dtype)))
+                value.div_(self.sum_scale)
+            sums.append(value.reshape(given.shape).to(storage_dtype(given.dtype)))
         return self.d_hidden, sums[0], sums[1]

@@ -131,7 +131,7 @@ class SparseProducts:
         row, values = row[order], lists.values[row, slot][order]
         ends = torch.searchsorted(columns, columns, right=True)
         for total, matrix in self.chunks.head_sums():
-            entries.launch_scatter(columns, ends, row, values, matrix, total)
+            entries.launch_scatter(columns, ends, row, values, matrix, total.value)
 
     def _overflow(
         self, chosen: Chosen, problem: Problem, stats: Tensor, coefficients: Tensor

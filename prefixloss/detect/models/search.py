@@ -59,6 +59,22 @@ class Counts(NamedTuple):
         return f"{self.right} of {self.total} ({low:.2f} to {high:.2f})"
 
 
+class Counted(FirstError):
+    """A verdict with what the counts say of each step."""
+
+    _chances: tuple[float | None, ...] = ()
+
+    @property
+    def chances(self) -> tuple[float | None, ...]:
+        return self._chances
+
+    @classmethod
+    def of(cls, step: int, reason: str, confidence: float, chances: Sequence[float | None]) -> Counted:
+        made = cls(step, reason, confidence)
+        made._chances = tuple(chances)
+        return made
+
+
 Ask = Callable[[Sequence[Prefix]], list[Counts | str]]  # for each prefix its counts, or why there are none
 
 
@@ -109,11 +125,15 @@ class _Search:
     def verdict(self) -> FirstError:
         """Where the rounds ran out, the earliest step that it may be, and so much less sure."""
         before, behind = self.counts[self.low], self.counts.get(self.high)
-        sure = before.above(self.line) * (1.0 if behind is None else 1 - behind.above(self.line))
-        left = self.high - self.low
+        up, down = before.above(self.line), 0.0 if behind is None else behind.above(self.line)
+        sure, left = up * (1 - down), self.high - self.low
         then = "its own answer is wrong" if behind is None else f"{behind} behind it"
         where = "it" if left == 1 else f"it or the next {left - 1}"
-        return FirstError(self.low, f"right answers: {before} before {where}, {then}", sure / left)
+        reason = f"right answers: {before} before {where}, {then}"
+        # before the step as sure as at the prefix that has not fallen; where the rounds ran out, evenly down from there
+        between = [up + (down - up) * number / left for number in range(1, left + 1)]
+        chances = [*[up] * self.low, *between, *[None] * (len(self.steps) - self.high)]
+        return Counted.of(self.low, reason, sure / left, chances)
 
 
 def prefix_of(steps: Sequence[str], count: int) -> str:
