@@ -16,16 +16,20 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from prefixloss.integrations import installed
 from prefixloss.io.files import write_whole
 
 from . import judge as method_judge
 from . import runs as method_runs
 from . import same as method_same
+from . import same_verl
 from . import show as method_show
 from . import tree as method_tree
 
 DIRECTORY = Path(__file__).parents[1] / "results" / "method"
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+# a run of each trainer, and the oldest version it is for
+SAME = {"trl": (method_same.run, "1.9"), "verl": (same_verl.run, "0.9")}
 Where = Annotated[Path, typer.Option(help="Directory of the results.")]
 
 
@@ -114,12 +118,30 @@ def show(out: Where = DIRECTORY) -> None:
 @app.command()
 def same(
     out: Where = DIRECTORY,
+    trainers: Annotated[
+        list[str] | None, typer.Option("--trainer", help=f"Of {', '.join(SAME)}. [those installed]")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=2, help="Runs of each loss.")] = 4,
     steps: Annotated[int, typer.Option(min=2, help="Of a run.")] = 200,
     workers: Annotated[int, typer.Option(min=1, help="Processes, with a thread each.")] = 2,
 ) -> None:
-    """TRL's own loss beside ours in the same runs; needs the "trl" extra. Minutes."""
-    print(method_same.write(out, method_same.measure(seeds, steps, workers)))
+    """A trainer's own loss beside ours in the same runs; needs the extra "trl" or "verl". Minutes."""
+    records = {}
+    for name in trainers or list(SAME):
+        if name not in SAME:
+            raise typer.BadParameter(f"--trainer: got {name!r}, expected one of {', '.join(SAME)}")
+        run, first = SAME[name]
+        try:
+            installed.check_version(name, first)
+        except ImportError as missing:
+            if trainers:
+                raise typer.BadParameter(str(missing)) from missing
+            typer.echo(f"{missing}; what is in {out} of it stays", err=True)
+        else:
+            records[name] = method_same.measure(run, seeds, steps, workers)
+    if not records:
+        raise typer.BadParameter("got no trainer installed, expected one of " + ", ".join(SAME))
+    print(method_same.write(out, records))
 
 
 @app.command("all")

@@ -767,7 +767,7 @@ def test_verl_itself_composes_the_configuration_file(verl_itself: Any, verl: Any
 
     here = str(Path(verl.__file__).parent)
     command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", here, "--config-name", "verl_vppo"]
-    shown = subprocess.run([*command, "--cfg", "job"], check=True, capture_output=True, text=True, timeout=600)
+    shown = subprocess.run([*command, "--cfg", "job"], check=True, capture_output=True, text=True, timeout=500)
     config = OmegaConf.create(shown.stdout)
     loss = get_policy_loss_fn(config.actor_rollout_ref.actor.policy_loss.loss_mode)
     assert loss is verl.POLICY_LOSSES["clip"]
