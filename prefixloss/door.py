@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from prefixloss import check
-from prefixloss.backends import kept as kept_columns
 from prefixloss.backends import memory, reference, reference_distill
 from prefixloss.backends.columns import Columns, Shard
 from prefixloss.backends.problem import Backend, Distil, Head, HeadLoss, HeadStatistics, LogitLoss, by_rows
 from prefixloss.backends.torch import compiled, eager
 from prefixloss.backends.torch import distill as torch_distill
+from prefixloss.backends.torch import kept as kept_columns
 from prefixloss.backends.two_stages import Statistics
 from prefixloss.config import LossConfig
 from prefixloss.inputs import distillation

@@ -11,6 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+SLOW_TO_IMPORT = (
+    "pytest", "hypothesis", "torch.testing", "torch.distributed.tensor", "triton", "prefixloss", "prefixloss.cli",
+    "prefixloss.rl.train", "transformers", "transformers.models.llama.modeling_llama", "accelerate", "peft", "trl",
+)  # fmt: skip
+
 
 @contextmanager
 def group_of(rank: int, size: int, file: str) -> Iterator[Any]:
@@ -22,9 +27,20 @@ def group_of(rank: int, size: int, file: str) -> Iterator[Any]:
     dist.destroy_process_group()
 
 
+def process_context() -> Any:
+    """Of `multiprocessing`: processes are copies of one that has imported, once, what is slow to import and loaded here
+    when the first of them is asked for."""
+    if sys.platform != "linux":
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([name for name in SLOW_TO_IMPORT if name in sys.modules])
+    return context
+
+
 def in_processes(function: Callable[..., None], size: int, tmp_path: Path, *arguments: Any) -> None:
     """Runs `function(rank, size, file, *arguments)` in `size` processes; raises what one of them raised."""
-    mp.spawn(_to_the_end, (function, size, str(tmp_path / "store"), *arguments), nprocs=size)
+    given = (function, size, str(tmp_path / "store"), *arguments)
+    mp.start_processes(_to_the_end, given, nprocs=size, start_method=process_context().get_start_method())
 
 
 def _to_the_end(rank: int, function: Callable[..., None], *arguments: Any) -> None:

@@ -1,7 +1,7 @@
 """The method's own claims, at a size that a CPU can run: `python -m bench.method all`, then `... show`.
 
 Results go to bench/results/method/: tree.json, runs.jsonl (a line a run; a second call goes on where the first
-stopped), the pictures, and results.md with the tables. `show` makes the last two from the JSON.
+stopped), judge.json, the pictures, and results.md with the tables. `show` makes the last two from the JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from prefixloss.io.files import write_whole
 
+from . import judge as method_judge
 from . import runs as method_runs
 from . import same as method_same
 from . import show as method_show
@@ -65,12 +66,26 @@ def train(
         seeds = sorted({seed for _, seed in todo})
         if any(condition.taught for condition, _ in todo):
             pool.submit(method_runs.teacher, work).result()
+        if any(condition.judged for condition, _ in todo):
+            pool.submit(method_runs.trained_judge, work).result()
         starts = dict(zip(seeds, pool.map(method_runs.warm, seeds, [work] * len(seeds)), strict=True))
         bar = progress.add_task("runs", total=len(todo))
         for finished in as_completed([pool.submit(method_runs.run, c, seed, starts[seed]) for c, seed in todo]):
             done.append(finished.result())
             write_runs(path, done)
             progress.advance(bar)
+
+
+@app.command()
+def judge(
+    out: Where = DIRECTORY,
+    work: Annotated[Path, typer.Option(help="Where the models are kept.")] = Path("runs/method"),
+) -> None:
+    """Judges beside the exact check: rollouts, and what was trained on their labels. Minutes."""
+    work.mkdir(parents=True, exist_ok=True)
+    model, writer = method_runs.teacher(work), method_runs.writer(work)
+    record = method_judge.measure(work, model, writer, method_runs.WRITER)
+    write_whole(out / "judge.json", lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
@@ -86,7 +101,13 @@ def write_runs(path: Path, runs: list[dict[str, Any]]) -> None:
 @app.command()
 def show(out: Where = DIRECTORY) -> None:
     """Tables and pictures from what was measured."""
-    text = method_show.write(out, json.loads((out / "tree.json").read_text()), read_runs(out / "runs.jsonl"))
+    judges = out / "judge.json"
+    text = method_show.write(
+        out,
+        json.loads((out / "tree.json").read_text()),
+        read_runs(out / "runs.jsonl"),
+        json.loads(judges.read_text()) if judges.exists() else None,
+    )
     print(text)
 
 
@@ -106,4 +127,5 @@ def everything(out: Where = DIRECTORY, workers: Annotated[int, typer.Option(min=
     """All of it."""
     tree(out)
     train(None, out, workers=workers)
+    judge(out)
     show(out)

@@ -86,7 +86,7 @@ class Peer:
         return answer
 
     def _epitaph(self, do: str) -> str:
-        self.process.join(10)
+        self.process.join(60)
         code = self.process.exitcode
         if code == -signal.SIGKILL:
             return f"{do}: killed, most likely for want of memory"

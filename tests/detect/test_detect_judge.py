@@ -460,9 +460,13 @@ def test_votes_that_all_fail_say_nothing(server):
 
 
 def test_a_batch_keeps_its_order_and_its_concurrency(server):
+    four = threading.Barrier(4)  # the first four answers wait for each other, so all of them are asked for at once
+
     def slowly(k: int):
         def answer(handler) -> None:
-            time.sleep(0.05 * (k % 3))
+            if k < 4:
+                four.wait()
+            time.sleep(0.02 * (k % 3))
             says(f"\\boxed{{{k % 3}}}")(handler)
 
         return answer
@@ -482,10 +486,10 @@ def test_votes_count_as_requests_at_a_time(server):
 
 def test_one_silent_response_does_not_hold_up_the_others(server):
     server.scripts = {"silent": [stalls], "p": [says(r"\boxed{1}")]}
-    judge = Judge(server.url, "judge-1", seconds=1.0, tries=1)
+    judge = Judge(server.url, "judge-1", seconds=3.0, tries=1)
     found = judge.detect_batch(["p", "silent", "p"], [STEPS] * 3, ["3", None, "3"])
     assert [f.step for f in found] == [1, None, 1]
-    assert found[1] == (None, "no answer within 1 s (tries: 1)", 0.0)
+    assert found[1] == (None, "no answer within 3 s (tries: 1)", 0.0)
 
 
 def test_an_empty_batch_is_empty(server):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
+from work import at_most
 
 from prefixloss.detect.base import FirstError
 from prefixloss.detect.puzzles.sorting import Sorting
@@ -373,7 +374,8 @@ def test_endless_text_ends(part: str) -> None:
         (WORDS + text, RIGHT[0]),
         ("Sort: " + text, "We have " + text),
     ):
-        result = Sorting(seconds=2).detect(problem_text, [step])
+        with at_most(10):
+            result = Sorting(seconds=600).detect(problem_text, [step])
         assert "out of time" not in result.reason
         assert "failed" not in result.reason
         assert result.step is not None or result.confidence == 0
@@ -382,7 +384,8 @@ def test_endless_text_ends(part: str) -> None:
 @pytest.mark.parametrize("part", ["x", '"being": "b" (2). ', "we have "])
 def test_a_step_of_a_megabyte_is_read_in_time(part: str) -> None:
     text = "The first letter: " + part * (1_000_000 // len(part))
-    result = Sorting(seconds=4).detect(WORDS, [text + ' We have "cat" < "being"'])
+    with at_most(20):
+        result = Sorting(seconds=600).detect(WORDS, [text + ' We have "cat" < "being"'])
     assert result.step == 0
     assert "out of time" not in result.reason
 

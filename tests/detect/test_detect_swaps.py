@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
+from work import at_most
 
 from prefixloss.detect.base import FirstError
 from prefixloss.detect.puzzles.swaps import Swaps
@@ -362,7 +363,7 @@ HOSTILE = {
 def test_endless_text_ends(part: str) -> None:
     text = part * (50_000 // len(part))
     nested = "(" * 10_000 + "Alice " + part * 1_000 + "red ball" + ")" * 10_000
-    detector = Swaps(seconds=2)
+    detector = Swaps(seconds=600)
     for problem, step in (
         (SMALL.text, text),
         (SMALL.text, nested),
@@ -370,7 +371,8 @@ def test_endless_text_ends(part: str) -> None:
         (text + SMALL.text, RIGHT[0]),
         (text, RIGHT[0]),
     ):
-        found = detector.detect(problem, [step])
+        with at_most(10):
+            found = detector.detect(problem, [step])
         assert "out of time" not in found.reason
         assert "failed" not in found.reason
         assert found.step is not None or found.confidence == 0
@@ -378,7 +380,8 @@ def test_endless_text_ends(part: str) -> None:
 
 @pytest.mark.parametrize("part", ["x", "Alice: red, "])
 def test_a_step_of_a_megabyte_is_read_in_time(part: str) -> None:
-    found = Swaps(seconds=4).detect(SMALL.text, [part * (1_000_000 // len(part)) + "Alice: blue"])
+    with at_most(20):
+        found = Swaps(seconds=600).detect(SMALL.text, [part * (1_000_000 // len(part)) + "Alice: blue"])
     assert found.step == (0 if part != "x" else None)
     assert "out of time" not in found.reason
 

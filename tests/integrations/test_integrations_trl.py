@@ -632,6 +632,67 @@ def test_every_token_gets_its_advantage(advantage, expected, tmp_path, monkeypat
     assert any(log.get("first_error/found") == pytest.approx(1 / 3) for log in trainer.state.log_history)
 
 
+def test_right_answers_with_a_wrong_step_may_be_worth_less(tmp_path, monkeypatch):
+    """The right one's second line starts at its fourth token of six: worth 1, then 0.25, on average (3 + 0.75) / 6."""
+    extra = {"detector": SecondStep(), "segmenter": "lines", "shorten": 0, "flawed": 0.25}
+    trainer = grpo(tmp_path, PrefixGRPOTrainer, right, extra, max_steps=1)
+    say(trainer)
+    seen.clear()
+    batches = spied_batches(trainer, monkeypatch)
+    trainer.train()
+    assert [steps for _, steps, _ in seen] == [["12\n", "3a"], ["123\n", "4b"], ["b"]]
+    mean = (3.75 / 6 + 2 / 7) / 4
+    rows = advantages_by_text(trainer, batches[0])
+    assert rows["12\n3a"] == pytest.approx([1 - mean] * 3 + [0.25 - mean] * 3 + [0], abs=1e-6)
+    assert rows["123\n4b"] == pytest.approx([0.5 - mean] * 4 + [-mean] * 3, abs=1e-6)
+    logged = [log for log in trainer.state.log_history if "first_error/found" in log]
+    assert [log["first_error/flawed"] for log in logged] == [1.0]
+    assert [log["first_error/found"] for log in logged] == [pytest.approx(1 / 3)]
+
+
+# what a policy and its tools say by turns: right in its second turn, wrong there, wrong in its only one, cut off
+TURNS = [[("12", 1), ("30", 0), ("4a<eos>", 1)], [("12", 1), ("3", 0), ("4b<eos>", 1)], [("b<eos>", 1)], [("12", 1)]]
+
+
+def played(prompts, trainer):
+    """A `rollout_func`: each group gets these transcripts, with the mask of its environment."""
+    rows = [
+        [(token, own) for text, own in turns for token in trainer.processing_class(text)["input_ids"]]
+        for turns in (TURNS[i % len(TURNS)] for i in range(len(prompts)))
+    ]
+    return {
+        "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
+        "completion_ids": [[token for token, _ in row] for row in rows],
+        "env_mask": [[own for _, own in row] for row in rows],
+        "logprobs": None,
+    }
+
+
+def test_credit_ends_at_the_first_wrong_turn(tmp_path, monkeypatch):
+    """The wrong one's second turn starts at its third own token, behind what its tool wrote. Averages over the tokens:
+    1, 0.5 * 2 / 5, 0, 0, their mean 0.3."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    extra = {"detector": SecondStep(), "segmenter": "turns", "shorten": 0, "rollout_func": played}
+    trainer = grpo(tmp_path, PrefixGRPOTrainer, right, extra, max_steps=1)
+    seen.clear()
+    batches = spied_batches(trainer, monkeypatch)
+    trainer.train()
+    assert [steps for _, steps, _ in seen] == [["123", "4b"], ["b"]]
+    rows = advantages_by_text(trainer, batches[0])
+    assert rows["12304a"] == pytest.approx([0.7, 0.7, 0, 0, 0.7, 0.7, 0.7], abs=1e-6)
+    assert rows["1234b"] == pytest.approx([0.2, 0.2, 0, -0.3, -0.3, -0.3, 0], abs=1e-6)
+    assert rows["12"] == pytest.approx([-0.3, -0.3, *[0] * 5], abs=1e-6)
+
+
+def test_without_tools_a_response_is_one_turn(tmp_path, monkeypatch):
+    extra = {"detector": SecondStep(), "segmenter": "turns", "shorten": 0}
+    trainer = grpo(tmp_path, PrefixGRPOTrainer, right, extra, max_steps=1)
+    say(trainer)
+    seen.clear()
+    trainer.train()
+    assert [steps for _, steps, _ in seen] == [["123\n4b"], ["b"]]
+
+
 class Unsure(SecondStep):
     """The same, with little confidence."""
 
@@ -794,6 +855,8 @@ def test_which_reward_says_right_has_to_be_said(tmp_path):
         ({"detector": None}, "detector"),
         ({"alpha": 2}, "alpha"),
         ({"shorten": -1}, "shorten"),
+        ({"flawed": 2}, "flawed"),
+        ({"flawed": 0.5, "advantage": "cliff"}, "flawed"),
     ],
 )
 def test_wrong_arguments_are_named(extra, name, tmp_path):

