@@ -32,9 +32,14 @@ BANNED = 7
 
 @pytest.fixture(autouse=True)
 def never_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small matrices here are never dense."""
+    """The small matrices here are never dense; and what is left out is seen where nothing is put in its place."""
     monkeypatch.setattr(entries, "_DENSE", 1)
     monkeypatch.setattr(entries, "_LOOKED_AT", 1)
+    monkeypatch.setattr(rows.LinearRows, "_mean_row", no_mean_row)
+
+
+def no_mean_row(self: rows.LinearRows) -> Tensor:
+    return torch.zeros(1, self.weight.shape[1], dtype=self.dtype)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -159,6 +164,7 @@ def test_the_bound_holds_for_any_options(kind: str, options: str, objective: str
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entries, "_DENSE", 1)
         patch.setattr(entries, "_LOOKED_AT", 1)
+        patch.setattr(rows.LinearRows, "_mean_row", no_mean_row)
         check(kind, {**OPTIONS[options], "objective": objective}, hidden, head)
 
 
@@ -368,6 +374,7 @@ def test_a_tolerance_for_rows_and_one_for_entries_both_hold() -> None:
 
 def split_by_vocabulary(rank: int, size: int, file: str) -> None:
     entries._DENSE = entries._LOOKED_AT = 1
+    rows.LinearRows._mean_row = no_mean_row  # type: ignore[method-assign]
     cuts = [0, 13, V] if size == 2 else [0, 13, 30, V]
     with group_of(rank, size, file) as group:
         for options in ({}, {"reduction": "none", "entropy_coef": 0.1}):
@@ -398,6 +405,7 @@ def check_rows_bound(kept: Tensor, exact: Tensor, tolerance: float) -> None:
 
 def split_by_position(rank: int, size: int, file: str) -> None:
     entries._DENSE = entries._LOOKED_AT = 1
+    rows.LinearRows._mean_row = no_mean_row  # type: ignore[method-assign]
     with group_of(rank, size, file) as group:
         hidden, weight = leaves()
         here = slice(rank * 2, rank * 2 + 2)
@@ -483,3 +491,34 @@ def test_a_bad_guess_is_made_good() -> None:
     assert [int(row.sum()) >= 10 for row in above] == [True, True]
     guessed = sizes.double().square().where(sizes < entries._guess(sizes, 0.3), torch.zeros(()).double()).sum(1)
     assert float(guessed[0]) > 0.3
+
+
+@pytest.mark.parametrize("options", ["plain", "softcap", "exact KL"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_the_heads_rows_have_in_common_is_not_lost(
+    options: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row's left out entries stand for their sum times the head's mean row: all there is of a direction that all
+    rows share."""
+    width, vocabulary = 16, 300
+    hidden = 4 * random(24, width, seed=5)
+    weight = random(vocabulary, width, seed=6) / 4 + 10 * random(1, width, seed=7)
+    more = {"ref_hidden": hidden[None] + 0.1, "ref_lm_head_weight": weight} if options == "exact KL" else {}
+
+    def gradient(tolerance: float) -> Tensor:
+        of = leaf(hidden[None], dtype), weight.to(dtype)
+        config = LossConfig(**OPTIONS[options], gradient_tolerance=tolerance)
+        given = {name: x.to(dtype) for name, x in more.items()}
+        tokens = torch.arange(24)[None]
+        old = torch.full((1, 24), -3.0, dtype=dtype)
+        out = linear_prefix_loss(*of, tokens, torch.ones(1), old_logps=old, config=config, **given)  # type: ignore[arg-type]
+        out.loss.backward()
+        assert (float(out.metrics["gradient_left_out"]) > 0) == (tolerance > 0)
+        assert of[0].grad is not None
+        return of[0].grad.double()
+
+    exact, plain = gradient(0.0), gradient(0.05)
+    monkeypatch.undo()
+    monkeypatch.setattr(entries, "_DENSE", 1)
+    monkeypatch.setattr(entries, "_LOOKED_AT", 1)
+    assert float((gradient(0.05) - exact).norm()) < 0.2 * float((plain - exact).norm())

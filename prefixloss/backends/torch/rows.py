@@ -20,7 +20,7 @@ from prefixloss.backends.sums import Sum
 from prefixloss.backends.tolerance import of_products
 from prefixloss.backends.torch import entries
 from prefixloss.maths.precision import accumulation_dtype, storage_dtype
-from prefixloss.maths.softmax import Transform
+from prefixloss.maths.softmax import Transform, row_sums
 
 # elements of a half-precision head turned into float32 at a time: 16 MiB
 _UPCAST = 2**22
@@ -99,6 +99,7 @@ class LinearRows:
         self.scaled_bias = None if self.bias is None else self.bias.to(self.dtype) * transform.before
         self.buffer = self.hidden.new_empty(0, self.vocabulary, dtype=self.dtype)
         self.d_hidden = self.d_weight = self.d_bias = None
+        self.mean_row: Tensor | None = None
         self.few: list[Entries] = []  # of chunks whose part of the head's gradient is still to be made
         wanted = needs[0], needs[1] or needs[2]
         dtypes = self.hidden.dtype, self.weight.dtype
@@ -182,6 +183,7 @@ class LinearRows:
                 product = self.hidden_gradient(gradient, scale)
             else:
                 product = sparse.product(for_hidden, len(rows), self.weight, self.dtype)
+                product.addmm_(self._left_out_of(gradient, for_hidden), self._mean_row())
                 product.mul_(self.transform.before * scale)
             self.d_hidden.index_copy_(0, rows, product.to(self.d_hidden.dtype))
         if for_head is None:
@@ -193,6 +195,17 @@ class LinearRows:
         if self.d_bias is not None:
             ones = self.d_bias.new_full((len(rows), 1), self.transform.before)
             sparse.add_transposed(self.d_bias[:, None], for_head, ones)
+
+    def _left_out_of(self, gradient: Tensor, few: Entries) -> Tensor:
+        """[n, 1]: the sum of each row's entries that are not among the few."""
+        ones = gradient.new_ones(1, 1).expand(self.vocabulary, 1).contiguous()
+        return row_sums(gradient) - sparse.product(few, len(gradient), ones, self.dtype)
+
+    def _mean_row(self) -> Tensor:
+        """[1, D]: of the head, in whose place the rows of left out entries are taken."""
+        if self.mean_row is None:
+            self.mean_row = self.weight.mean(0, keepdim=True, dtype=self.dtype)
+        return self.mean_row
 
     def _keep(self, entries: Entries) -> None:
         """A chunk's few entries wait for those of the others: the head's gradient is then made at once, and in its own
