@@ -90,25 +90,24 @@ class Served:
 
     @torch.no_grad()
     def completions(self, model: Any, request: dict[str, Any]) -> dict[str, Any]:
-        choices = []
-        for index in range(request["n"]):
-            generator = torch.Generator().manual_seed(request["seed"] + index)
-            ids, logps = list(request["prompt"]), []
-            while len(logps) < request["max_tokens"]:
-                row = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-                greedy = request["temperature"] == 0
-                token = int(row.argmax() if greedy else torch.multinomial(row.exp(), 1, generator=generator))
-                ids.append(token)
-                logps.append(float(row[token]))
-                if token in request["stop_token_ids"]:
-                    break
-            tokens = ids[len(request["prompt"]) :]
-            choices.append({
-                "index": index, "text": "", "token_ids": tokens, "prompt_token_ids": request["prompt"],
-                "finish_reason": "stop" if tokens[-1] in request["stop_token_ids"] else "length",
-                "logprobs": {"token_logprobs": logps, "tokens": ["" for _ in logps], "top_logprobs": []},
-            })  # fmt: skip
-        return {"model": request["model"], "choices": choices}
+        """All that are made of a request have its seed, as in SGLang's deterministic mode."""
+        generator = torch.Generator().manual_seed(request["seed"])
+        ids, logps = list(request["prompt"]), []
+        while len(logps) < request["max_tokens"]:
+            row = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            greedy = request["temperature"] == 0
+            token = int(row.argmax() if greedy else torch.multinomial(row.exp(), 1, generator=generator))
+            ids.append(token)
+            logps.append(float(row[token]))
+            if token in request["stop_token_ids"]:
+                break
+        tokens = ids[len(request["prompt"]) :]
+        choice = {
+            "text": "", "token_ids": tokens, "prompt_token_ids": request["prompt"],
+            "finish_reason": "stop" if tokens[-1] in request["stop_token_ids"] else "length",
+            "logprobs": {"token_logprobs": logps, "tokens": ["" for _ in logps], "top_logprobs": []},
+        }  # fmt: skip
+        return {"model": request["model"], "choices": [{"index": i, **choice} for i in range(request["n"])]}
 
     @torch.no_grad()
     def taught(self, model: Any, request: dict[str, Any], count: int) -> dict[str, Any]:

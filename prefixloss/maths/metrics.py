@@ -39,7 +39,7 @@ def metrics(config: LossConfig, batch: Batch, values: TokenValues, total: Tensor
         "prefix_tokens": prefix_tokens,
         "loss": total.sum() / scored_tokens.clamp(min=1) if config.reduction == "none" else total,
         "ratio_mean": ratio_mean,
-        "ratio_max": numbers[0].max() if len(computed) else means.new_zeros(()),
+        "ratio_max": numbers[0].max() if computed.shape[0] else means.new_zeros(()),
         "clip_low": clip_low,
         "clip_high": clip_high,
         "kl": kl,

@@ -158,6 +158,30 @@ def test_own_token_functions_keep_the_single_pass_and_others_do_not(
         assert products[0] == products[1] < products[2]
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_token_that_is_shown_but_does_not_learn_has_no_gradient_whatever_it_is(backend: str) -> None:
+    """In one pass with those that do: its log-prob is -inf, and so its derivative no number."""
+    case = without_ref(small_case("linear"))
+    case.mask[:] = True
+    case.advantages[:] = 1.0
+    case.advantages[0, 1] = 0
+    case.tokens[:] = case.tokens % 6
+    case.tokens[0, 1] = 6
+    case.bias[6] = -math.inf
+    found = []
+    for objective in ("clip", my_clip):
+        hidden = case.hidden.float().requires_grad_()
+        out = linear_prefix_loss(
+            hidden, case.weight.float(), case.tokens, case.advantages, lm_head_bias=case.bias.float(),
+            old_logps=case.old_logps.float(), config=LossConfig(objective=objective, stats="scored"), backend=backend,
+            max_learning_tokens=12,
+        )  # fmt: skip
+        out.loss.backward()
+        found.append(hidden.grad)
+    assert found[1].isfinite().all()
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_tokens_whose_derivative_is_0_leave_the_products() -> None:
     def half(logp: Tensor, given: View) -> Tensor:
         return torch.where(given.advantages > 0, -logp, 0.0 * logp)

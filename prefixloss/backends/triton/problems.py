@@ -18,7 +18,7 @@ from prefixloss._kernels.problem import LEARNING, STATS, TERMS, Problem, Tokens,
 from prefixloss._kernels.softmax import LogitScaling
 from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Given
-from prefixloss.maths.objective import token_terms
+from prefixloss.maths.objective import Terms, token_terms
 from prefixloss.maths.softmax import Coefficients, RowStats, live_rows, transform_of
 
 
@@ -137,14 +137,19 @@ def put_terms(
     """Writes the terms of the tokens `rows` [n], where no kernel knows the loss; as they do, 0 where not computed, and
     coefficients with the token's weight. recorded: which of the log-probs in given there are."""
     seen, learning = flags[rows] != 0, (flags[rows] & LEARNING.value) != 0
-    # what was given for other tokens may be anything
-    advantages, weight, *logps = torch.where(seen, given[:, rows], 0.0)
-    logp, entropy, kl = stats[:3, rows]
-    tokens = Given(advantages, *(x if there else None for x, there in zip(logps, recorded, strict=True)))
-    made = token_terms(config, tokens, logp, entropy, kl if config.exact_kl else None)
-    slopes = [torch.zeros_like(logp) if x is None else x * weight for x in (made.d_logp, made.d_entropy, made.d_kl)]
-    shown = torch.where(seen, torch.stack([made.loss, made.ratio, made.kl]), 0.0)
-    terms[:, rows] = torch.cat([shown, torch.where(learning, torch.stack(slopes), 0.0)])
+
+    def made(of: Tensor, derivatives: bool) -> Terms:
+        """Of some of these tokens; what is known of the others may be anything, and is 0 here."""
+        advantages, _, *logps = torch.where(of, given[:, rows], 0.0)
+        logp, entropy, kl = torch.where(of, stats[:3, rows], 0.0)
+        tokens = Given(advantages, *(x if there else None for x, there in zip(logps, recorded, strict=True)))
+        return token_terms(config, tokens, logp, entropy, kl if config.exact_kl else None, derivatives=derivatives)
+
+    shown, learned, weight = made(seen, False), made(learning, True), given[1, rows]
+    slopes = (learned.d_logp, learned.d_entropy, learned.d_kl)
+    coefficients = [torch.zeros_like(weight) if x is None else x * weight for x in slopes]
+    terms[:3, rows] = torch.where(seen, torch.stack([shown.loss, shown.ratio, shown.kl]), 0.0)
+    terms[3:, rows] = torch.where(learning, torch.stack(coefficients), 0.0)
 
 
 def total_of(terms: Tensor, given: Tensor, flags: Tensor, most: int) -> Tensor:
