@@ -86,7 +86,8 @@ def judge(
     work: Annotated[Path, typer.Option(help="Where the models are kept.")] = Path("runs/method"),
 ) -> None:
     """Judges beside the exact check: rollouts, and what was trained on their labels. Minutes."""
-    work.mkdir(parents=True, exist_ok=True)
+    for directory in (work, out):
+        directory.mkdir(parents=True, exist_ok=True)
     model, writer = method_runs.teacher(work), method_runs.writer(work)
     record = method_judge.measure(work, model, writer, method_runs.WRITER)
     write_whole(out / "judge.json", lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))

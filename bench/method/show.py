@@ -243,9 +243,12 @@ def draw_curves(runs: Sequence[Run], name: str) -> Figure:
     return figure
 
 
+SURE = 10  # finds, below which a share of right ones says little
+
+
 def draw_judges(judges: dict[str, Any]) -> Figure:
     """Where they put the first error of wrong responses, and how sure they are when they are right."""
-    figure, (places, sure) = _figure(2, width=9.5, height=3.9)
+    figure, (places, sure) = _figure(2, width=12.0, height=3.9)
     names, left = list(judges["judges"]), [0.0] * len(judges["judges"])
     for i, kind in enumerate(("exact", "earlier", "later", "none found")):
         shares = [100 * s["shares"][kind] * judges["responses"] / judges["wrong"] for s in judges["judges"].values()]
@@ -258,12 +261,13 @@ def draw_judges(judges: dict[str, Any]) -> Figure:
     places.legend(frameon=False, fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.3, 1.0))
     sure.plot([0, 1], [0, 1], ":", color="0.4")
     for i, (name, scores) in enumerate(judges["judges"].items()):
-        bins = scores["reliability"]
+        bins = [b for b in scores["reliability"] if b["verdicts"] >= SURE]
         mean, right = [b["confidence"] for b in bins], [b["right"] / b["verdicts"] for b in bins]
         sure.plot(mean, right, color=_COLOURS[i], marker=_MARKERS[i], markersize=4, label=name)
-    sure.set_xlabel("confidence of a find")
+    sure.set_xlabel(f"confidence of a find, bins of {SURE} and more")
     sure.set_ylabel("share that is exact")
-    sure.legend(frameon=False, fontsize=7)
+    sure.set(xlim=(0, 1.02), ylim=(0, 1.05))
+    sure.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 
 

@@ -268,10 +268,10 @@ def test_a_judged_run_asks_the_trained_judge(judge_at_hand, monkeypatch):
 
 
 def test_judges_are_measured_and_shown(judge_at_hand):
-    arguments = ["judge", "--work", str(judge_at_hand), "--out", str(judge_at_hand)]
+    arguments = ["judge", "--work", str(judge_at_hand), "--out", str(judge_at_hand / "new")]
     result = CliRunner().invoke(method.app, arguments)
     assert result.exit_code == 0, result.output
-    record = json.loads((judge_at_hand / "judge.json").read_text())
+    record = json.loads((judge_at_hand / "new" / "judge.json").read_text())
     assert (record["responses"], record["wrong"]) == (16, 8)
     assert len(record["judges"]) == 6
     text = method_judge.table(record)

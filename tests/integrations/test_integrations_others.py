@@ -737,6 +737,23 @@ def test_verl_itself_computes_our_advantages_from_its_batch(verl_itself: Any) ->
     assert torch.equal(batch["advantages"], vppo(alpha=0.25).per_token(mask, mask))
 
 
+def test_verl_itself_computes_advantages_of_turns_from_its_batch(verl_itself: Any) -> None:
+    from omegaconf import OmegaConf  # noqa: PLC0415
+    from verl import DataProto  # noqa: PLC0415
+    from verl.trainer.ppo.ray_trainer import compute_advantage  # noqa: PLC0415
+
+    mask = torch.tensor([[1, 1, 0, 0, 1, 0], [1, 0, 1, 1, 0, 0]])
+    rewards = torch.tensor([[0, 0, 0, 0.25, 0, 1.0], [0.75, 0, 0, 0, 0, 0]])
+    data = DataProto.from_dict(
+        tensors={"token_level_rewards": rewards, "response_mask": mask},
+        non_tensors={"uid": np.array(["a", "a"], dtype=object)},
+    )
+    config = OmegaConf.create({"turn_level": {"weight": 3.0}, "norm_adv_by_std_in_grpo": False})
+    made = compute_advantage(data, adv_estimator="turn_level", config=config)
+    want = torch.tensor([[-0.25, -0.25, 0, 0, 0.5, 0], [0.25, 0, -0.5, -0.5, 0, 0]])
+    torch.testing.assert_close(made.batch["advantages"], want)
+
+
 def test_verl_itself_puts_scores_behind_what_tools_wrote(verl_itself: Any) -> None:
     from tensordict import TensorDict  # noqa: PLC0415
     from verl import DataProto  # noqa: PLC0415
