@@ -211,7 +211,7 @@ def fused_logps(
     """Log-probs and entropies in the signature of verl's `linear_cross_entropy`, shaped like `labels`.
 
     hidden: [.., D] over the tokens of `labels`; weight: [V, D], or this rank's rows of it with `dist_process_group`.
-    The gradients of hidden then add up over the ranks, as verl's do.
+    The gradients of hidden then add up over the ranks, as verl's do. A weight that FSDP2 has sharded is gathered.
     """
     if reduction != "none":
         raise ValueError(f"reduction: got {reduction!r}, expected 'none': verl reduces per token")
@@ -219,9 +219,23 @@ def fused_logps(
     if [n for n in hidden.shape[:-1] if n > 1] == [n for n in labels.shape if n > 1]:
         hidden = hidden.reshape(*labels.shape, hidden.shape[-1])  # Megatron has [T, 1, D] for labels [1, T]
     hidden = gradient_shared(hidden, group)
+    weight = weight if group is not None else _averaged(weight)
     out = linear_logps(hidden, weight, labels, temperature=float(temperature), entropy=True, tp_group=group)
     assert out.entropy is not None
     return out.logps, out.entropy
+
+
+def _averaged(weight: Any) -> Tensor:
+    """A DTensor whole, whose gradient is the ranks' mean, as FSDP2's is of all other weights."""
+    if not hasattr(weight, "full_tensor"):
+        return weight
+    from torch.distributed.tensor import Partial  # noqa: PLC0415 (slow to import, seldom needed)
+
+    ranks = weight.device_mesh.size()
+    whole: Tensor = weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda grad: grad / ranks)
+    return whole
 
 
 def patch_head() -> Callable[[], None]:

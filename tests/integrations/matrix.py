@@ -83,6 +83,8 @@ def trl(version: str, transformers: str, *more: str, interpret: bool = False) ->
     return Pair("trl", version, transformers, (*FUNCTION, *TRAINERS, *more), interpret)
 
 
+VERL = (OTHER, f"{HERE}/test_verl_worker.py", "tests/bench/test_same.py")
+UNDECLARED = ("cachetools", "fastapi", "uvicorn")  # verl imports them
 OPENRLHF = (
     "ray==2.55.0",
     "torchdata",
@@ -103,6 +105,7 @@ PAIRS = [
     trl("1.15.0", "5.24.0", *OTHERS, interpret=True),
     trl("1.16.0", "4.57.6", *OTHERS),
     trl("1.16.0", "5.24.0", *OTHERS),
+    Pair("verl", "0.9.1", "5.10.4", VERL, beside=UNDECLARED),
     Pair("openrlhf", "0.11.2", "5.15.0", (OTHER,), beside=OPENRLHF, alone=("openrlhf==0.11.2",)),
     Pair("skyrl", "0.3.0", "5.8.0", (OTHER,), beside=SKYRL, alone=("skyrl==0.3.0", "skyrl-gym")),
     Pair("none", "", "4.57.6", tuple(MODELS)),
@@ -192,10 +195,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="pairs whose name, such as trl-1.9.2-transformers-5.16.1, has this")
     only = parser.parse_args().only
+    pairs = [pair for pair in PAIRS if only in pair.name]
+    if not pairs:
+        parser.error(f"--only: got {only!r}, expected part of one of {', '.join(pair.name for pair in PAIRS)}")
     rows = []
-    for pair in PAIRS:
-        if only not in pair.name:
-            continue
+    for pair in pairs:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             rows.append(run(pair, Path(folder)))

@@ -678,6 +678,40 @@ def test_verl_fused_head_has_log_probs_and_entropies_with_gradients(verl: Any) -
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+class Headed(torch.nn.Module):
+    """Calls its head as verl's fused forward does: by its weight, which FSDP2 has not gathered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 13, bias=False)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        from prefixloss.integrations.verl import fused_logps  # noqa: PLC0415
+
+        return fused_logps(self.body(x), self.head.weight, labels)[0].sum()
+
+
+def sharded_head(rank: int, size: int, file: str) -> None:
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+
+    with group_of(rank, size, file):
+        torch.manual_seed(1)
+        x, labels = torch.randn(size, 1, 5, 8), torch.randint(13, (size, 1, 5))
+        whole, model = Headed(), Headed()
+        (sum(whole(*given) for given in zip(x, labels, strict=True)) / size).backward()
+        for module in (model.body, model.head, model):
+            fully_shard(module)
+        model(x[rank], labels[rank]).backward()
+        for (name, got), want in zip(model.named_parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(got.grad.full_tensor(), want.grad, msg=lambda said, of=name: f"{of}: {said}")
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="the processes talk through gloo")
+def test_verl_fused_head_that_fsdp2_shards_has_the_mean_gradient_as_all_else(verl: Any, tmp_path: Path) -> None:
+    in_processes(sharded_head, 2, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def verl_itself(verl: Any) -> Any:
     pytest.importorskip("verl")
