@@ -16,6 +16,8 @@ from rich.console import Console
 from prefixloss.io.files import write_whole
 
 from .files import write_json
+from .speed import distill as distillation
+from .speed import objectives as of_objectives
 from .speed import record as records
 from .speed import worker
 from .speed.cases import (
@@ -30,14 +32,14 @@ from .speed.cases import (
     quick_cases,
 )
 from .speed.clock import Clock
-from .speed.distill import Pair, measure
 from .speed.harness import GIB, Bench, GoneError, Limits, bench_on
 from .speed.headline import headline
+from .speed.inputs import Linear
 from .speed.methods import NAMES
 from .speed.own_model import QUANTILES, TOLERANCES, density, entropies, take
 from .speed.own_model import measure as measure_own
 from .speed.record import FormatError, Record
-from .speed.table import distilled, grids, kept_entries, made_on, markdown, of_model, show, show_grid
+from .speed.table import grids, in_turns, kept_entries, made_on, markdown, of_model, show, show_grid
 
 app = typer.Typer(
     help="Time, memory and error of prefixloss beside PyTorch, TRL, Liger, Cut Cross-Entropy and bare products.",
@@ -231,30 +233,62 @@ def table(
         show(record, wide_console(), short)
 
 
+HeadOption = Annotated[str, typer.Option(help="D x V, or a model's head by its name.")]
+TokensOption = Annotated[str, typer.Option(help="2048, 16k, ...")]
+DtypeOption = Annotated[str, typer.Option(help=", ".join(DTYPES))]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Turns of each method.")]
+ThreadsOption = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda. [cuda where there is one]")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")]
+
+
 @app.command()
 def distill(
-    head: Annotated[str, typer.Option(help="D x V, or a model's head by its name.")] = "512x16384",
-    tokens: Annotated[str, typer.Option(help="2048, 16k, ...")] = "1024",
-    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "float32",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each method.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. [cuda where there is one]")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")] = None,
-) -> None:
+    head: HeadOption = "512x16384", tokens: TokensOption = "1024", dtype: DtypeOption = "float32",
+    rounds: RoundsOption = 5, threads: ThreadsOption = 2, device: DeviceOption = None, json_file: JsonOption = None,
+) -> None:  # fmt: skip
     """Distillation beside plain PyTorch, TRL's and Liger's: times in turns, and a call's peak memory."""
+
+    def rows(where: torch.device, count: int, width: int, vocabulary: int) -> list[dict[str, Any]]:
+        data = distillation.Pair.random(where, count, width, vocabulary, getattr(torch, dtype))
+        return distillation.measure(data, rounds, Clock(where))
+
+    _in_turns("Distillation", "floor", rows, (head, tokens, dtype), threads, device, json_file)
+
+
+@app.command()
+def objectives(
+    head: HeadOption = "wide", tokens: TokensOption = "2048", dtype: DtypeOption = "float32", rounds: RoundsOption = 5,
+    threads: ThreadsOption = 2, device: DeviceOption = None, json_file: JsonOption = None,
+) -> None:  # fmt: skip
+    """A function of the caller's own, and sampling replay, beside the built-in loss over the whole vocabulary."""
+
+    def rows(where: torch.device, *shape: int) -> list[dict[str, Any]]:
+        data = Linear.random(where, shape, 8, dtype=getattr(torch, dtype))  # type: ignore[arg-type]
+        return of_objectives.measure(data, rounds, Clock(where))
+
+    _in_turns("Objectives", "whole", rows, (head, tokens, dtype), threads, device, json_file)
+
+
+def _in_turns(
+    what: str, base: str, measured: Callable[..., list[dict[str, Any]]], shape: tuple[str, str, str], threads: int,
+    device: str | None, json_file: Path | None,
+) -> None:  # fmt: skip
+    """measured: from device, N, D and V to rows, with times beside `base`. shape: head, tokens and dtype as given."""
     try:
-        shape, count = head_of(head), count_of(tokens)
+        head, count = head_of(shape[0]), count_of(shape[1])
     except ValueError as error:
         raise _fail(f"--head or --tokens: {error}") from None
-    if dtype not in DTYPES:
-        raise _fail(f"--dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if shape[2] not in DTYPES:
+        raise _fail(f"--dtype: got {shape[2]!r}, expected one of {', '.join(DTYPES)}")
     torch.set_num_threads(threads)
     where = torch.device(_device(device))
-    data = Pair.random(where, count, shape.width, shape.vocabulary, getattr(torch, dtype))
-    rows = measure(data, rounds, Clock(where))
-    show_grid(distilled(rows, f"Distillation: {shape.name}, {count:,} tokens, {dtype}"), wide_console())
+    rows = measured(where, count, head.width, head.vocabulary)
+    show_grid(in_turns(rows, f"{what}: {head.name}, {count:,} tokens, {shape[2]}", base), wide_console())
     if json_file:
-        _write(json_file, {"head": shape._asdict(), "tokens": count, "dtype": dtype, "threads": threads, "rows": rows})
+        _write(
+            json_file, {"head": head._asdict(), "tokens": count, "dtype": shape[2], "threads": threads, "rows": rows}
+        )
 
 
 def _put(path: Path, text: str) -> None:

@@ -49,6 +49,18 @@ def load_block(row_ptr, at, cols, stop, LAST: tl.constexpr):
 
 
 @triton.jit
+def store_block(row_ptr, at, cols, grads, stop, READ_NEXT: tl.constexpr, LAST: tl.constexpr):
+    """A block's gradient. Where no product reads it next it is the first to leave the cache: other rows' logits, which
+    are still to be read a second time, had better stay."""
+    modifier: tl.constexpr = "" if READ_NEXT else ".cs"
+    grads = grads.to(row_ptr.dtype.element_ty)
+    if LAST:
+        tl.store(row_ptr + at + cols, grads, mask=at + cols < stop, cache_modifier=modifier)
+    else:
+        tl.store(row_ptr + at + cols, grads, cache_modifier=modifier)
+
+
+@triton.jit
 def load_capped(row_ptr, at, cols, stop, transform, WORK: tl.constexpr, LAST: tl.constexpr):
     """A block's z."""
     return capped(load_block(row_ptr, at, cols, stop, LAST), transform, WORK.softcap)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .access import block_columns, load_capped, row_pointer
+from .access import block_columns, load_capped, row_pointer, store_block
 from .launch import Launch, next_power_of_two, on_device, options
 from .listed_teacher import Listed, read_classes, tail_gradient, write_listed
 from .maths import power_of_two
@@ -160,7 +160,7 @@ def write_row(
     cols = block_columns(LANES, VECTOR)
     at = 0
     for _ in range(0, tl.where(live, 0, tl.cdiv(vocabulary, block))):
-        tl.store(grads_row + at + cols, nothing, mask=at + cols < vocabulary)
+        store_block(grads_row, at, cols, nothing, vocabulary, WORK.chunk, True)
         at += block
 
 
@@ -183,8 +183,4 @@ def write_block(
         grads = pair_gradient(found, z, r, transform, numbers, NAME) * factor
     if WORK.softcap:
         grads = tl.where(z == float("-inf"), 0.0, grads * cap_slope(z, transform))
-    grads = grads.to(grads_row.dtype.element_ty)
-    if LAST:
-        tl.store(grads_row + at + cols, grads, mask=at + cols < stop)
-    else:
-        tl.store(grads_row + at + cols, grads)
+    store_block(grads_row, at, cols, grads, stop, WORK.chunk, LAST)

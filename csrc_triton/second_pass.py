@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .access import block_columns, load_target, load_with_reference
+from .access import block_columns, load_target, load_with_reference, store_block
 from .maths import power_of_two
 from .objective import Coefficients
 from .softmax import block_gradient, target_gradient
@@ -77,7 +77,7 @@ def write_slice(
         cols = block_columns(LANES, VECTOR)
         at = start
         for _ in range(0, tl.where(live, 0, tl.cdiv(stop - start, block))):
-            tl.store(grads_row + at + cols, nothing, mask=at + cols < stop)
+            store_block(grads_row, at, cols, nothing, stop, WORK.indexed, True)
             at += block
 
 
@@ -92,8 +92,4 @@ def write_block(
         # a block's gradients lie over logits of this block or later ones: all threads have to have read it
         tl.debug_barrier()
     grads = gradient_with_target(x, ref, at, cols, target, at_target, stats, coefficients, transform, WORK)
-    grads = grads.to(grads_row.dtype.element_ty)
-    if LAST:
-        tl.store(grads_row + at + cols, grads, mask=at + cols < stop)
-    else:
-        tl.store(grads_row + at + cols, grads)
+    store_block(grads_row, at, cols, grads, stop, WORK.indexed, LAST)

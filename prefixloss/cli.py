@@ -72,7 +72,7 @@ def option(name: str, text: str) -> Any:
     general = GENERAL.get(name, default)
     if default is None:
         return typer.Option(help=text)
-    return typer.Option(help=f"{text} [{default}{'' if general == default else f', with --model {general}'}]")
+    return typer.Option(help=f"{text} [{default}{'' if general == default else f'; {general} with --model'}]")
 
 
 @app.command()
@@ -81,7 +81,51 @@ def train(
     out: Annotated[Path | None, typer.Option(help="New or empty directory for the run. [runs/DATE-TIME]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --out replace an earlier run.")] = False,
     resume: Annotated[Path | None, typer.Option(help="Run to go on with, with its own settings.")] = None,
+    # the policy and its problems
+    model: Annotated[
+        str | None, option("model", "Directory or hub name of a causal LM, instead of a tiny one.")
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat", help="Need the tokenizer's chat template, or leave it off. [used if it is there]"
+        ),
+    ] = None,
+    data: Annotated[str | None, option("data", "JSON lines with question and answer, or a folder of them.")] = None,
+    lora: Annotated[int | None, option("lora", "Rank of adapters to train in place of the weights.")] = None,
+    dtype: Annotated[str | None, option("dtype", f"Of the products: {', '.join(DTYPES)}.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--gradient-checkpointing", help="Compute layers again on the way back: time for memory."),
+    ] = None,
+    device: Annotated[str | None, option("device", "cpu, cuda or cuda:N.")] = None,
+    threads: Annotated[int | None, option("threads", "CPU threads, 0: as many as PyTorch likes.")] = None,
+    seed: Annotated[int | None, option("seed", "Of everything random.")] = None,
+    timeout: Annotated[
+        float | None,
+        option("timeout", "Seconds to wait for a server's answer and, under torchrun, for the other processes."),
+    ] = None,
+    log_to: Annotated[str | None, option("log_to", f"Send the figures to {', '.join(TRACKERS)}, too.")] = None,
+    # responses
+    rollouts: Annotated[
+        str | None, option("rollouts", "URL or MODEL@URL of an engine that samples, as vLLM's http://host:8000/v1.")
+    ] = None,
+    reload: Annotated[
+        str | None, option("reload", f"How that engine is given new weights: {', '.join(RELOADS)}.")
+    ] = None,
+    prompts: Annotated[int | None, option("prompts", "Prompts an update.")] = None,
+    group: Annotated[int | None, option("group", "Responses a prompt.")] = None,
+    max_tokens: Annotated[int | None, option("max_tokens", "Longest response.")] = None,
+    # credit
     advantage: Annotated[str | None, option("advantage", f"One of {', '.join(ADVANTAGES)}.")] = None,
+    alpha: Annotated[float | None, option("alpha", "vppo: value of a good-prefix token.")] = None,
+    flawed: Annotated[
+        float | None,
+        option("flawed", "vppo: search right answers too, and value one so from its first wrong step on."),
+    ] = None,
+    shorten: Annotated[
+        str | None, option("shorten", 'vppo: tokens cut off the good prefix: "prompt", a number, or a share like 0.1.')
+    ] = None,
     detector: Annotated[
         str | None, option("detector", f"Finds first wrong steps, instead of the built-in check: rollouts, {EXPECTED}.")
     ] = None,
@@ -92,42 +136,21 @@ def train(
         float | None, option("threshold", "A detector's finds with less confidence count as none.")
     ] = None,
     steps: Annotated[str | None, option("steps", f"How a detector's steps are cut: {', '.join(SEGMENTERS)}.")] = None,
+    # a teacher
     teacher: Annotated[
-        str | None, option("teacher", "Directory or hub name of a causal LM with the same tokenizer, to distil from.")
+        str | None,
+        option("teacher", "Directory or hub name of a causal LM with the same tokenizer, or URL or MODEL@URL of one."),
+    ] = None,
+    teacher_top: Annotated[
+        int | None, option("teacher_top", "Likeliest ids that a served teacher lists for a token.")
     ] = None,
     distill_from: Annotated[
         str | None, option("distill_from", f"Which tokens the teacher is asked about: {', '.join(DISTIL_FROM)}.")
     ] = None,
     distill_coef: Annotated[float | None, option("distill_coef", "Weight of what the teacher says.")] = None,
     divergence: Annotated[str | None, option("divergence", f"From the teacher: {', '.join(BY_NAME)}.")] = None,
-    model: Annotated[
-        str | None, option("model", "Directory or hub name of a causal LM, instead of a tiny one.")
-    ] = None,
-    data: Annotated[str | None, option("data", "JSON lines with question and answer, or a folder of them.")] = None,
-    lora: Annotated[int | None, option("lora", "Rank of adapters to train in place of the weights.")] = None,
-    dtype: Annotated[str | None, option("dtype", f"Of the products: {', '.join(DTYPES)}.")] = None,
-    gradient_checkpointing: Annotated[
-        bool | None,
-        typer.Option("--gradient-checkpointing", help="Compute layers again on the way back: time for memory."),
-    ] = None,
-    log_to: Annotated[str | None, option("log_to", f"Send the figures to {', '.join(TRACKERS)}, too.")] = None,
-    device: Annotated[str | None, option("device", "cpu, cuda or cuda:N.")] = None,
-    threads: Annotated[int | None, option("threads", "CPU threads, 0: as many as PyTorch likes.")] = None,
-    seed: Annotated[int | None, option("seed", "Of everything random.")] = None,
-    timeout: Annotated[
-        float | None,
-        option("timeout", "Seconds to wait for a server's answer and, under torchrun, for the other processes."),
-    ] = None,
-    rollouts: Annotated[
-        str | None, option("rollouts", "URL or MODEL@URL of an engine that samples, as vLLM's http://host:8000/v1.")
-    ] = None,
-    reload: Annotated[
-        str | None, option("reload", f"How that engine is given new weights: {', '.join(RELOADS)}.")
-    ] = None,
+    # optimisation
     updates: Annotated[int | None, option("updates", "Batches of responses to learn from.")] = None,
-    prompts: Annotated[int | None, option("prompts", "Prompts an update.")] = None,
-    group: Annotated[int | None, option("group", "Responses a prompt.")] = None,
-    max_tokens: Annotated[int | None, option("max_tokens", "Longest response.")] = None,
     epochs: Annotated[int | None, option("epochs", "Passes over the responses of an update.")] = None,
     minibatches: Annotated[int | None, option("minibatches", "Optimiser steps a pass.")] = None,
     micro_prompts: Annotated[
@@ -148,19 +171,13 @@ def train(
     head_gradient_tolerance: Annotated[
         str | None, option("head_gradient_tolerance", "The head's own, or auto.")
     ] = None,
-    alpha: Annotated[float | None, option("alpha", "vppo: value of a good-prefix token.")] = None,
-    flawed: Annotated[
-        float | None,
-        option("flawed", "vppo: search right answers too, and value one so from its first wrong step on."),
-    ] = None,
-    shorten: Annotated[
-        str | None, option("shorten", 'vppo: tokens cut off the good prefix: "prompt", a number, or a share like 0.1.')
-    ] = None,
+    # evaluation and checkpoints
     eval_every: Annotated[int | None, option("eval_every", "Updates between evaluations.")] = None,
     eval_problems: Annotated[int | None, option("eval_problems", "Held-out problems.")] = None,
     eval_samples: Annotated[int | None, option("eval_samples", "Responses a held-out problem.")] = None,
     k: Annotated[int | None, option("k", "Of pass@k.")] = None,
     save_every: Annotated[int | None, option("save_every", "Updates between checkpoints.")] = None,
+    # the tiny model
     warm_steps: Annotated[int | None, option("warm_steps", "Most supervised steps before RL, tiny model only.")] = None,
     hidden_size: Annotated[int | None, option("hidden_size", "Of the tiny model.")] = None,
     layers: Annotated[int | None, option("layers", "Of the tiny model.")] = None,

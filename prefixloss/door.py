@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from prefixloss import check
-from prefixloss.backends import kept as kept_columns
 from prefixloss.backends import memory, reference, reference_distill
 from prefixloss.backends.columns import Columns, Shard
 from prefixloss.backends.problem import Backend, Distil, Head, HeadLoss, HeadStatistics, LogitLoss, by_rows
 from prefixloss.backends.torch import compiled, eager
 from prefixloss.backends.torch import distill as torch_distill
+from prefixloss.backends.torch import kept as kept_columns
 from prefixloss.backends.two_stages import Statistics
 from prefixloss.config import LossConfig
 from prefixloss.inputs import distillation
@@ -47,7 +47,7 @@ def backend(
     name: Any, tokens: Any, inputs: tuple[Any, ...], config: Any, tp_group: Any = None, cp_group: Any = None
 ) -> Backend:
     """The back-end for inputs (the first of them decides), and what every call checks first."""
-    chosen = _chosen(name, tp_group, cp_group, *inputs)
+    chosen = _chosen(name, tp_group, cp_group, *inputs, splits=len(inputs) == len(Head._fields))
     if chosen != "reference":
         _no_transforms(chosen, *inputs)
     check.config(config, LossConfig)
@@ -248,8 +248,11 @@ def _most_tokens(given: int | None, mask: Tensor | None, batch: Batch, config: L
 # --- the choice of a back-end
 
 
-def _chosen(name: Any, tp_group: Any, cp_group: Any, *inputs: Any) -> str:
-    """The back-end to use for these inputs: for "auto" the kernels wherever they run as compiled code."""
+def _chosen(name: Any, tp_group: Any, cp_group: Any, *inputs: Any, splits: bool = False) -> str:
+    """The back-end to use for these inputs: for "auto" the kernels wherever they run as compiled code.
+
+    splits: whether the kernels can work on a part of the vocabulary.
+    """
     if not isinstance(name, str) or name not in ("auto", "triton", "torch", "reference"):
         check.fail("backend", check.describe(name), '"auto", "triton", "torch" or "reference"')
     check.process_group("tp_group", tp_group)
@@ -257,9 +260,11 @@ def _chosen(name: Any, tp_group: Any, cp_group: Any, *inputs: Any) -> str:
     if cp_group is not None and name == "reference":
         raise RuntimeError('backend: got "reference" with cp_group, expected "auto", "torch" or "triton"')
     if tp_group is not None:
-        if name not in ("auto", "torch"):
-            raise RuntimeError(f'backend: got "{name}" with tp_group, expected "auto" or "torch"')
-        return "torch"
+        if name == "reference" or (name == "triton" and not splits):
+            wanted = '"auto", "torch" or "triton"' if splits else '"auto" or "torch"'
+            raise RuntimeError(f'backend: got "{name}" with tp_group, expected {wanted}')
+        if not splits:
+            return "torch"
     if name in ("torch", "reference"):
         return name
     first = inputs[0]

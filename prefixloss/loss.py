@@ -90,7 +90,7 @@ def linear_prefix_loss(
         config: see `LossConfig`.
         tp_group: a torch.distributed group whose processes have the same tokens and hidden states and consecutive
             rows of the head (and bias, and reference head), in the order of their ranks, not all alike many. Each gets
-            the loss, the whole gradient of hidden and that of its rows. By backend="torch", on any device.
+            the loss, the whole gradient of hidden and that of its rows. `prefix_loss` takes backend="torch" for it.
         vocab_size: ids from there on are padding: those columns never count. None: there is none.
         cp_group: a torch.distributed group whose processes have consecutive parts of every response, in the order of
             their ranks: lengths, prefixes, sequence ratios and denominators are those of whole responses. A process's

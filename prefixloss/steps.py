@@ -137,6 +137,18 @@ def step_tokens(tokenizer: Any, ids: Sequence[int], by: Segmenter = "markers") -
     return [span.of(text) for span in spans], token_boundaries(tokenizer, ids, [span.start for span in spans])
 
 
+def turn_tokens(tokenizer: Any, ids: Sequence[int], own: Sequence[int]) -> tuple[list[str], list[int]]:
+    """The turns of an agent's transcript, as text, and the index of each one's first token.
+
+    own: 0 or 1 a token, 1 for what the model wrote. What a tool wrote stands behind the turn that called it, for
+    whoever judges that turn to see; what stands before the first turn is left out.
+    """
+    if len(own) != len(ids):
+        check.fail("own", f"{len(own)} entries", f"{len(ids)}, one for each token")
+    starts = [k for k, mine in enumerate(own) if mine and not (k and own[k - 1])]
+    return [decode(tokenizer, ids[a:b]) for a, b in pairwise([*starts, len(ids)])], starts
+
+
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text that each token completes: joined, they are `decode(tokenizer, ids)`. A token that completes no
     character, a special one or half a character, has none."""

@@ -47,7 +47,7 @@ TESTS_OF = {
     "prefixloss/maths/divergence.py": ["test_divergence", "test_distill"],
     "prefixloss/inputs/token_advantages.py": ["test_advantages", *CORE],
     "prefixloss/inputs/kept.py": ["test_kept"],
-    "prefixloss/backends/kept.py": ["test_kept"],
+    "prefixloss/backends/torch/kept.py": ["test_kept"],
     "prefixloss/backends/responses.py": ["test_user_objectives"],
     "prefixloss/backends/torch/entries.py": ["test_gradient_tolerance"],
     "prefixloss/inputs/reduction.py": CORE,

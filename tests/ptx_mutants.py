@@ -217,7 +217,7 @@ def without_mask(line: str) -> str | None:
 def with_address_shifted(line: str) -> str | None:
     """By its own width."""
     access = re.match(
-        r"(.*\b(?:ld|st)\.(?:global|shared)\.(?:v(\d)\.)?b(\d+).*\[\s*%\w+)\s*(?:\+\s*(-?\d+))?(\s*\].*)", line
+        r"(.*\b(?:ld|st)\.(?:global|shared)\.(?:cs\.)?(?:v(\d)\.)?b(\d+).*\[\s*%\w+)\s*(?:\+\s*(-?\d+))?(\s*\].*)", line
     )
     if access is None:
         return None

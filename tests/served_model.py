@@ -26,8 +26,9 @@ class Served:
     asked: each request with its path and the fingerprint of the model that answers. changes: what is done to a reply.
     """
 
-    def __init__(self, model: Any, names: tuple[str, ...] = ("tiny",)) -> None:
-        self.model, self.names, self.deaf, self.down = model.eval(), names, False, False
+    def __init__(self, model: Any, names: tuple[str, ...] = ("tiny",), tokenizer: Any = None) -> None:
+        self.model, self.names, self.tokenizer = model.eval(), names, tokenizer
+        self.deaf, self.down = False, False
         self.adapters: dict[str, Any] = {}
         self.asked: list[tuple[str, dict[str, Any], bytes]] = []
         self.changes: list[Any] = []
@@ -54,6 +55,8 @@ class Served:
                 return 404, {"error": {"message": "no such model"}}
             listed = request.get("prompt_logprobs")
             return 200, self.taught(model, request, listed) if listed else self.completions(model, request)
+        if path == "/tokenize" and self.tokenizer is not None:
+            return 200, {"tokens": self.tokenizer.encode(request["prompt"], add_special_tokens=False)}
         return self.told(path, request)
 
     def told(self, path: str, request: dict[str, Any]) -> tuple[int, Any]:
@@ -87,25 +90,24 @@ class Served:
 
     @torch.no_grad()
     def completions(self, model: Any, request: dict[str, Any]) -> dict[str, Any]:
-        choices = []
-        for index in range(request["n"]):
-            generator = torch.Generator().manual_seed(request["seed"] + index)
-            ids, logps = list(request["prompt"]), []
-            while len(logps) < request["max_tokens"]:
-                row = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-                greedy = request["temperature"] == 0
-                token = int(row.argmax() if greedy else torch.multinomial(row.exp(), 1, generator=generator))
-                ids.append(token)
-                logps.append(float(row[token]))
-                if token in request["stop_token_ids"]:
-                    break
-            tokens = ids[len(request["prompt"]) :]
-            choices.append({
-                "index": index, "text": "", "token_ids": tokens, "prompt_token_ids": request["prompt"],
-                "finish_reason": "stop" if tokens[-1] in request["stop_token_ids"] else "length",
-                "logprobs": {"token_logprobs": logps, "tokens": ["" for _ in logps], "top_logprobs": []},
-            })  # fmt: skip
-        return {"model": request["model"], "choices": choices}
+        """All that are made of a request have its seed, as in SGLang's deterministic mode."""
+        generator = torch.Generator().manual_seed(request["seed"])
+        ids, logps = list(request["prompt"]), []
+        while len(logps) < request["max_tokens"]:
+            row = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            greedy = request["temperature"] == 0
+            token = int(row.argmax() if greedy else torch.multinomial(row.exp(), 1, generator=generator))
+            ids.append(token)
+            logps.append(float(row[token]))
+            if token in request["stop_token_ids"]:
+                break
+        tokens = ids[len(request["prompt"]) :]
+        choice = {
+            "text": "", "token_ids": tokens, "prompt_token_ids": request["prompt"],
+            "finish_reason": "stop" if tokens[-1] in request["stop_token_ids"] else "length",
+            "logprobs": {"token_logprobs": logps, "tokens": ["" for _ in logps], "top_logprobs": []},
+        }  # fmt: skip
+        return {"model": request["model"], "choices": [{"index": i, **choice} for i in range(request["n"])]}
 
     @torch.no_grad()
     def taught(self, model: Any, request: dict[str, Any], count: int) -> dict[str, Any]:

@@ -54,7 +54,7 @@ ROOMS = {
     "show": "check io steps detect",
     "integrations.models": "check",
     "integrations": f"{_LOSS} steps detect detect.base integrations.models",
-    "rl": "check io steps show maths.divergence advantages prefixloss detect detect.maths detect.models "
+    "rl": "check io steps show maths.divergence advantages prefixloss teacher detect detect.maths detect.models "
     "integrations.models",
     "cli": "io steps maths.divergence show detect rl _bench",
     "__main__": "cli",

@@ -38,7 +38,7 @@ from prefixloss import LossConfig
 from prefixloss._kernels import entries, rows, scale
 from prefixloss._kernels.distill import Rows, launch_distill
 from prefixloss._kernels.problem import Problem, Tokens
-from prefixloss.backends.triton import distill, problems
+from prefixloss.backends.triton import distill, parts, problems
 from prefixloss.inputs.distillation import Teacher
 
 from ..files import write_json
@@ -59,8 +59,9 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 class Case(NamedTuple):
-    """A configuration that ships. run: "row", "split" (slices, combination, gradient), "gradient" (its own kernel),
-    "entries" (the choice of a few and their products), "scale" or "distill".
+    """A configuration that ships. run: "row", "split" (slices, combination, gradient), "parts" (the same,
+    of a vocabulary that is split over processes), "gradient" (its own kernel), "entries" (the choice of a few and their
+    products), "scale" or "distill".
 
     chunk: logits are a float32 chunk made from hidden states, and gradients lie in the same memory. divergence, listed:
     of a distillation, and whether its teacher lists ids. bounds: the most instructions per logit in the loops for
@@ -112,6 +113,10 @@ CASES = {
     "chunk, exact KL, entropy": Case(logits=F32, options=PENALTIES, chunk=True, bounds=(25, 18, 28, 20)),
     "chunk, gradient alone": Case(run="gradient", logits=F32, chunk=True),
     "chunk, statistics": Case(logits=F32, terms=False, gradient=False, chunk=True, bounds=(14, 8, 16, 13)),
+    "chunk, four processes": Case(run="parts", logits=F32, chunk=True, bounds=(14, 8, 16, 13)),
+    "chunk, four processes, exact KL, entropy": Case(
+        run="parts", logits=F32, options=PENALTIES, chunk=True, bounds=(30, 20, 30, 20)
+    ),
     "chunk, entries, bf16": Case(run="entries", logits=F32, chunk=True, bounds=(30, 0, 24, 0)),
     "chunk, entries, fp32": Case(run="entries", logits=F32, grads=F32, chunk=True, bounds=(26, 0, 27, 0)),
     "chunk, entries, exact KL, entropy": Case(
@@ -225,6 +230,10 @@ def launch(case: Case) -> None:
     elif case.run == "entries":
         _launch_entries(problem, stats, terms[3:], case.grads)
     elif case.run == "gradient":
+        rows.launch_gradient(problem, stats, terms[3:], grads, stats, 1)
+    elif case.run == "parts":
+        sums = torch.stack([parts.slices(problem)] * 4)
+        parts.combine(problem, sums, ids >= 0, stats, terms)
         rows.launch_gradient(problem, stats, terms[3:], grads, stats, 1)
     else:
         sums = torch.zeros(6, ROWS, 4)

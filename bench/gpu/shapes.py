@@ -41,7 +41,7 @@ FULL = Shapes(
     long_response=1_000_000,
     long_width=1024,
     exact=(256, 512, 32_000),
-    chunks=(512, 1024, 2048, 4096),
+    chunks=(1024, 1664, 2048, 4096, 8192),
     rounds=20,
 )
 SMALL = Shapes(

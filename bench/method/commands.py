@@ -1,7 +1,7 @@
 """The method's own claims, at a size that a CPU can run: `python -m bench.method all`, then `... show`.
 
 Results go to bench/results/method/: tree.json, runs.jsonl (a line a run; a second call goes on where the first
-stopped), the pictures, and results.md with the tables. `show` makes the last two from the JSON.
+stopped), judge.json, the pictures, and results.md with the tables. `show` makes the last two from the JSON.
 """
 
 from __future__ import annotations
@@ -16,15 +16,20 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from prefixloss.integrations import installed
 from prefixloss.io.files import write_whole
 
+from . import judge as method_judge
 from . import runs as method_runs
 from . import same as method_same
+from . import same_verl
 from . import show as method_show
 from . import tree as method_tree
 
 DIRECTORY = Path(__file__).parents[1] / "results" / "method"
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+# a run of each trainer, and the oldest version it is for
+SAME = {"trl": (method_same.run, "1.9"), "verl": (same_verl.run, "0.9")}
 Where = Annotated[Path, typer.Option(help="Directory of the results.")]
 
 
@@ -65,12 +70,27 @@ def train(
         seeds = sorted({seed for _, seed in todo})
         if any(condition.taught for condition, _ in todo):
             pool.submit(method_runs.teacher, work).result()
+        if any(condition.judged for condition, _ in todo):
+            pool.submit(method_runs.trained_judge, work).result()
         starts = dict(zip(seeds, pool.map(method_runs.warm, seeds, [work] * len(seeds)), strict=True))
         bar = progress.add_task("runs", total=len(todo))
         for finished in as_completed([pool.submit(method_runs.run, c, seed, starts[seed]) for c, seed in todo]):
             done.append(finished.result())
             write_runs(path, done)
             progress.advance(bar)
+
+
+@app.command()
+def judge(
+    out: Where = DIRECTORY,
+    work: Annotated[Path, typer.Option(help="Where the models are kept.")] = Path("runs/method"),
+) -> None:
+    """Judges beside the exact check: rollouts, and what was trained on their labels. Minutes."""
+    for directory in (work, out):
+        directory.mkdir(parents=True, exist_ok=True)
+    model, writer = method_runs.teacher(work), method_runs.writer(work)
+    record = method_judge.measure(work, model, writer, method_runs.WRITER)
+    write_whole(out / "judge.json", lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
@@ -86,19 +106,43 @@ def write_runs(path: Path, runs: list[dict[str, Any]]) -> None:
 @app.command()
 def show(out: Where = DIRECTORY) -> None:
     """Tables and pictures from what was measured."""
-    text = method_show.write(out, json.loads((out / "tree.json").read_text()), read_runs(out / "runs.jsonl"))
+    judges = out / "judge.json"
+    text = method_show.write(
+        out,
+        json.loads((out / "tree.json").read_text()),
+        read_runs(out / "runs.jsonl"),
+        json.loads(judges.read_text()) if judges.exists() else None,
+    )
     print(text)
 
 
 @app.command()
 def same(
     out: Where = DIRECTORY,
+    trainers: Annotated[
+        list[str] | None, typer.Option("--trainer", help=f"Of {', '.join(SAME)}. [those installed]")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=2, help="Runs of each loss.")] = 4,
     steps: Annotated[int, typer.Option(min=2, help="Of a run.")] = 200,
     workers: Annotated[int, typer.Option(min=1, help="Processes, with a thread each.")] = 2,
 ) -> None:
-    """TRL's own loss beside ours in the same runs; needs the "trl" extra. Minutes."""
-    print(method_same.write(out, method_same.measure(seeds, steps, workers)))
+    """A trainer's own loss beside ours in the same runs; needs the extra "trl" or "verl". Minutes."""
+    records = {}
+    for name in trainers or list(SAME):
+        if name not in SAME:
+            raise typer.BadParameter(f"--trainer: got {name!r}, expected one of {', '.join(SAME)}")
+        run, first = SAME[name]
+        try:
+            installed.check_version(name, first)
+        except ImportError as missing:
+            if trainers:
+                raise typer.BadParameter(str(missing)) from missing
+            typer.echo(f"{missing}; what is in {out} of it stays", err=True)
+        else:
+            records[name] = method_same.measure(run, seeds, steps, workers)
+    if not records:
+        raise typer.BadParameter("got no trainer installed, expected one of " + ", ".join(SAME))
+    print(method_same.write(out, records))
 
 
 @app.command("all")
@@ -106,4 +150,5 @@ def everything(out: Where = DIRECTORY, workers: Annotated[int, typer.Option(min=
     """All of it."""
     tree(out)
     train(None, out, workers=workers)
+    judge(out)
     show(out)

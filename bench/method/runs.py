@@ -35,6 +35,8 @@ from prefixloss.rl.report import Report
 from prefixloss.rl.rollouts import Checked, Sampled
 from prefixloss.rl.start import frozen, open_problems, open_teacher, warm_start
 
+from . import judge as method_judge
+
 # a sixth of the demo's rollouts: a run takes about a minute on one core
 SMALL = Config(updates=40, prompts=16, eval_every=10, eval_problems=64, eval_samples=8, k=4, lr_warmup=10)
 # makes what judges the responses of a run, for a seed
@@ -122,6 +124,9 @@ def leaving_out() -> Iterator[None]:
         yield
 
 
+JUDGED = "prm:judge"  # stands for the directory of the trained judge
+
+
 @dataclass(frozen=True)
 class Condition:
     """One line of a comparison: options of `Config` over SMALL, and a judge."""
@@ -141,6 +146,11 @@ class Condition:
         return "distill_from" in self.options
 
     @property
+    def judged(self) -> bool:
+        """Whether the trained judge finds the first errors."""
+        return self.options.get("detector") == JUDGED
+
+    @property
     def key(self) -> str:
         """What the run does, whatever it is called: equal runs of two comparisons are made once."""
         options = {**{"advantage": "vppo", "alpha": SMALL.alpha, "shorten": SMALL.shorten}, **self.options}
@@ -154,7 +164,7 @@ class Condition:
 AUTO = round(resolved("auto", torch.bfloat16), 5)
 MUCH = round(100 * AUTO, 5)
 # seeds of each comparison
-SEEDS = {"compare": 10, "inflation": 5, "alpha": 5, "noise": 5, "teacher": 10, "tolerance": 10}
+SEEDS = {"compare": 10, "inflation": 5, "alpha": 5, "noise": 5, "teacher": 10, "tolerance": 10, "judge": 10}
 EXPERIMENTS: dict[str, list[Condition]] = {
     "compare": [
         Condition("VPPO"),
@@ -193,9 +203,18 @@ EXPERIMENTS: dict[str, list[Condition]] = {
         Condition("auto, both", {"gradient_tolerance": AUTO, "head_gradient_tolerance": AUTO}),
         Condition("100 x auto, both", {"gradient_tolerance": MUCH, "head_gradient_tolerance": MUCH}),
     ],
+    "judge": [
+        Condition("exact check"),
+        Condition("trained judge", {"detector": JUDGED, "steps": "lines"}),
+        Condition("own rollouts", {"detector": "rollouts", "steps": "lines", "continuations": 4}),
+        Condition("GRPO", {"advantage": "grpo"}),
+    ],
 }
 # the teacher: another model of the policy's size, on written solutions for longer
 STRONGER = replace(SMALL, seed=1000, warm_steps=1500, warm_loss=0.03)
+
+# whose responses the judge is trained on: a policy as those of the runs start from, of a seed that no run has
+WRITER = replace(SMALL, seed=2000)
 
 
 def warm(seed: int, directory: Path) -> Path:
@@ -214,6 +233,22 @@ def teacher(directory: Path) -> Path:
     return path
 
 
+def trained_judge(directory: Path) -> Path:
+    """The directory of the judge that all judged runs have, made once."""
+    return method_judge.trained(directory, teacher(directory), writer(directory), WRITER)
+
+
+def writer(directory: Path) -> Callable[[], Policy]:
+    """Makes the policy whose responses the judge is trained on."""
+
+    def make() -> Policy:
+        policy = tiny_policy(WRITER.hidden_size, WRITER.layers)
+        policy.model.load_state_dict(torch.load(warm(WRITER.seed, directory), weights_only=True))
+        return policy
+
+    return make
+
+
 def _started(config: Config) -> Policy:
     """A new policy after its time on written solutions."""
     torch.manual_seed(config.seed)
@@ -228,7 +263,9 @@ def run(condition: Condition, seed: int, start: Path, base: Config = SMALL) -> d
     began = time.perf_counter()
     torch.set_num_threads(1)
     beside: dict[str, Any] = {"teacher": str(teacher(start.parent))} if condition.taught else {}
-    config = replace(base, seed=seed, **beside, **condition.options)
+    if condition.judged:
+        beside["detector"] = f"prm:{trained_judge(start.parent)}"
+    config = replace(base, seed=seed, **{**condition.options, **beside})
     problems, held_out = open_problems(config)
     policy = tiny_policy(config.hidden_size, config.layers)
     policy.model.load_state_dict(torch.load(start, weights_only=True))

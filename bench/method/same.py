@@ -1,4 +1,4 @@
-"""Same loss, same run: TRL's GRPO trainer with its own loss beside ours, step by step from the same start.
+"""Same loss, same run: a trainer's own loss beside ours, step by step from the same start; here TRL's GRPO trainer.
 
 Both sample with the same random numbers. Two sums in another order differ in the last bit, and training carries that
 on; were a formula different, the first step would show it.
@@ -12,6 +12,7 @@ import statistics
 import string
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +22,7 @@ from prefixloss.io.files import write_whole
 
 from .show import interval
 
-WHO = ("trl", "ours")
+WHO = ("theirs", "ours")
 PROMPTS = ["1 + 2 = 3\n", "so it is 4.\n", "What is 7 - 3?", "Step 1: 5 + 5 = 10\n"]
 COMMAND = "python -m bench.method same"
 _KEPT = ("loss", "grad_norm", "reward")  # of a log; rewards are in those of steps that sample
@@ -55,12 +56,23 @@ def tokenizer() -> Any:
     )
 
 
+def model_of(words: Any) -> Any:
+    """A tiny Llama with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+
+    shape = LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(shape)
+
+
 def run(who: str, seed: int, steps: int) -> Curves:
     """GRPO from one random start a seed: two passes over each batch, so that ratios leave 1, and a KL."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch  # noqa: PLC0415
     from datasets import Dataset  # noqa: PLC0415
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+    from transformers import LlamaForCausalLM  # noqa: PLC0415
     from trl import GRPOConfig, GRPOTrainer  # noqa: PLC0415
 
     from prefixloss.integrations.trl import PrefixGRPOTrainer  # noqa: PLC0415
@@ -68,12 +80,8 @@ def run(who: str, seed: int, steps: int) -> Curves:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     words = tokenizer()
-    shape = LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(shape).save_pretrained(f"{folder}/model")  # TRL looks for its reference there
+        model_of(words).save_pretrained(f"{folder}/model")  # TRL looks for its reference there
         model = LlamaForCausalLM.from_pretrained(f"{folder}/model")
         settings = GRPOConfig(
             output_dir=folder, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
@@ -85,7 +93,7 @@ def run(who: str, seed: int, steps: int) -> Curves:
             "train_dataset": Dataset.from_dict({"prompt": PROMPTS * 4}),
         }  # fmt: skip
         ours: dict[str, Any] = {"advantage": "grpo", "fused_loss": True}
-        trainer = GRPOTrainer(**given) if who == "trl" else PrefixGRPOTrainer(**given, **ours)
+        trainer = GRPOTrainer(**given) if who == "theirs" else PrefixGRPOTrainer(**given, **ours)
         flat = lambda: torch.nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone()
         start, began = flat(), time.perf_counter()
         trainer.train()
@@ -114,12 +122,12 @@ def difference(theirs: Curves, ours: Curves) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(seeds: int, steps: int, workers: int) -> list[dict[str, Any]]:
-    """A record a seed."""
+def measure(run: Callable[[str, int, int], Curves], seeds: int, steps: int, workers: int) -> list[dict[str, Any]]:
+    """A record a seed. run: who, seed and steps to its curves."""
     jobs = [(who, seed, steps) for seed in range(seeds) for who in WHO]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         made = dict(zip([job[:2] for job in jobs], pool.map(run, *zip(*jobs, strict=True)), strict=True))
-    return [{"seed": seed, **difference(made["trl", seed], made["ours", seed])} for seed in range(seeds)]
+    return [{"seed": seed, **difference(made["theirs", seed], made["ours", seed])} for seed in range(seeds)]
 
 
 _ROWS = {
@@ -133,17 +141,41 @@ _ROWS = {
 }
 
 
-def page(records: list[dict[str, Any]]) -> str:
-    """The table, a seed a column; the last one has the mean and its 95 % t interval."""
-    seeds = [str(record["seed"]) for record in records]
+ABOUT = {
+    "trl": """## TRL
+
+TRL's GRPO trainer (`loss_type="dapo"`, a KL, two passes a batch) with its own loss, and with ours
+(`PrefixGRPOTrainer`, `advantage="grpo"`, `fused_loss=True`).""",
+    "verl": """## verl
+
+verl's own functions for GRPO in one loop: log-probs and entropies from logits, `grpo` advantages, the `vanilla` loss
+(clipped at 0.2 and 0.28, dual clip at 3), `kl_penalty` and `agg_loss`, two passes a batch. Ours: `fused_logps` from
+hidden states, `neutral_prefix` advantages, which without a first error are GRPO's, and the loss `prefix_clip`, from
+verl's registries; KL and entropy terms are verl's of our log-probs. verl adds 1e-6 to the deviation that it divides
+advantages by, and ours nothing: the gradients differ by about 2e-6. Training carries differences on, so that the worst
+steps are late ones.""",
+}
+
+
+def page(records: dict[str, list[dict[str, Any]]]) -> str:
+    """A table a trainer."""
+    steps = next(iter(records.values()))[0]["steps"]
     lines = [
         "# Same loss, same run",
         "",
-        'TRL\'s GRPO trainer (`loss_type="dapo"`, a KL, two passes a batch) with its own loss, and with ours',
-        '(`PrefixGRPOTrainer`, `advantage="grpo"`, `fused_loss=True`):',
-        f"{records[0]['steps']} steps from the same start with the same random numbers, a tiny Llama in float32 on a",
-        f"CPU. `{COMMAND}` makes this page.",
-        "",
+        f"{steps} steps from the same start with the same random numbers, a tiny Llama in float32 on a CPU.",
+        f"`{COMMAND}` makes this page.",
+    ]
+    for trainer, about in ABOUT.items():
+        if trainer in records:
+            lines += ["", about, "", *table(records[trainer])]
+    return "\n".join(lines) + "\n"
+
+
+def table(records: list[dict[str, Any]]) -> list[str]:
+    """A seed a column; the last one has the mean and its 95 % t interval."""
+    seeds = [str(record["seed"]) for record in records]
+    lines = [
         f"| | {' | '.join('seed ' + seed for seed in seeds)} | mean, 95 % interval |",
         "|---" * (len(seeds) + 2) + "|",
     ]
@@ -153,13 +185,15 @@ def page(records: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {label} | {' | '.join(map(form.format, values))} | {form.format(mean)} ± {form.format(half)} |"
         )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
-def write(out: Path, records: list[dict[str, Any]]) -> str:
-    """same.json and same.md in the directory; returns the page."""
+def write(out: Path, records: dict[str, list[dict[str, Any]]]) -> str:
+    """same.json and same.md in the directory, with the records of trainers that are there and not given; the page."""
+    path = out / "same.json"
+    records = {**(json.loads(path.read_text()) if path.exists() else {}), **records}
     text = page(records)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "same.json", lambda file: file.write((json.dumps(records, indent=1) + "\n").encode()))
+    write_whole(path, lambda file: file.write((json.dumps(records, indent=1) + "\n").encode()))
     write_whole(out / "same.md", lambda file: file.write(text.encode()))
     return text

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from prefixloss.io.files import write_whole
 
+from . import judge as method_judge
 from . import runs as method_runs
 from . import tree as method_tree
 
@@ -44,7 +45,7 @@ def at_end(runs: Iterable[Run], metric: str) -> list[float]:
     return [run["curve"][-1][metric] for run in runs]
 
 
-def write(directory: Path, tree: dict[str, Any], runs: Sequence[Run]) -> str:
+def write(directory: Path, tree: dict[str, Any], runs: Sequence[Run], judges: dict[str, Any] | None = None) -> str:
     """Writes the pictures and results.md into the directory; returns the latter's text."""
     done = [name for name in method_runs.EXPERIMENTS if complete(name, runs)]
     pictures = {"tree": draw_tree(tree)}
@@ -52,14 +53,20 @@ def write(directory: Path, tree: dict[str, Any], runs: Sequence[Run]) -> str:
         "compare": partial(draw_curves, name="compare"), "inflation": draw_inflation, "alpha": draw_alpha,
         "noise": draw_noise, "teacher": partial(draw_curves, name="teacher"),
         "tolerance": partial(draw_curves, name="tolerance"),
+        "judge": partial(draw_curves, name="judge"),
     }  # fmt: skip
     pictures |= {name: draw[name](runs) for name in done}
+    if judges is not None:
+        pictures["judges"] = draw_judges(judges)
     for name, figure in pictures.items():
         image = BytesIO()
         FigureCanvasAgg(figure)
         figure.savefig(image, dpi=110, format="png")
         write_whole(directory / f"{name}.png", lambda file, image=image: file.write(image.getvalue()))  # type: ignore[misc]
-    text = "\n\n".join([HEAD, tree_table(tree), *(table(name, runs) for name in done)]) + "\n"
+    tables = [tree_table(tree), *(table(name, runs) for name in done)]
+    if judges is not None:
+        tables.append(method_judge.table(judges))
+    text = "\n\n".join([HEAD, *tables]) + "\n"
     write_whole(directory / "results.md", lambda file: file.write(text.encode()))
     return text
 
@@ -102,6 +109,7 @@ _TITLES = {
     "noise": "A detector that errs",
     "teacher": "A teacher beside the advantages, and alone",
     "tolerance": "A gradient tolerance",
+    "judge": "Who finds the first errors",
 }
 # columns of differences in pass@1, seed by seed: what they are called, to which condition, with which sign
 _GAPS = {
@@ -109,6 +117,7 @@ _GAPS = {
     "noise": [("pass@1 over GRPO", "GRPO", 1)],
     "teacher": [("pass@1 over VPPO", "VPPO", 1)],
     "tolerance": [("pass@1 over VPPO", "VPPO", 1)],
+    "judge": [("pass@1 over GRPO", "GRPO", 1), ("over the exact check", "exact check", 1)],
 }
 
 
@@ -231,6 +240,34 @@ def draw_curves(runs: Sequence[Run], name: str) -> Figure:
     axes[0].legend(frameon=False, fontsize=8)
     seeds = method_runs.SEEDS[name]
     figure.suptitle(f"Built-in task: gain since the common start, {seeds} seeds, 95 % intervals", fontsize=11)
+    return figure
+
+
+SURE = 10  # finds, below which a share of right ones says little
+
+
+def draw_judges(judges: dict[str, Any]) -> Figure:
+    """Where they put the first error of wrong responses, and how sure they are when they are right."""
+    figure, (places, sure) = _figure(2, width=12.0, height=3.9)
+    names, left = list(judges["judges"]), [0.0] * len(judges["judges"])
+    for i, kind in enumerate(("exact", "earlier", "later", "none found")):
+        shares = [100 * s["shares"][kind] * judges["responses"] / judges["wrong"] for s in judges["judges"].values()]
+        if kind == "exact":  # right responses that are left alone count as exact, too
+            shares = [100 * s["exact_among_wrong"] for s in judges["judges"].values()]
+        places.barh(names, shares, left=left, color=_COLOURS[i], label=kind)
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    places.invert_yaxis()
+    places.set_xlabel("share of wrong responses (%)")
+    places.legend(frameon=False, fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.3, 1.0))
+    sure.plot([0, 1], [0, 1], ":", color="0.4")
+    for i, (name, scores) in enumerate(judges["judges"].items()):
+        bins = [b for b in scores["reliability"] if b["verdicts"] >= SURE]
+        mean, right = [b["confidence"] for b in bins], [b["right"] / b["verdicts"] for b in bins]
+        sure.plot(mean, right, color=_COLOURS[i], marker=_MARKERS[i], markersize=4, label=name)
+    sure.set_xlabel(f"confidence of a find, bins of {SURE} and more")
+    sure.set_ylabel("share that is exact")
+    sure.set(xlim=(0, 1.02), ylim=(0, 1.05))
+    sure.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 
 

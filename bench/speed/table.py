@@ -152,8 +152,8 @@ def _cell(case: dict[str, Any], name: str) -> str:
     return text if times_floor is None else f"{text} ({times_floor:.2f})"
 
 
-def distilled(rows: list[dict[str, Any]], title: str) -> Grid:
-    """What `distill.measure` found."""
+def in_turns(rows: list[dict[str, Any]], title: str, base: str) -> Grid:
+    """What `turns.measure` found beside the method that is called `base` here."""
     cells: list[tuple[str, ...]] = [
         (
             row["method"], f"{1e3 * row['seconds']:,.1f}", f"{row['times_the_floor']:.2f}",
@@ -163,7 +163,7 @@ def distilled(rows: list[dict[str, Any]], title: str) -> Grid:
         if "error" not in row
     ]  # fmt: skip
     notes = [f"{row['method']}: {row['error']}" for row in rows if "error" in row]
-    return Grid(title, ("method", "both\nms", "it /\nfloor", "peak\nMiB"), cells, notes)
+    return Grid(title, ("method", "both\nms", f"it /\n{base}", "peak\nMiB"), cells, notes)
 
 
 def kept_entries(rows: list[dict[str, float]]) -> Grid:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from prefixloss.advantages.first_error import cliff, from_first_error, mixed, neutral_prefix, rts, vppo
 from prefixloss.advantages.outcomes import grpo, opo, reinforce_pp, reinforce_pp_baseline, rloo, varied
 from prefixloss.advantages.table import ALIASES, BY_NAME, OF_RESPONSES, Outcome, assign, named, needs, splits
+from prefixloss.advantages.turns import turn_level
 from prefixloss.advantages.values import gae, value_loss
 from prefixloss.inputs.token_advantages import TokenAdvantages
 
@@ -44,6 +45,7 @@ __all__ = [
     "rloo",
     "rts",
     "splits",
+    "turn_level",
     "value_loss",
     "varied",
     "vppo",

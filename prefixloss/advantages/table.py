@@ -1,4 +1,5 @@
-"""Advantages by name, for command lines, registries and trainers. Those of a value head (`gae`) are called directly."""
+"""Advantages by name, for command lines, registries and trainers. Those of a value head (`gae`) and of turns
+(`turn_level`) are called directly."""
 
 from __future__ import annotations
 

@@ -34,9 +34,9 @@ def gae(
     gamma, lam = check.number("gamma", gamma, 0.0, 1.0), check.number("lam", lam, 0.0, 1.0)
     layout = Layout.of(values.shape, values.device, mask, cu_seqlens)
     v = values.detach().reshape(-1).double()
-    layout.check_finite("values", v)
+    layout.check_finite(values=v)
     r = _by_token(rewards, values, layout, first_error)
-    layout.check_finite("rewards", r)
+    layout.check_finite(rewards=r)
     response, rank = layout.response_of_token("values"), layout.rank()
     lengths = layout.lengths("values")
     width = int(lengths.max()) if len(lengths) else 0

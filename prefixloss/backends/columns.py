@@ -25,6 +25,19 @@ _LOWEST = -1e30
 _LARGEST = 1e37
 
 
+class Collective(NamedTuple):
+    """What the processes are adding up; on one process it is there."""
+
+    total: Tensor
+    work: Any = None
+
+    def wait(self) -> Tensor:
+        """The sum, before which nothing may be done with `total`; on a GPU it is the stream that waits."""
+        if self.work is not None:
+            self.work.wait()
+        return self.total
+
+
 @dataclass(frozen=True)
 class Columns:
     """All of the vocabulary is here: `vocabulary` columns, and perhaps padding behind them."""
@@ -51,6 +64,10 @@ class Columns:
         """logits [.., V] without their padding."""
         return logits if logits.shape[-1] == self.columns else logits[..., : self.columns]
 
+    def local(self, tokens: Tensor) -> Tensor:
+        """Each target's column here; -1 for another process's."""
+        return tokens
+
     def stats(self, scores: Tensor, tokens: Tensor, probs: Tensor, ref_scores: Tensor | None) -> RowStats:
         return softmax.row_stats(scores, tokens, probs, ref_scores)
 
@@ -63,8 +80,13 @@ class Columns:
     ) -> None:  # fmt: skip
         softmax.logit_gradient_(probs, tokens, stats, coefficients, transform, ref_scores)
 
+    def begin_sum(self, shares: Tensor) -> Collective:
+        """Adds up, over the processes, what each of them has of a gradient of the hidden states; shares may become
+        the sum."""
+        return Collective(shares)
+
     def sum_(self, x: Tensor | None) -> None:
-        """Adds up, over the processes, what each of them has of a gradient of the hidden states."""
+        """As `begin_sum`, at once and in place."""
 
 
 class _Sums(NamedTuple):
@@ -127,15 +149,32 @@ class Shard(Columns):
     def logits(self, logits: Tensor) -> Tensor:
         return super().logits(logits) if self.columns else _never(logits[..., :1])
 
+    def begin_sum(self, shares: Tensor) -> Collective:
+        total = shares.contiguous()
+        return Collective(total, torch.distributed.all_reduce(total, group=self.group, async_op=True))
+
     def sum_(self, x: Tensor | None) -> None:
         if x is not None:
-            torch.distributed.all_reduce(x, group=self.group)
+            total = self.begin_sum(x).wait()
+            if total is not x:
+                x.copy_(total)
+
+    def local(self, tokens: Tensor) -> Tensor:
+        here, target = self._target(tokens)
+        return torch.where(here, target, -1)
+
+    def begin_gather(self, mine: Tensor) -> Collective:
+        """Every process's `mine` [..], [processes, ..], by one all-reduce in which each fills a place of its own."""
+        rank, size = torch.distributed.get_rank(self.group), torch.distributed.get_world_size(self.group)
+        packed = mine.new_zeros(size, *mine.shape)
+        packed[rank] = mine
+        return self.begin_sum(packed)
 
     def stats(self, scores: Tensor, tokens: Tensor, probs: Tensor, ref_scores: Tensor | None) -> RowStats:
         """As `softmax.row_stats`; `total` is what this process's part of probs is to be divided by."""
         here, target = self._target(tokens)
         sums = self._sums(scores, here, target, probs, ref_scores)
-        parts = self._gathered(sums)
+        parts = _Sums(*self.begin_gather(torch.stack(sums)).wait().unbind(1))
         top = parts.top.amax(0)
         shrink = torch.exp(parts.top - top)
         others = (parts.others * shrink).sum(0)
@@ -210,14 +249,6 @@ class Shard(Columns):
                 sums.ref_top[rows] = r.amax(1).clamp(min=_LOWEST)
                 sums.ref_total[rows] = torch.exp(r - sums.ref_top[rows, None]).sum(1)
         return sums
-
-    def _gathered(self, sums: _Sums) -> _Sums:
-        """Every process's sums, [processes, n] each, by one all-reduce in which each fills a place of its own."""
-        rank, size = torch.distributed.get_rank(self.group), torch.distributed.get_world_size(self.group)
-        packed = sums.top.new_zeros(size, len(_Sums._fields), len(sums.top))
-        packed[rank] = torch.stack(sums)
-        torch.distributed.all_reduce(packed, group=self.group)
-        return _Sums(*packed.unbind(1))
 
 
 def _never(x: Tensor) -> Tensor:

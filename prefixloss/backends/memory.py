@@ -57,7 +57,11 @@ def most_rows(tokens: int, bytes_per_row: int, device: torch.device, worth: int)
     """Rows that a chunk may have, in whole tiles where it holds one: what is in the budget, and `worth` if nobody set
     one."""
     least = 1 if "PREFIXLOSS_MEMORY" in os.environ else worth
-    most = max(least, rows_in_budget(tokens, bytes_per_row, device))
+    return whole_tiles(max(least, rows_in_budget(tokens, bytes_per_row, device)))
+
+
+def whole_tiles(most: int) -> int:
+    """As many rows, or the whole tiles among them where they hold one."""
     return most if most < TILE else most // TILE * TILE
 
 

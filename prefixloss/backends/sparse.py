@@ -13,6 +13,8 @@ from torch import Tensor
 
 # numbers of a product that is made at a time: 64 MiB of float32
 _AT_ONCE = 2**24
+# and of one that is added up at once: 4 MiB, still in the cache
+_IN_CACHE = 2**20
 
 
 class Entries(NamedTuple):
@@ -29,6 +31,11 @@ class Entries(NamedTuple):
         """The transpose."""
         order = torch.sort(self.column, stable=True).indices
         return Entries(self.column[order], self.row[order], self.value[order])
+
+    def only_their_rows(self) -> tuple[Tensor, Entries]:
+        """The rows that have entries, and these with the places of their rows among them."""
+        rows, place = torch.unique_consecutive(self.row, return_inverse=True)
+        return rows, Entries(place, self.column, self.value)
 
     def split(self, sizes: list[int]) -> Iterator[Entries]:
         return (Entries(*x) for x in zip(*(x.split(sizes) for x in self), strict=True))
@@ -77,6 +84,19 @@ def add_transposed(total: Tensor, entries: Entries, matrix: Tensor) -> None:
         summed = _summed(Entries(part.row - start, part.column, part.value), len(some), matrix)
         # index_add_ would sort the columns again
         total.index_copy_(0, some, summed.add_(total.index_select(0, some)))
+
+
+def put_transposed(total: Tensor, entries: Entries, matrix: Tensor) -> None:
+    """total [V, D] = `transposed_product`, where total is 0 so far and may be of a smaller dtype, to which sums are
+    rounded. It is only written: to read new memory before it is written costs a CPU more than the product."""
+    turned = entries.by_column()
+    step = max(1, _IN_CACHE // matrix.shape[1])
+    ends = torch.searchsorted(turned.row, torch.arange(0, len(total) + step, step, device=matrix.device)).tolist()
+    for at, rows in enumerate(total.split(step)):
+        here = slice(ends[at], ends[at + 1])
+        if ends[at] < ends[at + 1]:
+            part = Entries(turned.row[here] - at * step, turned.column[here], turned.value[here])
+            rows.copy_(_summed(part, len(rows), matrix))
 
 
 def dots(row: Tensor, column: Tensor, hidden: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:

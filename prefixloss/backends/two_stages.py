@@ -41,9 +41,8 @@ def loss(statistics: Callable[[Tensor], Statistics], batch: Batch, config: LossC
     needed = batch.computed
     if config.of_responses is not None:
         # of all the response's scored tokens, the ones that do not learn included
-        response = batch.layout.response_of_token(config.of_responses)
         of_response = batch.layout.sum_by_response(needed.float(), config.of_responses) > 0
-        needed = batch.layout.scored & of_response[response]
+        needed = batch.layout.scored & batch.layout.spread(of_response, config.of_responses)
     if config.of_batch or batch.by_batch:
         needed = batch.layout.scored
     logp, entropy, exact_kl = statistics(needed)
@@ -72,5 +71,4 @@ def _mean_log_ratio(batch: Batch, given: Given, logp: Tensor) -> Tensor:
     """log s of GSPO, [N]: the mean of logp - old_logp over the response's scored tokens."""
     argument = 'ratio_level="sequence"'
     total = batch.layout.sum_by_response(token_log_ratio(given, logp), argument)
-    mean = total / batch.layout.lengths(argument).clamp(min=1)
-    return mean[batch.layout.response_of_token(argument)]
+    return batch.layout.spread(total / batch.layout.lengths(argument).clamp(min=1), argument)

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefixloss import check
 from prefixloss.detect.base import Detector
-from prefixloss.io.endpoint import Address
+from prefixloss.io.address import Address
 
 _CLASSES = {
     "brackets": "puzzles.brackets.Brackets",

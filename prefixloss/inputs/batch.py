@@ -118,11 +118,11 @@ class TokenInputs:
         advantages, in_prefix = self._advantages(layout)
         given = Given(
             advantages.detach().to(dtype),
-            self._logps("old_logps", layout, dtype),
-            self._logps("sampler_logps", layout, dtype, missing=config.sampler_missing is not None),
-            self._logps("ref_logps", layout, dtype),
+            self._logps("old_logps", dtype),
+            self._logps("sampler_logps", dtype),
+            self._logps("ref_logps", dtype),
         )
-        layout.check_finite("advantages", given.advantages)
+        _check_finite(layout, given, config.sampler_missing is not None)
         weights, denominator = token_weights(config, layout, self.group_ids, self.normalizer, dtype)
 
         there = tuple(x is not None for x in (given.old_logps, given.sampler_logps, given.ref_logps))
@@ -135,7 +135,7 @@ class TokenInputs:
             if traits.by_response:
                 # a token's loss may follow any token of its response
                 of_response = layout.sum_by_response(learning.float(), "objective") > 0
-                learning = layout.scored & of_response[layout.response_of_token("objective")]
+                learning = layout.scored & layout.spread(of_response, "objective")
         return Batch(
             layout=layout,
             tokens=self.tokens.reshape(-1).long().contiguous(),
@@ -150,17 +150,15 @@ class TokenInputs:
             by_batch=traits.by_batch,
         )
 
-    def _logps(self, name: str, layout: Layout, dtype: torch.dtype, missing: bool = False) -> Tensor | None:
-        """Recorded log-probs, [N]. missing: whether they may be NaN."""
+    def _logps(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """Recorded log-probs, [N]."""
         value: Tensor | None = getattr(self, name)
         if value is None:
             return None
         check.tensor(name, value, "float")
         check.shape(name, value, self.tokens.shape, "the shape of tokens")
         check.device(name, value, self.tokens.device)
-        flat = value.detach().reshape(-1).to(dtype)
-        layout.check_finite(name, flat.nan_to_num(0.0, math.inf, -math.inf) if missing else flat)
-        return flat
+        return value.detach().reshape(-1).to(dtype)
 
     def _advantages(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """The advantage of every token, [N], and which tokens lie in a good prefix."""
@@ -176,7 +174,17 @@ class TokenInputs:
             wants = f"[B], the shape of tokens {list(shape)}, or TokenAdvantages"
             check.fail("advantages", f"shape {list(a.shape)}", wants)
         check.shape("advantages", a, (layout.responses("advantages"),), "[B]")
-        return a[layout.response_of_token("advantages")], nowhere
+        return layout.spread(a, "advantages"), nowhere
+
+
+def _check_finite(layout: Layout, given: Given, missing: bool) -> None:
+    """missing: whether a sampler's log-prob may be NaN."""
+    sampler = given.sampler_logps
+    if missing and sampler is not None:
+        sampler = sampler.nan_to_num(0.0, math.inf, -math.inf)
+    layout.check_finite(
+        old_logps=given.old_logps, sampler_logps=sampler, ref_logps=given.ref_logps, advantages=given.advantages
+    )
 
 
 def _check_needed_data(config: LossConfig, given: dict[str, Any], exact_reference: tuple[str, ...]) -> None:

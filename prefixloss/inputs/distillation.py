@@ -78,7 +78,7 @@ class TokensToDistil(NamedTuple):
         check.shape("weights", self.weights, shape, "the shape of the tokens")
         check.device("weights", self.weights, device)
         weights = self.weights.detach().reshape(-1).to(dtype)
-        layout.check_finite("weights", weights)
+        layout.check_finite(weights=weights)
         learning = layout.scored & (weights != 0)
         return DistillBatch(layout, torch.where(learning, reduced * weights, 0.0), denominator, learning)
 

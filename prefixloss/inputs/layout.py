@@ -13,7 +13,8 @@ from prefixloss import check
 
 @dataclass(frozen=True)
 class Layout:
-    """scored: bool [N], the tokens in `mask`. offsets: int64 [B + 1], None for packed input without cu_seqlens.
+    """scored: bool [N], the tokens in `mask`. offsets: int64 [B + 1] of packed input with cu_seqlens. padded: (B, T) of
+    padded input.
 
     group: processes that have a part of every response each, in the order of their ranks; None if all is here. What is
     asked of a response is then asked of all of it, by a collective.
@@ -22,6 +23,7 @@ class Layout:
     scored: Tensor
     offsets: Tensor | None
     group: Any = None
+    padded: tuple[int, int] | None = None
 
     @classmethod
     def of(
@@ -40,9 +42,8 @@ class Layout:
         else:
             scored = mask.reshape(-1).to(device=device, dtype=torch.bool)
         if len(shape) == 2:
-            offsets: Tensor | None = torch.arange(shape[0] + 1, device=device) * shape[1]
-        else:
-            offsets = None if cu_seqlens is None else in_bounds(cu_seqlens.to(device=device, dtype=torch.int64), tokens)
+            return cls(scored, None, group, (shape[0], shape[1]))
+        offsets = None if cu_seqlens is None else in_bounds(cu_seqlens.to(device=device, dtype=torch.int64), tokens)
         return cls(scored, offsets, group)
 
     @property
@@ -50,7 +51,9 @@ class Layout:
         return self.scored.shape[0]  # not its len: a compiler would take that for a constant
 
     def starts(self, argument: str) -> Tensor:
-        """`offsets`, or the error that `argument` needs them."""
+        """int64 [B + 1]: where responses begin and the last one ends, or the error that `argument` needs it."""
+        if self.padded is not None:
+            return torch.arange(self.padded[0] + 1, device=self.scored.device) * self.padded[1]
         if self.offsets is None:
             raise ValueError(
                 f"{argument}: is per response, got packed input without cu_seqlens, expected cu_seqlens [B + 1]"
@@ -59,7 +62,13 @@ class Layout:
 
     def responses(self, argument: str) -> int:
         """B, or the error that `argument` needs it."""
-        return self.starts(argument).shape[0] - 1
+        return self.starts(argument).shape[0] - 1 if self.padded is None else self.padded[0]
+
+    def spread(self, values: Tensor, argument: str) -> Tensor:
+        """[B] -> [N]: for every token its response's."""
+        if self.padded is None:
+            return values[self.response_of_token(argument)]
+        return values[:, None].expand(self.padded).flatten()
 
     def response_of_token(self, argument: str) -> Tensor:
         """int64 [N]: the response each token belongs to."""
@@ -69,29 +78,34 @@ class Layout:
 
     def rank(self) -> Tensor:
         """int64 [N]: how many scored tokens of the same response stand before each token."""
+        if self.padded is not None and self.group is None:
+            scored = self.scored.reshape(self.padded)
+            return scored.cumsum(1).sub_(scored.long()).flatten()
         starts = self.starts("advantages")
         before = torch.nn.functional.pad(self.scored.long().cumsum(0), (1, 0))
         first = -before[starts[:-1]]
         if self.group is not None:
             rank = torch.distributed.get_rank(self.group)
             first = first + self.of_all(before[starts].diff())[:rank].sum(0)
-        return before[:-1] + first[self.response_of_token("advantages")]
+        return before[:-1] + self.spread(first, "advantages")
 
     def place(self, position: int) -> str:
         """Where a token lies, in words, for an error message."""
-        if self.offsets is None:
+        if self.padded is None and self.offsets is None:
             return f"position {position}"
         response = int(self.response_of_token("tokens")[position])
-        return f"response {response}, position {position - int(self.offsets[response])}"
+        return f"response {response}, position {position - int(self.starts('tokens')[response])}"
 
-    def check_finite(self, argument: str, values: Tensor) -> None:
-        """Per-token values [N]: no NaN and no infinity at a scored token."""
-        if not check.readable(values):
+    def check_finite(self, **arguments: Tensor | None) -> None:
+        """Per-token values [N], of one dtype: no NaN and no infinity at a scored token. One look at the device."""
+        given = {name: values for name, values in arguments.items() if values is not None}
+        if not all(check.readable(values) for values in given.values()):
             return
-        wrong = self.scored & ~values.isfinite()
+        wrong = torch.stack(list(given.values())).isfinite().logical_not_().logical_and_(self.scored)
         if bool(wrong.any()):
-            at = int(wrong.nonzero()[0])
-            check.fail(argument, f"{float(values[at])} at {self.place(at)}", "finite values at scored tokens")
+            which, at = wrong.nonzero()[0].tolist()
+            name, values = list(given.items())[which]
+            check.fail(name, f"{float(values[at])} at {self.place(at)}", "finite values at scored tokens")
 
     def check_token_ids(self, tokens: Tensor, vocabulary: int) -> None:
         """Ids [N] of scored tokens in [0, V)."""

@@ -31,9 +31,9 @@ def token_weights(
     if reduction.mean_within == "group":
         # counts are whole numbers, so their sum does not depend on its order
         tokens = torch.zeros_like(group).index_add_(0, group, layout.lengths(argument))
-        weights = weights / tokens.clamp(min=1)[group][layout.response_of_token(argument)]
+        weights = weights / layout.spread(tokens.clamp(min=1)[group], argument)
     elif reduction.mean_within == "response":
-        weights = weights / layout.lengths(argument).clamp(min=1)[layout.response_of_token(argument)]
+        weights = weights / layout.spread(layout.lengths(argument).clamp(min=1), argument)
     if normalizer is not None:
         # nothing is counted: packed tokens may come without their responses
         denominator = normalizer.detach() if isinstance(normalizer, Tensor) else float(normalizer)

@@ -34,10 +34,9 @@ class TokenAdvantages(NamedTuple):
     def spread(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """`per_token` over a flat layout, float [N], and which scored tokens take the prefix advantage, bool [N]."""
         _check(self, layout)
-        response = layout.response_of_token("advantages")
-        in_prefix = layout.scored & (layout.rank() < self.prefix_lengths[response])
-        values = torch.where(in_prefix, self.prefix[response], self.suffix[response])
-        return torch.where(layout.scored, values, torch.zeros_like(values)), in_prefix
+        prefix, suffix, lengths = (layout.spread(x, "advantages") for x in self)
+        in_prefix = layout.scored & (layout.rank() < lengths)
+        return torch.where(layout.scored, torch.where(in_prefix, prefix, suffix), 0.0), in_prefix
 
 
 def _check(advantages: TokenAdvantages, layout: Layout) -> None:

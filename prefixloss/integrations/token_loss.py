@@ -132,25 +132,30 @@ def signed_score(correct: bool | None, first_error: int) -> float:
     """An outcome and a first error as the one number that a trainer's reward is.
 
     1 for a correct response; -(first_error + 1) for a wrong one, first_error being the 0-based index among the scored
-    tokens of the first token of the first wrong step; 0 for a wrong one without a known first error (-1). NaN for None:
-    the verifier gave no verdict.
+    tokens of the first token of the first wrong step; 0 for a wrong one without a known first error (-1); first_error
+    + 2 for a correct one that has a known first error all the same. NaN for None: the verifier gave no verdict.
     """
     if correct is None:
         return float("nan")
-    return 1.0 if correct else -(first_error + 1.0)
+    return first_error + 2.0 if correct else -(first_error + 1.0)
 
 
-def outcomes(scores: Tensor) -> tuple[Tensor, Tensor]:
+def outcomes(scores: Tensor, flawed: bool = False) -> tuple[Tensor, Tensor]:
     """`correct` and `first_error` [B] of `prefixloss.advantages`, from signed scores, float [B].
 
-    Raises ValueError for a score that is none: rewards with a KL penalty or shaping in them have lost the outcome.
+    flawed: whether correct ones may have a first error. Raises ValueError for a score that is none: rewards with a KL
+    penalty or shaping in them have lost the outcome.
     """
     scores = scores.detach().double()
-    wrong = (scores != 1) & ((scores > 0) | (scores != scores.round()))
+    most = torch.inf if flawed else 1
+    wrong = ((scores > 0) & ~((scores >= 1) & (scores <= most))) | (scores != scores.round()) | scores.isinf()
     if wrong.any():
         at = int(wrong.nonzero()[0])
-        check.fail("scores", f"{scores[at]:g} for response {at}", "1, 0 or -(first_error + 1), nothing added to it")
-    return scores == 1, torch.where(scores < 0, -scores - 1, -1).long()
+        also = ", first_error + 2 (right, with an error)" if flawed else ""
+        wants = f"1, 0 or -(first_error + 1){also}, nothing added to it"
+        check.fail("scores", f"{scores[at]:g} for response {at}", wants)
+    first_error = torch.where(scores < 0, -scores - 1, torch.where(scores > 1, scores - 2, -1))
+    return scores >= 1, first_error.long()
 
 
 def token_advantages(
@@ -160,12 +165,14 @@ def token_advantages(
 
     A score of NaN is no verdict: that response gets 0 everywhere and is no part of its group's baseline.
 
+    Right answers with a first error (see `signed_score`) need vppo's option `flawed`.
+
     estimator: one of `ESTIMATORS` ("neutral_prefix" is GRPO with 0 on good prefixes), with its options in
     `prefixloss.advantages`. Trainers do not hand over the prompts' lengths: `shorten` is 0 unless set.
     """
     estimator = credit.named("estimator", estimator, ESTIMATORS)
     judged = ~scores.isnan()
-    correct, first_error = outcomes(torch.where(judged, scores, 0))
+    correct, first_error = outcomes(torch.where(judged, scores, 0), options.get("flawed") is not None)
     first_error = torch.where(lengths > 0, first_error, -1)  # a response that a trainer has masked altogether
     numbers = np.unique(np.asarray(group_labels), return_inverse=True)[1]
     group_ids = torch.as_tensor(numbers, dtype=torch.int64, device=scores.device)

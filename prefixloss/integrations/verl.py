@@ -16,9 +16,11 @@ settings are in `verl_vppo.yaml` beside this file. The command needs Ray and GPU
 verl hands an estimator one reward a response. The reward manager puts the first error into it: 1 for a correct
 response, -(first_error + 1) for a wrong one, 0 where no error was found, NaN where the reward function gave no verdict
 (None or NaN; `token_loss.signed_score`); a reward function of your own may return the same. A find with less confidence
-than `+reward.prefixloss.threshold` counts as none; docs/detectors.md says which to choose. first_error counts all of
-the response's tokens here, those that tools wrote as well: verl's reward loop does not say which those are, and the
-estimator finds out. So `algorithm.use_kl_in_reward` has to stay off.
+than `+reward.prefixloss.threshold` counts as none; docs/detectors.md says which to choose. With
+`+reward.prefixloss.flawed=True` and `+algorithm.vppo.flawed=0.25` right answers are searched too, and one with a first
+error is first_error + 2; `first_error` and `correct` among verl's own figures say how many there are. first_error
+counts all of the response's tokens here, those that tools wrote as well: verl's reward loop does not say which those
+are, and the estimator finds out. So `algorithm.use_kl_in_reward` has to stay off.
 """
 
 from __future__ import annotations
@@ -32,11 +34,14 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prefixloss import check
+from prefixloss.advantages import turn_level
 from prefixloss.config import LossConfig
+from prefixloss.inputs.turns import turn_counts, turns
 from prefixloss.integrations import installed
 from prefixloss.integrations.token_loss import (
     ESTIMATORS as NAMES,
@@ -148,26 +153,51 @@ def advantage_estimator(
     options = dict((config.get(estimator) if config is not None else None) or {})
     if estimator == "neutral_prefix" and options.get("of", "grpo") == "grpo" and config is not None:
         options.setdefault("std", config.get("norm_adv_by_std_in_grpo", True))
-    scores = _in_scored_tokens(token_level_rewards, response_mask.bool())
+    scores = _in_scored_tokens(token_level_rewards, response_mask.bool(), options.get("flawed") is not None)
     spread = token_advantages(scores, response_mask.bool().sum(-1), index, estimator, **options)
     of_token = spread.per_token(response_mask, response_mask)
     return of_token, of_token
 
 
-def _in_scored_tokens(rewards: Tensor, scored: Tensor) -> Tensor:
-    """The signed scores [B] in rewards [B, T], their first errors counted in scored tokens alone."""
+def turn_level_estimator(
+    token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, *, index: Any, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """`prefixloss.advantages.turn_level` in verl's signature, registered as turn_level: (advantages, returns), [B, T].
+
+    token_level_rewards: [B, T]. What stands at a turn's tokens, or at those that a tool wrote behind it, is that turn's
+    reward; at the last turn it is the outcome. response_mask: verl's, 0 for what tools wrote. config: verl's
+    AlgoConfig; `algorithm.turn_level` holds the options, and `std` is `norm_adv_by_std_in_grpo` unless set.
+    """
+    options = dict((config.get("turn_level") if config is not None else None) or {})
+    if config is not None:
+        options.setdefault("std", config.get("norm_adv_by_std_in_grpo", True))
+    number, counts = turns(response_mask), turn_counts(response_mask)
+    place = number.cummax(1).values.clamp(min=0)  # a tool's tokens are of the turn before
+    earned = token_level_rewards.new_zeros(len(counts), int(counts.max().clamp(min=1)))
+    earned = earned.scatter_add(1, place, token_level_rewards)
+    outcome = earned.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+    groups = torch.as_tensor(np.unique(np.asarray(index), return_inverse=True)[1], device=outcome.device)
+    of_token = turn_level(outcome, earned, groups.long(), response_mask, **options)
+    return of_token, of_token
+
+
+def _in_scored_tokens(rewards: Tensor, scored: Tensor, flawed: bool) -> Tensor:
+    """The signed scores [B] in rewards [B, T], their first errors counted in scored tokens alone. flawed: those of
+    right responses too."""
     scores = rewards.sum(-1)
-    column = -scores - 1
+    right = (scores > 1) & (scores == scores.round()) & scores.isfinite() & flawed
+    column = torch.where(right, scores - 2, -scores - 1)
     end = (rewards != 0).int().cumsum(1).argmax(1)  # where the score was put: the response's last token
-    beyond = (scores < 0) & (column > end)
+    beyond = ((scores < 0) | right) & (column > end)
     if beyond.any():
         at = int(beyond.nonzero()[0])
         got = f"{scores[at]:g} for response {at}, whose score is at token {int(end[at])}"
-        check.fail("token_level_rewards", got, "-(first_error + 1), first_error counting from 0 the response's tokens")
+        form = "first_error + 2" if right[at] else "-(first_error + 1)"
+        check.fail("token_level_rewards", got, f"{form}, first_error counting from 0 the response's tokens")
     before = scored & (torch.arange(rewards.shape[1], device=rewards.device) < column[:, None])
     # an error that begins behind the last scored token leaves that one in doubt
     kept = torch.minimum(before.sum(1), (scored.sum(1) - 1).clamp(min=0))
-    return torch.where(scores < 0, -(kept + 1.0), scores)
+    return torch.where(scores < 0, -(kept + 1.0), torch.where(right, kept + 2.0, scores))
 
 
 def fused_logps(
@@ -227,7 +257,7 @@ def register() -> None:
 
     for objective, loss in POLICY_LOSSES.items():
         register_policy_loss(f"prefix_{objective}")(loss)
-    for estimator, compute in ESTIMATORS.items():
+    for estimator, compute in {**ESTIMATORS, "turn_level": turn_level_estimator}.items():
         register_adv_est(estimator)(compute)
     _register_reward_manager()
     if os.environ.get("PREFIXLOSS_VERL_HEAD") == "1":
@@ -250,8 +280,9 @@ def _register_reward_manager() -> None:
             result = await super().run_single(data)
             item = data[-1:][0]
             correct = _verdict(result["reward_score"])
-            find = partial(_first_error, self.tokenizer, item, **dict(self.config.reward.get("prefixloss") or {}))
-            first_error = await self.loop.run_in_executor(None, find) if correct is False else -1
+            options = dict(self.config.reward.get("prefixloss") or {})
+            find = partial(_searched, correct, self.tokenizer, item, options)
+            first_error = await self.loop.run_in_executor(None, find)
             # verl averages what is here: None would end the run
             extra = {name: math.nan if x is None else x for name, x in result["reward_extra_info"].items()}
             extra |= {"correct": math.nan if correct is None else float(correct), "first_error": first_error}
@@ -261,6 +292,16 @@ def _register_reward_manager() -> None:
 def _verdict(reward: Any) -> bool | None:
     """Whether a reward says that a response is right; None where a reward function gave no verdict."""
     return None if reward is None or math.isnan(reward) else bool(reward > 0)
+
+
+def _searched(correct: bool | None, tokenizer: Any, item: Any, options: dict[str, Any]) -> int:
+    """The first error of a response that is searched, else -1.
+
+    options: those of `first_error_of`, and `flawed`, whether right responses are searched too.
+    """
+    rest = {name: value for name, value in options.items() if name != "flawed"}
+    searched = correct is False or (correct is True and options.get("flawed", False))
+    return _first_error(tokenizer, item, **rest) if searched else -1
 
 
 def _first_error(tokenizer: Any, item: Any, **options: Any) -> int:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import httpx
@@ -20,43 +19,9 @@ if TYPE_CHECKING:
 _BACKOFF = 0.5  # seconds before the second try, doubled for each further one
 _LONGEST = 200  # characters of a reason
 NOTHING = -9999.0  # what vLLM writes for a log-prob of -inf, which JSON has not
-
-# the model's name is no part of the address, which may hold a name and a password of its own
-_WHERE = re.compile(r"(?:(?P<model>.+?)@)?(?P<url>https?://.+)", re.DOTALL)
-
 KEY = "OPENAI_API_KEY"  # the environment variable with the key, unless another is named
 
 T = TypeVar("T")
-
-
-class Address(NamedTuple):
-    """A server, and a model's name there; None where it was not said."""
-
-    url: str
-    model: str | None
-
-    @classmethod
-    def of(cls, text: str) -> Address | None:
-        """From URL or MODEL@URL; None for any other text."""
-        where = _WHERE.fullmatch(text)
-        return cls(where["url"], where["model"]) if where else None
-
-    def named(self, seconds: float) -> Address:
-        """With the model's name, which need not be said where there is one only. UnansweredError: the server has not
-        got it, several, or no answer.
-        """
-        names = run(_models(self.url, seconds))
-        if self.model is None and len(names) == 1:
-            return self._replace(model=names[0])
-        if self.model in names:
-            return self
-        got = f"got {'no name' if self.model is None else repr(self.model)}"
-        raise UnansweredError(f"{got}, expected MODEL@URL with one of the server's models: {', '.join(names)}")
-
-    @property
-    def root(self) -> str:
-        """The server's own address, without the version of the API."""
-        return self.url.rstrip("/").removesuffix("/v1")
 
 
 class UnansweredError(Exception):
@@ -168,18 +133,6 @@ async def opened(url: str, api_key_env: str, most_bytes: int) -> AsyncIterator[E
 
     async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
         yield Endpoint(client, url, most_bytes, os.environ.get(api_key_env, "").strip())
-
-
-async def _models(url: str, seconds: float) -> list[str]:
-    """Names of the models that a server has, without adapters, which have a parent."""
-    async with opened(url.rstrip("/"), KEY, 1 << 20) as endpoint:
-        try:
-            models = (await endpoint.ask("/models", None, seconds, 2))["data"]
-            return [model["id"] for model in models if not model.get("parent")]
-        except (LookupError, TypeError, AttributeError):
-            raise UnansweredError('no "data" with an "id" a model in the reply to /models') from None
-        except Exception as error:
-            raise UnansweredError(f"/models: {endpoint.reason(error)}") from None
 
 
 def tokens_used(reply: Any) -> int:

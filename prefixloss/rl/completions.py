@@ -27,10 +27,13 @@ class Limits(NamedTuple):
     vocabulary: int
 
 
-def request(model: str, prompt: list[int], count: int, limits: Limits, seed: int, greedy: bool) -> dict[str, Any]:
-    """Samples of the whole distribution at temperature 1, whatever the server's own top-p or penalties are."""
+def request(model: str, prompt: list[int], limits: Limits, seed: int, greedy: bool) -> dict[str, Any]:
+    """A sample of the whole distribution at temperature 1, whatever the server's own top-p or penalties are.
+
+    One a request: some servers give all that they make of one request the same seed, and so the same tokens.
+    """
     return {
-        "model": model, "prompt": prompt, "n": count, "max_tokens": limits.max_tokens, "seed": seed,
+        "model": model, "prompt": prompt, "n": 1, "max_tokens": limits.max_tokens, "seed": seed,
         "temperature": 0.0 if greedy else 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
         "presence_penalty": 0.0, "frequency_penalty": 0.0, "stop_token_ids": list(limits.ends),
         "logprobs": 0,  # of the sampled tokens alone
@@ -38,58 +41,49 @@ def request(model: str, prompt: list[int], count: int, limits: Limits, seed: int
     }  # fmt: skip
 
 
-def read(reply: Any, prompt: list[int], count: int, limits: Limits) -> list[Written]:
-    """The `count` responses to a prompt in a reply. UnansweredError: what is missing or wrong, and in which."""
+def read(reply: Any, prompt: list[int], limits: Limits) -> Written:
+    """The response to a prompt in a reply. UnansweredError: what is missing or wrong in it."""
     try:
-        choices = sorted(reply["choices"], key=lambda choice: choice["index"])
-        numbers = [choice["index"] for choice in choices]
+        choices = list(reply["choices"])
     except (LookupError, TypeError):
-        raise UnansweredError('no "choices" with an index each in the reply') from None
-    if numbers != list(range(count)):
-        raise UnansweredError(f"{len(choices)} choices in the reply, expected {count}, numbered from 0")
-    for choice in choices:
-        if choice.get("prompt_token_ids") not in (None, prompt):
-            raise UnansweredError(f"choice {choice['index']}: is about other prompt_token_ids than were sent")
-    return [_choice(choice, limits) for choice in choices]
-
-
-def _choice(choice: Any, limits: Limits) -> Written:
-    name = f"choice {choice['index']}"
-    tokens, logps = _tokens(name, choice, limits.vocabulary), _logps(name, choice)
+        raise UnansweredError('no "choices" in the reply') from None
+    if len(choices) != 1 or not isinstance(choices[0], dict):
+        raise UnansweredError(f"{len(choices)} choices in the reply, expected one")
+    choice = choices[0]
+    if choice.get("prompt_token_ids") not in (None, prompt):
+        raise UnansweredError("it is about other prompt_token_ids than were sent")
+    tokens, logps = _tokens(choice, limits.vocabulary), _logps(choice)
     if len(logps) != len(tokens):
-        raise UnansweredError(f"{name}: {len(logps)} log-probs for {len(tokens)} tokens, expected one a token")
-    reason = choice.get("finish_reason")
+        raise UnansweredError(f"{len(logps)} log-probs for {len(tokens)} tokens, expected one a token")
     if any(token in limits.ends for token in tokens[:-1]):
-        raise UnansweredError(f"{name}: goes on behind an end token")
-    finished = bool(tokens) and tokens[-1] in limits.ends
+        raise UnansweredError("it goes on behind an end token")
+    reason, finished = choice.get("finish_reason"), bool(tokens) and tokens[-1] in limits.ends
     if reason == "stop" and not finished:
-        raise UnansweredError(f"{name}: stopped without an end token: has the server stop words or other end tokens?")
+        raise UnansweredError("it stopped without an end token: has the server stop words or other end tokens?")
     if len(tokens) > limits.max_tokens or not (finished or len(tokens) == limits.max_tokens):
         wants = f"an end token or {limits.max_tokens} tokens"
-        raise UnansweredError(f"{name}: {len(tokens)} tokens, finish_reason {check.describe(reason)}, expected {wants}")
+        raise UnansweredError(f"{len(tokens)} tokens, finish_reason {check.describe(reason)}, expected {wants}")
     return Written(tokens, logps, finished)
 
 
-def _tokens(name: str, choice: Any, vocabulary: int) -> list[int]:
+def _tokens(choice: dict[str, Any], vocabulary: int) -> list[int]:
     tokens = choice.get("token_ids")
     if not isinstance(tokens, list):
-        raise UnansweredError(
-            f'{name}: no "token_ids": does the server know return_token_ids, as vLLM does from 0.10.2?'
-        )
+        raise UnansweredError('no "token_ids": does the server know return_token_ids, as vLLM does from 0.10.2 on?')
     for token in tokens:
         if not check.is_whole(token) or not 0 <= token < vocabulary:
             wants = f"ids in [0, {vocabulary}), the policy's vocabulary"
-            raise UnansweredError(f"{name}: got token {check.describe(token)}, expected {wants}")
+            raise UnansweredError(f"got token {check.describe(token)}, expected {wants}")
     return tokens
 
 
-def _logps(name: str, choice: Any) -> list[float]:
+def _logps(choice: dict[str, Any]) -> list[float]:
     try:
         logps = list(choice["logprobs"]["token_logprobs"])
     except (LookupError, TypeError):
-        raise UnansweredError(f'{name}: no "token_logprobs" in its "logprobs"') from None
+        raise UnansweredError('no "token_logprobs" in its "logprobs"') from None
     for logp in logps:
         number = isinstance(logp, (int, float)) and not isinstance(logp, bool)
         if not number or not NOTHING < logp <= check.ROUNDED_PROBABILITIES:
-            raise UnansweredError(f"{name}: got a log-prob of {check.describe(logp)}, expected a number of at most 0")
+            raise UnansweredError(f"got a log-prob of {check.describe(logp)}, expected a number of at most 0")
     return [min(float(logp), 0.0) for logp in logps]

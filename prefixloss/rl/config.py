@@ -16,7 +16,7 @@ from prefixloss import advantages
 from prefixloss.check import describe
 from prefixloss.detect.choose import by_name
 from prefixloss.detect.models.rollouts import Rollouts
-from prefixloss.io.endpoint import Address
+from prefixloss.io.address import Address
 from prefixloss.maths.divergence import BY_NAME
 from prefixloss.rl import UsageError
 from prefixloss.rl.reload import BY_NAME as RELOADS
@@ -29,7 +29,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")  # by the names of their packages
 _COUNTS = (
     *("updates", "prompts", "group", "max_tokens", "epochs", "minibatches", "micro_prompts", "save_every"),
     *("eval_every", "eval_problems", "eval_samples", "k"),
-    *("continuations", "hidden_size", "layers", "warm_batch", "min_steps", "max_steps"),
+    *("continuations", "teacher_top", "hidden_size", "layers", "warm_batch", "min_steps", "max_steps"),
 )
 _MOST = 10**9  # of any count: more is a mistake, and none of what counts with it would fail with a clear message
 _KINDS: dict[Any, str] = {
@@ -55,6 +55,7 @@ class Config:
 
     # the policy and its problems
     model: str | None = None  # a directory or a hub name; None trains the built-in tiny model
+    chat: bool | None = None  # the tokenizer's chat template: needed, or left off; None: used where there is one
     data: str | None = None  # JSON lines with question and answer, or their folder; None: chained arithmetic
     lora: int = 0  # rank of the adapters that are trained in place of the weights; 0: the weights themselves
     dtype: str = "float32"  # of the products; weights that are trained stay in float32
@@ -77,8 +78,10 @@ class Config:
     # for more steps to guard against, and prompts are longer than steps: "prompt" would leave nothing
     shorten: str | int | float = 0
     # a teacher, drawn to beside what the advantages say; advantage "none" leaves it alone
-    teacher: str | None = None  # a directory or a hub name, with the policy's own tokenizer
-    distill_from: str = "first-error"  # of a wrong response; or all of the wrong ones, or of all
+    teacher: str | None = None  # a directory, a hub name, URL or MODEL@URL, with the policy's own tokenizer
+    teacher_top: int = 20  # ids that a served one lists for a token; the rest of the vocabulary is one class
+    # tokens from the first error on, of a wrong response or, with `flawed`, of any; or those of wrong ones, or of all
+    distill_from: str = "first-error"
     distill_coef: float = 1.0
     divergence: str = "reverse"
     # rollouts and optimisation
@@ -121,7 +124,7 @@ class Config:
         self._check_numbers()
         self._check_method()
         self._check_parts()
-        self._check_rollouts()
+        self._check_servers()
         self._check_device()
 
     def _check_numbers(self) -> None:
@@ -175,6 +178,7 @@ class Config:
         for name in ("model", "data", "teacher", "rollouts"):
             self._expect(name, getattr(self, name) != "", "a name")
         self._expect("data", not self.data or self.model, "--model with it: the tiny model knows only its own problems")
+        self._expect("chat", self.chat is None or self.model, "--model with it: the tiny model has a prompt of its own")
         self._expect("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         self._expect("lora", not self.lora or self.model, "--model with it: the tiny model has to learn to write first")
         self._expect("lora", not self.lora or find_spec("peft"), 'peft with it: pip install "prefixloss[lora]"')
@@ -182,28 +186,30 @@ class Config:
         there = self.log_to is None or find_spec(self.log_to)
         self._expect("log_to", there, f"that package, which is not installed: pip install {self.log_to}")
 
-    def _check_rollouts(self) -> None:
-        """The engine that samples."""
-        if self.rollouts is not None and not Address.of(self.rollouts):  # the text may hold a password
-            raise SettingError("rollouts", "expected URL or MODEL@URL with http://... or https://...")
-        if self.rollouts and not find_spec("httpx"):
-            raise SettingError("rollouts", "it needs httpx, which is not installed: pip install httpx")
-        self._expect("reload", self.reload in RELOADS, f"one of {', '.join(RELOADS)}")
-        adapters = RELOADS[self.reload].adapters
-        self._expect("reload", self.lora or not adapters, "--lora with it, whose adapters it loads")
-
     def _check_device(self) -> None:
         self._expect("device", re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", self.device), "cpu, cuda or cuda:N")
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         usable = self.device == "cpu" or int(self.device[5:] or 0) < gpus
         self._expect("device", usable, f"cpu: PyTorch sees {gpus or 'no'} GPU{'s' * (gpus > 1)} here")
 
+    def _check_servers(self) -> None:
+        """The engine that samples, and a served teacher."""
+        if self.rollouts is not None and not Address.of(self.rollouts):  # the text may hold a password
+            before = " (a number of continuations is --continuations)" if self.rollouts.isdecimal() else ""
+            raise SettingError("rollouts", f"expected URL or MODEL@URL with http://... or https://...{before}")
+        for name in ("rollouts", "teacher"):
+            if Address.of(getattr(self, name) or "") and not find_spec("httpx"):
+                raise SettingError(name, "a server needs httpx, which is not installed: pip install httpx")
+        self._expect("reload", self.reload in RELOADS, f"one of {', '.join(RELOADS)}")
+        adapters = RELOADS[self.reload].adapters
+        self._expect("reload", self.lora or not adapters, "--lora with it, whose adapters it loads")
+
     def _check_type(self, name: str, kinds: tuple[type, ...]) -> None:
         """A whole number is a number too, and true is none."""
         value = getattr(self, name)
         taken = (*kinds, int) if float in kinds else kinds
         try:
-            right = isinstance(value, taken) and isinstance(value, bool) == (kinds == (bool,))
+            right = isinstance(value, taken) and (bool in kinds or not isinstance(value, bool))
             if right and isinstance(value, int) and int not in kinds:
                 float(value)
         except OverflowError:

@@ -6,14 +6,14 @@ import asyncio
 import secrets
 import shutil
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from prefixloss.io.endpoint import KEY, Address, UnansweredError, opened, run
+from prefixloss.io.address import Address
+from prefixloss.io.endpoint import KEY, UnansweredError, opened, run
 from prefixloss.io.files import write_whole_directory
 from prefixloss.rl.completions import BYTES_A_TOKEN, Limits, Written, read, request
 from prefixloss.rl.policy import Policy
@@ -21,7 +21,7 @@ from prefixloss.rl.reload import Reload, Server
 from prefixloss.rl.rollouts import Sampled
 from prefixloss.rl.team import Team
 
-AT_ONCE = 64  # requests; the engine makes batches of them
+AT_ONCE = 256  # requests; the engine makes batches of them
 TRIES = 2
 PROBE_TOKENS = 16
 FAR = 0.5  # nats between two programs' log-probs of a token, on average, which no rounding explains
@@ -64,8 +64,7 @@ class Engine:
         self.seen: tuple[Sampled, Tensor] | None = None  # its last answers to the probes, and the policy's log-probs
 
     def sample(self, questions: Sequence[str], max_tokens: int) -> Sampled:
-        """One response a question, at temperature 1 from the whole distribution; seeds by the global torch generator.
-        Questions that follow each other and are the same are one request."""
+        """One response a question, at temperature 1 from the whole distribution; seeds by torch's global generator."""
         return self._ask(questions, max_tokens, greedy=False)
 
     def load(self, update: int) -> None:
@@ -127,37 +126,33 @@ class Engine:
 
     def _ask(self, questions: Sequence[str], max_tokens: int, greedy: bool) -> Sampled:
         prompt, attention = self.policy.encode(questions)
-        rows = [ids[seen.bool()].tolist() for ids, seen in zip(prompt, attention, strict=True)]
-        asked = [(tokens, len(list(same))) for tokens, same in groupby(rows)]
+        prompts = [ids[seen.bool()].tolist() for ids, seen in zip(prompt, attention, strict=True)]
         # no numbers are drawn for what is not random: a run that resumes looks once more than one that was not stopped
-        seeds = [0] * len(asked) if greedy else torch.randint(2**31, (len(asked),)).tolist()
+        seeds = [0] * len(prompts) if greedy else torch.randint(2**31, (len(prompts),)).tolist()
         limits = Limits(max_tokens, self.policy.end_ids, len(self.policy.lm_head.weight))
-        written = run(self._written(asked, limits, seeds, greedy))
+        written = run(self._written(prompts, limits, seeds, greedy))
         tokens, logps, finished = zip(*written, strict=True)
-        sampled = self.policy.sampled(prompt, attention, tokens, finished)
+        sampled = self.policy.from_rows(prompt, attention, tokens, finished)
         width = sampled.mask.shape[1]
         padded = torch.tensor([row + [0.0] * (width - len(row)) for row in logps], device=self.policy.device)
         return sampled.with_logps(padded)
 
-    async def _written(
-        self, asked: list[tuple[list[int], int]], limits: Limits, seeds: list[int], greedy: bool
-    ) -> list[Written]:
+    async def _written(self, prompts: list[list[int]], limits: Limits, seeds: list[int], greedy: bool) -> list[Written]:
         gate = asyncio.Semaphore(AT_ONCE)
-        most = max(count * (len(prompt) + limits.max_tokens) for prompt, count in asked)
         model = self._name(self.update or 0) if self.reload.adapters else self.place.address.model
-        async with opened(self.place.address.url.rstrip("/"), self.place.key, 65536 + BYTES_A_TOKEN * most) as endpoint:
+        most_bytes = 65536 + BYTES_A_TOKEN * (max(map(len, prompts)) + limits.max_tokens)
+        async with opened(self.place.address.url.rstrip("/"), self.place.key, most_bytes) as endpoint:
 
-            async def one(number: int) -> list[Written]:
-                prompt, count = asked[number]
+            async def one(number: int) -> Written:
+                wanted = request(str(model), prompts[number], limits, seeds[number], greedy)
                 try:
                     async with gate:
-                        wanted = request(str(model), prompt, count, limits, seeds[number], greedy)
                         reply = await endpoint.ask("/completions", wanted, self.place.seconds, TRIES)
-                    return read(reply, prompt, count, limits)
+                    return read(reply, prompts[number], limits)
                 except Exception as error:
-                    raise UnansweredError(f"rollouts: prompt {number}: {endpoint.reason(error)}") from None
+                    raise UnansweredError(f"rollouts: response {number}: {endpoint.reason(error)}") from None
 
-            return [w for some in await asyncio.gather(*map(one, range(len(asked)))) for w in some]
+            return await asyncio.gather(*map(one, range(len(prompts))))
 
 
 def _same(answers: Sampled, before: Sampled) -> bool:

@@ -38,8 +38,10 @@ class Learned:
 def metrics_of(config: Config, sampled: Sampled, checked: Checked, learned: Learned, team: Team) -> dict[str, float]:
     """One dict for all processes, each with its own responses."""
     found = ~checked.correct & (checked.first_error >= 0)
+    flawed = checked.correct & (checked.first_error >= 0)
     local: dict[str, Any] = {
         "responses": len(sampled.mask), "reward": checked.correct.sum(), "found": found.sum(),
+        "flawed": flawed.sum(),
         "good_prefix": checked.first_error[found].sum(), "good_steps": checked.right_steps[found].sum(),
         "length": sampled.mask.sum(), **vars(learned),
     }  # fmt: skip
@@ -53,6 +55,8 @@ def metrics_of(config: Config, sampled: Sampled, checked: Checked, learned: Lear
         "clip_share": of["clip_share"] / max(of["tokens"], 1.0),
         "learning_tokens": of["tokens"] / (of["length"] * config.epochs),
         **({"gradient_left_out": of["left_out"] / max(of["tokens"], 1.0)} if config.tolerant else {}),
+        # of the right answers
+        **({"flawed": of["flawed"] / max(of["reward"], 1.0)} if config.flawed is not None else {}),
         **({"sampler_gap": of["sampler_gap"] / of["length"]} if config.rollouts else {}),
         **({"divergence": of["divergence"] / max(of["taught"], 1.0)} if config.teacher else {}),
     }

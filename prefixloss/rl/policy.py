@@ -152,9 +152,9 @@ class Policy:
         """Given responses in the place of sampled ones, each with its end token."""
         prompt, attention = self.encode(questions)
         rows = [self.tokenizer.encode(r, add_special_tokens=False) + self.end_ids[:1] for r in responses]
-        return self.sampled(prompt, attention, rows, [True] * len(rows))
+        return self.from_rows(prompt, attention, rows, [True] * len(rows))
 
-    def sampled(
+    def from_rows(
         self, prompt: Tensor, attention: Tensor, rows: Sequence[list[int]], finished: Sequence[bool]
     ) -> Sampled:
         """Responses as token ids with their end tokens, behind prompts as `encode` makes them."""
@@ -190,6 +190,22 @@ def add_checkpoints(policy: Policy) -> None:
         raise UsageError("--gradient-checkpointing: the model has no layers that can be computed again")
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def set_chat(policy: Policy, chat: bool | None, name: str) -> None:
+    """chat: whether the tokenizer's chat template is needed, or left off; None: used where there is one.
+
+    Left off it is gone: whatever makes a prompt, and whoever loads the trained policy, does without it too.
+    """
+    if chat and getattr(policy.tokenizer, "chat_template", None) is None:
+        raise UsageError(f"--chat: the tokenizer of {name!r} has no chat template")
+    if chat is False:
+        policy.tokenizer.chat_template = None
+    try:
+        policy.prompt("1+1=?")
+    except Exception as error:  # templates are programs, and raise what they like
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"--chat: the chat template of {name!r} fails, --no-chat leaves it off: {reason}") from None
 
 
 def token_at(tokenizer: Any, ids: Sequence[int], offset: int) -> int:

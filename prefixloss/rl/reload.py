@@ -41,7 +41,7 @@ class Reload(NamedTuple):
 
 
 async def vllm(server: Server, path: str, name: str, before: str | None) -> None:
-    """All weights, in place. The endpoints are there with VLLM_SERVER_DEV_MODE=1, the path in versions from 2026 on."""
+    """All weights, in place. The endpoints are there with VLLM_SERVER_DEV_MODE=1, the path in versions of 2026."""
     reply = await server.ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
     if not isinstance(reply, dict) or not isinstance(reply.get("results"), list) or not reply["results"]:
         raise UnansweredError('/collective_rpc: no "results", one a worker, in the reply')

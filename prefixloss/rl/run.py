@@ -25,6 +25,7 @@ from prefixloss.rl.report import Report
 from prefixloss.rl.rollouts import Checked, Sampled
 from prefixloss.rl.samples import write_page, write_samples
 from prefixloss.rl.start import Problems, frozen, open_engine, open_policy, open_problems, open_teacher, warm_start
+from prefixloss.rl.teachers import Teacher
 from prefixloss.rl.team import Team
 
 
@@ -62,7 +63,7 @@ class Run:
 
     def __init__(
         self, config: Config, directory: Path, report: Report, team: Team, stop: checkpoint.Stop, problems: Problems,
-        held_out: list[task.Problem], policy: Policy, teacher: Policy | None, engine: Engine | None = None,
+        held_out: list[task.Problem], policy: Policy, teacher: Teacher | None, engine: Engine | None = None,
     ) -> None:  # fmt: skip
         self.config, self.directory, self.report, self.team, self.stop = config, directory, report, team, stop
         self.problems, self.held_out, self.policy = problems, held_out, policy

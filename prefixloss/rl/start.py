@@ -11,16 +11,21 @@ from pathlib import Path
 import torch
 
 from prefixloss import linear_logps
-from prefixloss.io.endpoint import Address, UnansweredError
+from prefixloss.io.address import Address
+from prefixloss.io.endpoint import UnansweredError
 from prefixloss.rl import UsageError, checkpoint, task
 from prefixloss.rl.config import Config
 from prefixloss.rl.engine import Engine, Place
-from prefixloss.rl.policy import Policy, add_checkpoints, add_lora, load_policy, tiny_policy
+from prefixloss.rl.policy import Policy, add_checkpoints, add_lora, load_policy, set_chat, tiny_policy
 from prefixloss.rl.reload import BY_NAME
 from prefixloss.rl.report import Report
+from prefixloss.rl.teachers import Teacher
 from prefixloss.rl.team import Team
+from prefixloss.steps import INSTRUCTION
+from prefixloss.teacher import ServedTeacher
 
 PROBES = 8  # questions
+TEXT = f"Step 1: 12*3=36\n{INSTRUCTION}"  # that two tokenizers cut alike only if they are one
 
 Problems = Callable[[int, int], list[task.Problem]]
 
@@ -41,6 +46,8 @@ def open_problems(config: Config) -> tuple[Problems, list[task.Problem]]:
 
 def open_policy(config: Config, device: str) -> Policy:
     policy = load_policy(config.model) if config.model else tiny_policy(config.hidden_size, config.layers)
+    if config.model:
+        set_chat(policy, config.chat, config.model)
     policy.dtype = getattr(torch, config.dtype)
     if config.lora:
         add_lora(policy, config.lora)
@@ -50,19 +57,38 @@ def open_policy(config: Config, device: str) -> Policy:
     return policy
 
 
-def open_teacher(config: Config, policy: Policy, device: str) -> Policy | None:
+def open_teacher(config: Config, policy: Policy, device: str) -> Teacher | None:
     """The frozen teacher, which has to read the policy's own tokens."""
     if config.teacher is None:
         return None
+    if Address.of(config.teacher):
+        return served_teacher(config, policy)
     teacher = load_policy(config.teacher, "--teacher")
     if teacher.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise UsageError(f"--teacher: {config.teacher!r} has another tokenizer than the policy")
     if len(teacher.weight) != len(policy.weight):
         sizes = f"{len(teacher.weight)} tokens, the policy {len(policy.weight)}"
         raise UsageError(f"--teacher: {config.teacher!r} has a head for {sizes}")
+    if teacher.softcap != policy.softcap:
+        caps = f"{teacher.softcap}, the policy's at {policy.softcap}: the loss has one cap for both"
+        raise UsageError(f"--teacher: {config.teacher!r} has logits capped at {caps}")
     teacher.dtype = policy.dtype
     teacher.model.to(device).requires_grad_(False)
     return teacher
+
+
+def served_teacher(config: Config, policy: Policy) -> ServedTeacher:
+    """One behind a server, which has to cut a text into the policy's own tokens too."""
+    address = named(str(config.teacher), config.timeout, "--teacher")
+    own = policy.tokenizer.encode(TEXT, add_special_tokens=False)
+    try:
+        theirs = address.tokens(TEXT, config.timeout)
+    except UnansweredError as error:
+        raise UsageError(f"--teacher: {error}") from None
+    if theirs != own:
+        raise UsageError(f"--teacher: {address.model!r} has another tokenizer than the policy")
+    size = len(policy.lm_head.weight)
+    return ServedTeacher(address.url, str(address.model), size, config.teacher_top, seconds=config.timeout)
 
 
 def open_engine(

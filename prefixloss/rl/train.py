@@ -28,6 +28,7 @@ from prefixloss.rl.optimise import Stepper
 from prefixloss.rl.policy import Policy, token_at
 from prefixloss.rl.report import Report
 from prefixloss.rl.rollouts import Checked, Sampled
+from prefixloss.rl.teachers import Says, Teacher, says
 from prefixloss.steps import split
 
 ROUNDS = 16  # of a search by rollouts: enough for any number of steps
@@ -147,9 +148,9 @@ def lessons(config: Config, checked: Checked, sampled: Sampled, group_ids: Tenso
 
 
 class Taught(NamedTuple):
-    """A teacher, and the weight of what it says of each token, float [B, T]."""
+    """What a teacher says of responses, and the weight of that for each token, float [B, T]."""
 
-    teacher: Policy
+    says: Says
     weights: Tensor
 
 
@@ -195,15 +196,11 @@ def distillation(
     config: Config, policy: Policy, hidden: Tensor, part: Sampled, taught: Taught, rows: Tensor, count: float
 ) -> DistillOutput:
     """What the teacher says of the responses `rows`, whose hidden states are [b, T, D]. count: as for the policy."""
-    teacher = taught.teacher
-    with torch.no_grad():
-        teacher_hidden = teacher.hidden(part)
     # both distributions as each model makes them
     return linear_distill_loss(
-        hidden, policy.weight, lm_head_bias=policy.bias, teacher_hidden=teacher_hidden,
-        teacher_lm_head_weight=teacher.weight, teacher_lm_head_bias=teacher.bias, mask=part.mask,
-        weights=taught.weights[rows], normalizer=count, divergence=config.divergence, softcap=policy.softcap,
-        logit_scale=policy.logit_scale,
+        hidden, policy.weight, lm_head_bias=policy.bias, mask=part.mask, weights=taught.weights[rows],
+        normalizer=count, divergence=config.divergence, softcap=policy.softcap, logit_scale=policy.logit_scale,
+        **taught.says(rows),
     )  # fmt: skip
 
 
@@ -249,7 +246,7 @@ def learn(
     problems: list[task.Problem],
     judge: Judge = judge,
     keep: Callable[[list[task.Problem], Sampled, Checked, Credit], None] = lambda *_: None,
-    teacher: Policy | None = None,
+    teacher: Teacher | None = None,
     sampler: Sampler | None = None,
 ) -> dict[str, float]:
     """One update; its metrics. problems: this process's. judge: checks and finds. keep: is handed the responses.
@@ -260,7 +257,10 @@ def learn(
     group_ids = torch.arange(len(problems), device=policy.device).repeat_interleave(config.group)
     credit = weigh(config, checked, sampled, group_ids)
     keep(repeated, sampled, checked, credit)
-    taught = None if teacher is None else Taught(teacher, lessons(config, checked, sampled, group_ids))
+    taught = None
+    if teacher is not None:
+        weights = lessons(config, checked, sampled, group_ids)
+        taught = Taught(says(teacher, policy, sampled, weights), weights)
     learned = update(config, policy, reference, stepper, sampled, credit, group_ids, taught)
     return {**metrics_of(config, sampled, checked, learned, stepper.team), "skipped": stepper.state.skipped}
 

@@ -245,4 +245,5 @@ def test_every_product_of_the_kernels_back_end_has_the_same_number_of_rows(token
     chunks = HeadChunks(head, None, Wanted(torch.arange(tokens, device=DEVICE), None), 20)
     assert (chunks.step, chunks.size) == (20, 32)
     assert [len(chunk.rows) for chunk in chunks] == [20] * (tokens // 20) + [tokens % 20] * (tokens % 20 > 0)
-    assert chunks.hidden.stride(0) == chunks.logits.stride(0) // 2 == 16  # rows start at whole cache lines
+    (room,) = chunks.rooms
+    assert room.hidden.stride(0) == room.logits.stride(0) // 2 == 16  # rows start at whole cache lines

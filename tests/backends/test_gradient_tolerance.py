@@ -23,7 +23,7 @@ from prefixloss import LossConfig, LossOutput, linear_logps, linear_prefix_loss,
 from prefixloss.backends import sparse
 from prefixloss.backends.columns import Columns
 from prefixloss.backends.tolerance import of_products, resolved
-from prefixloss.backends.torch import entries
+from prefixloss.backends.torch import entries, rows
 from prefixloss.backends.torch.entries import Tolerance
 
 V = 40
@@ -32,9 +32,14 @@ BANNED = 7
 
 @pytest.fixture(autouse=True)
 def never_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small matrices here are never dense."""
+    """The small matrices here are never dense; and what is left out is seen where nothing is put in its place."""
     monkeypatch.setattr(entries, "_DENSE", 1)
     monkeypatch.setattr(entries, "_LOOKED_AT", 1)
+    monkeypatch.setattr(rows.LinearRows, "_mean_row", no_mean_row)
+
+
+def no_mean_row(self: rows.LinearRows) -> Tensor:
+    return torch.zeros(1, self.weight.shape[1], dtype=self.dtype)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -159,6 +164,7 @@ def test_the_bound_holds_for_any_options(kind: str, options: str, objective: str
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entries, "_DENSE", 1)
         patch.setattr(entries, "_LOOKED_AT", 1)
+        patch.setattr(rows.LinearRows, "_mean_row", no_mean_row)
         check(kind, {**OPTIONS[options], "objective": objective}, hidden, head)
 
 
@@ -206,6 +212,7 @@ def test_flat_rows_keep_their_dense_products(monkeypatch: pytest.MonkeyPatch) ->
     taken: list[str] = []
     monkeypatch.setattr(sparse, "product", lambda *_: taken.append("hidden"))
     monkeypatch.setattr(sparse, "add_transposed", lambda *_: taken.append("head"))
+    monkeypatch.setattr(sparse, "put_transposed", lambda *_: taken.append("head"))
     config = LossConfig(gradient_tolerance=1e-2, head_gradient_tolerance=1e-2)
     exact, got = made("flat", LossConfig()), made("flat", config)
     assert taken == []
@@ -231,6 +238,7 @@ def test_products_of_entries_are_those_of_their_matrix_in_any_dtype(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparse, "_AT_ONCE", 3 * 5)  # three rows of the head at a time
+    monkeypatch.setattr(sparse, "_IN_CACHE", 3 * 5)
     gradient, weight, hidden = random(6, 11).float(), random(11, 5).to(dtype), random(6, 5).float()
     gradient[gradient.abs() < 0.8] = 0
     gradient[2] = 0
@@ -244,6 +252,9 @@ def test_products_of_entries_are_those_of_their_matrix_in_any_dtype(
     sparse.add_transposed(total, some, hidden)
     torch.testing.assert_close(total, 1 + gradient.T @ hidden, **close)
     assert torch.equal(total[4], torch.ones(5))
+    rounded = torch.zeros(11, 5, dtype=dtype)
+    sparse.put_transposed(rounded, some, hidden)
+    torch.testing.assert_close(rounded.float(), gradient.T @ hidden, rtol=2.0**-7, atol=1e-6)
     torch.testing.assert_close(sparse.transposed_product(some, 11, hidden), gradient.T @ hidden, **close)
     of_each = (hidden @ weight.float().T)[row, column]
     torch.testing.assert_close(sparse.dots(row, column, hidden, weight, torch.float32), of_each, **close)
@@ -363,6 +374,7 @@ def test_a_tolerance_for_rows_and_one_for_entries_both_hold() -> None:
 
 def split_by_vocabulary(rank: int, size: int, file: str) -> None:
     entries._DENSE = entries._LOOKED_AT = 1
+    rows.LinearRows._mean_row = no_mean_row  # type: ignore[method-assign]
     cuts = [0, 13, V] if size == 2 else [0, 13, 30, V]
     with group_of(rank, size, file) as group:
         for options in ({}, {"reduction": "none", "entropy_coef": 0.1}):
@@ -393,6 +405,7 @@ def check_rows_bound(kept: Tensor, exact: Tensor, tolerance: float) -> None:
 
 def split_by_position(rank: int, size: int, file: str) -> None:
     entries._DENSE = entries._LOOKED_AT = 1
+    rows.LinearRows._mean_row = no_mean_row  # type: ignore[method-assign]
     with group_of(rank, size, file) as group:
         hidden, weight = leaves()
         here = slice(rank * 2, rank * 2 + 2)
@@ -434,3 +447,78 @@ def test_a_chunk_is_measured_by_itself() -> None:
         share = check_rows(kept, chunk, 0.3, 1e-15)
         assert share > 0.25
     assert 0.25 < tolerance.left_out() <= 0.3
+
+
+@pytest.mark.parametrize("few", ["all", "first", "last", "none"])
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_heads_gradient_is_whole_whichever_chunks_have_few_entries(
+    few: str, waits: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All entries of a chunk as if they were few, or its dense product; three chunks of rows that lie apart."""
+    chunks = {"all": (0, 1, 2), "first": (0,), "last": (2,), "none": ()}[few]
+    turn = iter(range(3))  # 9 of 12 rows
+
+    def split(_: Tolerance, gradient: Tensor) -> tuple[None, sparse.Entries | None]:
+        if next(turn) not in chunks:
+            return None, None
+        row, column = gradient.nonzero().unbind(1)
+        return None, sparse.Entries(row, column, gradient[row, column])
+
+    advantages = ADVANTAGES.clone()
+    advantages.flatten()[::4] = 0
+    exact, got = ([leaf(x, dtype) for x in leaves()] for _ in range(2))
+    linear_prefix_loss(*exact, TOKENS, advantages, config=LossConfig(chunk_tokens=3)).loss.backward()
+    monkeypatch.setattr(Tolerance, "split", split)
+    monkeypatch.setattr(rows, "_KEPT", 2**24 if waits else 0)
+    config = LossConfig(chunk_tokens=3, head_gradient_tolerance=0.1)
+    linear_prefix_loss(*got, TOKENS, advantages, config=config).loss.backward()
+    assert next(turn, None) is None
+    assert exact[1].grad is not None
+    # of bfloat16 both are sums in float32, rounded once
+    close = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 2.0**-7, "atol": 1e-6}
+    torch.testing.assert_close(got[1].grad, exact[1].grad, **close)
+    assert float(exact[1].grad.norm()) > 0
+
+
+def test_a_bad_guess_is_made_good() -> None:
+    """Where one column in so many misleads about a row's small entries, they stay within the bound all the same."""
+    sizes = torch.full((2, 64 * 40), 1e-9)
+    sizes[0, 1::64] = 0.1  # none of the columns that are asked
+    sizes[1, ::64] = 0.1  # all of them
+    above, below = entries._split(sizes, 0.3)
+    assert float(below.max()) <= 0.3
+    assert [int(row.sum()) >= 10 for row in above] == [True, True]
+    guessed = sizes.double().square().where(sizes < entries._guess(sizes, 0.3), torch.zeros(()).double()).sum(1)
+    assert float(guessed[0]) > 0.3
+
+
+@pytest.mark.parametrize("options", ["plain", "softcap", "exact KL"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_the_heads_rows_have_in_common_is_not_lost(
+    options: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row's left out entries stand for their sum times the head's mean row: all there is of a direction that all
+    rows share."""
+    width, vocabulary = 16, 300
+    hidden = 4 * random(24, width, seed=5)
+    weight = random(vocabulary, width, seed=6) / 4 + 10 * random(1, width, seed=7)
+    more = {"ref_hidden": hidden[None] + 0.1, "ref_lm_head_weight": weight} if options == "exact KL" else {}
+
+    def gradient(tolerance: float) -> Tensor:
+        of = leaf(hidden[None], dtype), weight.to(dtype)
+        config = LossConfig(**OPTIONS[options], gradient_tolerance=tolerance)
+        given = {name: x.to(dtype) for name, x in more.items()}
+        tokens = torch.arange(24)[None]
+        old = torch.full((1, 24), -3.0, dtype=dtype)
+        out = linear_prefix_loss(*of, tokens, torch.ones(1), old_logps=old, config=config, **given)  # type: ignore[arg-type]
+        out.loss.backward()
+        assert (float(out.metrics["gradient_left_out"]) > 0) == (tolerance > 0)
+        assert of[0].grad is not None
+        return of[0].grad.double()
+
+    exact, plain = gradient(0.0), gradient(0.05)
+    monkeypatch.undo()
+    monkeypatch.setattr(entries, "_DENSE", 1)
+    monkeypatch.setattr(entries, "_LOOKED_AT", 1)
+    assert float((gradient(0.05) - exact).norm()) < 0.2 * float((plain - exact).norm())

@@ -123,11 +123,11 @@ def test_the_gradients_are_narrow_and_float16_s_are_scaled(dtype: torch.dtype, m
     shares: list[Tensor] = []
     add, share = chunks.HeadChunks.add_gradient, chunks.HeadChunks._share_of_sum
 
-    def added(self: chunks.HeadChunks, rows: Tensor, grads: Tensor) -> None:
+    def added(self: chunks.HeadChunks, chunk: chunks.Chunk, grads: Tensor) -> None:
         seen.append(self)
         assert grads.dtype == dtype
-        assert self.logits.dtype == torch.float32
-        add(self, rows, grads)
+        assert chunk.logits.dtype == torch.float32
+        add(self, chunk, grads)
 
     monkeypatch.setattr(chunks.HeadChunks, "add_gradient", added)
     monkeypatch.setattr(
@@ -135,7 +135,7 @@ def test_the_gradients_are_narrow_and_float16_s_are_scaled(dtype: torch.dtype, m
     )
     run(half_case(dtype).but(ref_hidden=None, ref_weight=None), dtype, 1.0, chunk_tokens=3)
     assert len(seen) > 1
-    assert all((x.scales is not None) == (dtype == torch.float16) for x in seen)
+    assert all(x.scaled == (dtype == torch.float16) for x in seen)
     assert len(shares) == (len(seen) if dtype == torch.float16 else 0)
     assert all(0 < float(x.max()) <= 1 for x in shares)
 

@@ -19,12 +19,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from prefixloss import LossConfig, LossOutput, linear_logps, linear_prefix_loss, prefix_loss
+from prefixloss.backends import products
+from prefixloss.maths.objectives import View
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="the processes talk through gloo")
 
 B, T, D, V = 3, 4, 5, 11
 # columns of each rank; 13 are 2 of padding behind the vocabulary; the last of three may hold nothing else
 SPLITS = [(6, 5), (1, 10), (4, 4, 3), (7, 6), (5, 6, 2)]
+
+
+def own(logp: Tensor, given: View) -> Tensor:
+    """A loss that no kernel knows."""
+    return -given.advantages * given.ratio.sigmoid()
+
+
 CONFIGS = [
     LossConfig(),
     LossConfig(objective="cispo", clip_high=3.0, entropy_coef=0.1, temperature=0.7),
@@ -33,6 +42,7 @@ CONFIGS = [
     LossConfig(ratio_level="sequence", reduction="seq-mean-token-mean", kl="k3", kl_coef=0.1),
     LossConfig(reduction="none", entropy_coef=0.1, softcap=3.0),
     LossConfig(row_tolerance=1e-9, entropy_coef=0.1),
+    LossConfig(objective=own, kl="k3", kl_coef=0.1, entropy_coef=0.1),
 ]
 
 
@@ -174,6 +184,137 @@ def test_a_split_vocabulary_gives_the_same_loss_and_gradients(counts: tuple[int,
     in_processes(compare, len(counts), tmp_path, counts)
 
 
+def by_kernels(rank: int, size: int, file: str, counts: tuple[int, ...], calls: list[tuple[str, int]]) -> None:
+    """The kernels on this rank's columns, in several chunks, against the plain formula in float64 on all of them.
+
+    calls: names with the index of a configuration.
+    """
+    os.environ["PREFIXLOSS_MEMORY"] = str(500 + 3000 * rank)  # the ranks agree on the smallest
+    with group_of(rank, size, file) as group:
+        more = {"tp_group": group, "backend": "triton"} | ({"vocab_size": V} if sum(counts) > V else {})
+        exact, whole = inputs(torch.float64), inputs(torch.float32)
+        error = 2e-5  # float32 sums of 5 products and 11 exponentials
+        if len(counts) == 3:  # not a power of two: what fills up the slices is no score of 0, far above these
+            for name in ("bias", "ref_bias"):
+                exact[name] -= 128
+                whole[name] = exact[name].float()
+            error = 1e-4  # logits near -128 are rounded to 2^-17, and biases as well
+        mine = cut(whole, counts, rank)
+        for name, index in calls:
+            config = CONFIGS[index]
+            note = f"{name}, {config}, {counts}"
+            want, want_grads = CALLS[name](exact, config, backend="reference")
+            got, grads = CALLS[name](mine, config, **more)
+            for a, b in zip(results(got), results(want), strict=True):
+                torch.testing.assert_close(a, b, rtol=error, atol=error, msg=lambda m, n=note: f"{n}: {m}")
+            check_gradients({n: g.double() for n, g in grads.items()}, want_grads, counts, rank, error, note)
+            check_same_bits([*results(got), grads["hidden"].double()])
+
+
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels on CPU tensors run in the interpreter"
+)
+
+
+@INTERPRETED
+@pytest.mark.parametrize(
+    ("counts", "calls"),
+    [
+        ((6, 5), [("linear", 1), ("linear", 4), ("linear", 7), ("logps", 3), ("frozen", 0)]),
+        ((5, 6, 2), [("linear", 2)]),
+        pytest.param((4, 4, 3, 2), [("linear", 2)], marks=pytest.mark.slow),
+        pytest.param(
+            (6, 5), list(itertools.product(("linear", "logps", "frozen"), range(len(CONFIGS)))), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["two", "three", "four", "all"],
+)
+def test_the_kernels_on_a_split_vocabulary_give_the_plain_formula(
+    counts: tuple[int, ...], calls: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    in_processes(by_kernels, len(counts), tmp_path, counts, calls)
+
+
+def by_machine_code(rank: int, size: int, file: str, counts: tuple[int, ...], calls: list[tuple[str, int]]) -> None:
+    from ptx_emulator import Emulator  # noqa: PLC0415 (in this process alone)
+
+    from prefixloss import door  # noqa: PLC0415
+
+    emulator = Emulator()
+    emulator.install()
+    door._interpreted = lambda: True
+    by_kernels(rank, size, file, counts, calls)
+    assert not emulator.figures.errors
+    assert set(emulator.figures.launches) >= {"slice_kernel", "combine_kernel", "gradient_kernel"}
+
+
+@INTERPRETED
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [(6, 5), (4, 4, 3, 2)], ids=["two", "four"])
+def test_the_kernels_on_a_split_vocabulary_pass_as_machine_code(
+    counts: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    calls = [("linear", 2), ("linear", 4), ("logps", 3), ("frozen", 0)]
+    in_processes(by_machine_code, len(counts), tmp_path, counts, calls)
+
+
+class Told:
+    """A collective on its way, that says when it is waited for."""
+
+    def __init__(self, work: Any, name: str, events: list[str]) -> None:
+        self.work, self.name, self.events = work, name, events
+
+    def wait(self) -> None:
+        self.events.append(f"have {self.name}")
+        self.work.wait()
+
+
+def collectives(rank: int, size: int, file: str) -> None:
+    """What a loss in three chunks does, in its order: sums and gradients by their chunk and size."""
+    events: list[str] = []
+    begun: dict[int, int] = {}
+    reduce, logits, head = dist.all_reduce, products.logits, products.add_head_gradient
+
+    def all_reduce(x: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if not async_op:
+            return reduce(x, group=group)
+        kind = "gradient" if x.dim() == 2 else "sums"
+        begun[x.dim()] = begun.get(x.dim(), -1) + 1
+        events.append(f"send {kind} {begun[x.dim()]}: {x.numel()} numbers")
+        return Told(reduce(x, group=group, async_op=True), f"{kind} {begun[x.dim()]}", events)
+
+    def say(name: str, product: Callable[..., None]) -> Callable[..., None]:
+        return lambda *given, **more: events.append(name) or product(*given, **more)
+
+    with group_of(rank, size, file) as group:
+        dist.all_reduce = all_reduce
+        products.logits, products.add_head_gradient = say("logits", logits), say("head", head)
+        mine = cut(inputs(torch.float32), (6, 5), rank)
+        hidden, weight = (mine[name].requires_grad_() for name in ("hidden", "weight"))
+        # 8 of 12 tokens learn: no others are multiplied, or talked about
+        linear_prefix_loss(
+            hidden, weight, TOKENS, ADVANTAGES, mask=MASK, config=LossConfig(chunk_tokens=3), tp_group=group,
+            backend="triton",
+        ).loss.backward()  # fmt: skip
+        dist.all_reduce = reduce
+    sums, gradients = 2 * 8, D
+    assert events == [
+        "logits", f"send sums 0: {3 * sums} numbers",
+        "logits", f"send sums 1: {3 * sums} numbers",
+        "have sums 0", f"send gradient 0: {3 * gradients} numbers", "head",
+        "logits", f"send sums 2: {2 * sums} numbers",
+        "have sums 1", "have gradient 0", f"send gradient 1: {3 * gradients} numbers", "head",
+        "have sums 2", "have gradient 1", f"send gradient 2: {2 * gradients} numbers", "head",
+        "have gradient 2",
+    ]  # fmt: skip
+
+
+@INTERPRETED
+def test_two_all_reduces_a_chunk_of_its_computed_tokens_go_on_while_products_are_made(tmp_path: Path) -> None:
+    in_processes(collectives, 2, tmp_path)
+
+
 def near_certainty(rank: int, size: int, file: str, counts: tuple[int, ...]) -> None:
     with group_of(rank, size, file) as group:
         for gap in (20.0, 60.0, 85.0):
@@ -227,23 +368,26 @@ def test_log_probs_far_below_0_are_finite_and_so_is_the_kl_of_what_has_no_probab
     in_processes(far_apart, 2, tmp_path)
 
 
-def half_precision(rank: int, size: int, file: str) -> None:
+def half_precision(rank: int, size: int, file: str, backend: str, count: int) -> None:
     with group_of(rank, size, file) as group:
         g = torch.Generator().manual_seed(0)
-        hidden, weight = (torch.randn(n, 32, generator=g).bfloat16() for n in (128, 400))
-        tokens, advantages = torch.randint(400, (128,), generator=g), torch.randn(128, generator=g)
+        hidden, weight = (torch.randn(n, 32, generator=g).bfloat16() for n in (count, 400))
+        tokens, advantages = torch.randint(400, (count,), generator=g), torch.randn(count, generator=g)
         exact = hidden.double().requires_grad_()
         linear_prefix_loss(exact, weight.double(), tokens, advantages, backend="torch").loss.backward()
         got = hidden.clone().requires_grad_()
         mine = weight.split(200)[rank].clone().requires_grad_()
-        linear_prefix_loss(got, mine, tokens, advantages, tp_group=group).loss.backward()
+        linear_prefix_loss(got, mine, tokens, advantages, tp_group=group, backend=backend).loss.backward()
         assert exact.grad is not None
         # one rounding to bfloat16: half a unit in the last of 8 bits at most, and float32 sums' error far below it
         torch.testing.assert_close(got.grad, exact.grad, rtol=2**-8, atol=1e-7, check_dtype=False)
 
 
-def test_shares_of_a_bfloat16_gradient_are_added_before_they_are_rounded(tmp_path: Path) -> None:
-    in_processes(half_precision, 2, tmp_path)
+@pytest.mark.parametrize(("backend", "count"), [("torch", 128), pytest.param("triton", 4, marks=INTERPRETED)])
+def test_shares_of_a_bfloat16_gradient_are_added_before_they_are_rounded(
+    backend: str, count: int, tmp_path: Path
+) -> None:
+    in_processes(half_precision, 2, tmp_path, backend, count)
 
 
 def test_padding_never_counts_on_one_process_either() -> None:
@@ -261,7 +405,7 @@ def wrong_calls(rank: int, size: int, file: str, counts: tuple[int, ...]) -> Non
     with group_of(rank, size, file) as group:
         x = cut(inputs(torch.float32), counts, rank)
         with pytest.raises(RuntimeError, match="tp_group"):
-            run_linear(x, LossConfig(), tp_group=group, backend="triton")
+            run_logits(x, LossConfig(), tp_group=group, backend="triton")
         with pytest.raises(ValueError, match=r"vocab_size: got 99 with 11 columns"):
             run_linear(x, LossConfig(), tp_group=group, vocab_size=99)
         with pytest.raises(ValueError, match=r"tokens: got id 10.*V = 9"):

@@ -199,6 +199,6 @@ def test_masked_tokens_and_those_without_advantage_have_no_entries() -> None:
 
 def test_float16_products_whose_sums_are_scaled_stay_exact() -> None:
     chunks = HeadChunks.__new__(HeadChunks)
-    chunks.size, chunks.scales = 4, torch.ones(4)
+    chunks.size, chunks.scaled = 4, True
     config = LossConfig(**BOTH)
     assert sparse.SparseProducts.wanted(chunks, config, [True, True, True], True) is None

@@ -1,5 +1,6 @@
 """A head's gradient whose first product is written into memory that holds anything, and is neither filled nor read."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,10 +16,14 @@ N, D, V = 21, 16, 50
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that nobody filled holds NaN, torch's own too."""
     made = memory.empty
     monkeypatch.setattr(memory, "empty", lambda *given: made(*given).fill_(torch.nan))
     monkeypatch.setenv("PREFIXLOSS_MEMORY", str(64 * N + 16 * 4 * V))  # two chunks
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def gradients(backend: str, dtype: torch.dtype, scored: Tensor, kind: str) -> list[Tensor]:

@@ -131,3 +131,24 @@ report.main()
     assert done.returncode == 1, done.stdout + done.stderr
     assert "sm_90, bf16, row_kernel:" in done.stdout
     assert "1 configurations x 1 targets, 2 findings" in done.stdout
+
+
+def test_gradients_leave_the_cache_first_unless_a_product_reads_them_next() -> None:
+    code = """
+import json, re
+import triton
+from bench.gpu import compile_report as report
+
+triton.runtime.driver.set_active(report.NoDevice(report.TARGETS["sm_90"]))
+found = {}
+for name in ("bf16", "chunk, bf16", "gradient alone", "distil, reverse", "distil, chunk"):
+    for _, kernel in report.compiled(report.CASES[name]):
+        found[name] = re.findall(r"st[.]global([.\\w:]*)[.]v4", kernel.asm["ptx"])
+print(json.dumps(found))
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(found.values())  # all are stored in 16 bytes
+    for name, stores in found.items():
+        assert set(stores) == {"" if "chunk" in name else ".cs"}, name

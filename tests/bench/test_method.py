@@ -11,10 +11,12 @@ import torch
 from typer.testing import CliRunner
 
 from bench.method import commands as method
+from bench.method import judge as method_judge
 from bench.method import runs as method_runs
 from bench.method import show as method_show
 from bench.method import tree as method_tree
 from prefixloss import LossConfig, advantages, linear_prefix_loss
+from prefixloss.detect.records import read_records
 from prefixloss.rl import task, train
 from prefixloss.rl.config import Config
 from prefixloss.rl.optimise import Stepper
@@ -86,6 +88,14 @@ PROBLEM = task.Problem("7+5-2*3=?", "30", ("Step 1: 7+5=12", "Step 2: 12-2=10", 
 WRONG = "\n".join(["Step 1: 7+5=12", "Step 2: 12-2=10", "Step 3: 10*3=31", "Step 4: 31+1=32", "Answer: 32"])
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """A run sets its process to one."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def policy():
     torch.manual_seed(0)
@@ -144,7 +154,12 @@ def test_equal_runs_of_two_comparisons_are_one():
     assert keys["teacher"]["VPPO"] == keys["compare"]["VPPO"]
     assert keys["teacher"]["GRPO"] == keys["compare"]["GRPO"]
     assert keys["tolerance"]["VPPO"] == keys["compare"]["VPPO"]
-    assert len(set(of_each)) == len(of_each) - 6
+    for c in (c for conditions in method_runs.EXPERIMENTS.values() for c in conditions):
+        beside = {"teacher": "a model"} if c.taught else {}
+        assert replace(method_runs.SMALL, **c.options, **beside).updates == 40  # settings that can work
+    assert keys["judge"]["exact check"] == keys["compare"]["VPPO"]
+    assert keys["judge"]["GRPO"] == keys["compare"]["GRPO"]
+    assert len(set(of_each)) == len(of_each) - 8
 
 
 SHORT = replace(
@@ -218,6 +233,62 @@ def test_taught_runs_have_one_teacher(tmp_path, monkeypatch):
     # a policy that is never right has responses to learn from where all are its teacher's matter
     assert [point["update"] for point in curves["teacher alone, all responses"]] == [0, 1, 2]
     assert curves["teacher alone, all responses"][-1]["kl"] > 0
+
+
+@pytest.fixture
+def judge_at_hand(tmp_path, monkeypatch):
+    """A judge made in a second: written solutions, half of them with a wrong line, labelled by the rules."""
+
+    def written(policy, config, count, *, held_out):
+        problems = task.chains(config.seed, 0, 8, min_steps=2, max_steps=3, held_out=held_out)
+        wrong = [p.solution.replace("=", "=1", 1).replace("Answer: ", "Answer: 1") for p in problems]
+        return [*((p, p.solution) for p in problems), *zip(problems, wrong, strict=True)]
+
+    monkeypatch.setattr(method_runs, "SMALL", SHORT)
+    monkeypatch.setattr(method_runs, "WRITER", replace(SHORT, seed=5))
+    monkeypatch.setattr(method_runs, "STRONGER", replace(SHORT, seed=7))
+    monkeypatch.setattr(method_judge, "written", written)
+    monkeypatch.setattr(method_judge, "ROLLOUTS", "maths")
+    monkeypatch.setattr(method_judge, "SETTINGS", replace(method_judge.SETTINGS, epochs=1, held_out=0.3))
+    return tmp_path
+
+
+def test_a_judged_run_asks_the_trained_judge(judge_at_hand, monkeypatch):
+    condition = next(c for c in method_runs.EXPERIMENTS["judge"] if c.judged)
+    asked = []
+    by_name = train.by_name
+    monkeypatch.setattr(train, "by_name", lambda name, **options: (asked.append(name), by_name(name, **options))[1])
+    start = method_runs.warm(0, judge_at_hand)
+    method_runs.run(condition, 0, start, replace(SHORT, updates=1))
+    assert asked == [f"prm:{judge_at_hand / 'judge'}"]
+    labels = read_records(judge_at_hand / "judge-labels.jsonl", "labelled")
+    assert sorted(record.label for record in labels) == [-1] * 8 + [0] * 8
+    made = (judge_at_hand / "judge" / "report.json").stat().st_mtime_ns
+    assert method_runs.trained_judge(judge_at_hand).joinpath("report.json").stat().st_mtime_ns == made
+
+
+def test_judges_are_measured_and_shown(judge_at_hand):
+    arguments = ["judge", "--work", str(judge_at_hand), "--out", str(judge_at_hand / "new")]
+    result = CliRunner().invoke(method.app, arguments)
+    assert result.exit_code == 0, result.output
+    record = json.loads((judge_at_hand / "new" / "judge.json").read_text())
+    assert (record["responses"], record["wrong"]) == (16, 8)
+    assert len(record["judges"]) == 6
+    text = method_judge.table(record)
+    assert "| the model's rollouts, 8 samples | 100.0 % | 0.0 % | 0.0 % | 0.0 % | 0.0 % |" in text
+    places, sure = method_show.draw_judges(record).axes
+    assert len(places.patches) == 4 * 6
+    assert sum(bar.get_width() for bar in places.patches) == pytest.approx(600)  # each judge's shares are all there is
+    assert len(sure.lines) == 1 + 6
+
+
+def test_what_is_written_is_whole_and_labelled_by_the_exact_check(policy):
+    assert method_judge.written(policy, replace(SHORT, max_tokens=1), 4, held_out=False) == []
+    lines = "Step 1: 7+5=12\nStep 2: 12-2=11"
+    records = method_judge.records_of([(PROBLEM, PROBLEM.solution), (PROBLEM, WRONG), (PROBLEM, lines)])
+    assert [record.label for record in records] == [-1, 2, 1]
+    short = method_judge.records_of([(PROBLEM, "Step 1: 7+5=12")])
+    assert short[0].label == 0  # the line that is missing stands for the last that is there
 
 
 def test_only_missing_runs_are_made_and_pictures_follow_from_the_files(tmp_path, monkeypatch):

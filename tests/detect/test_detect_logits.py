@@ -151,4 +151,4 @@ def test_it_has_a_name_a_cost_and_can_be_pickled(name: str) -> None:
 
 def test_importing_the_detector_does_not_import_transformers() -> None:
     code = "import sys, prefixloss.detect.models.logits; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=600).returncode == 0

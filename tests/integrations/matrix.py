@@ -1,9 +1,9 @@
-"""The integrations' tests under other versions of TRL and transformers, each pair in an environment of its own.
+"""The integrations' tests under other versions of trainers and transformers, each pair in an environment of its own.
 
     python tests/integrations/matrix.py
 
-An environment has packages of its own only where they differ from those that run this; all others it shares. The table
-in docs/versions-table.md is replaced when the last pair has run, or not at all.
+An environment has packages of its own only where they differ from those that run this; all others it shares. The rows
+of the pairs that ran are replaced in docs/versions-table.md when the last of them has run, or none.
 """
 
 from __future__ import annotations
@@ -43,33 +43,74 @@ TRAINERS = [
 # from 1.15 on these take their log-probs from the same function
 OTHERS = [f"{HERE}/test_integrations_trl.py::test_a_trainer_runs_the_same_under_the_patch[{n}]" for n in ("dpo", "sft")]
 MODELS = [f"{HERE}/test_integrations_transformers.py"]
+NAMES = {"trl": "TRL", "verl": "verl", "openrlhf": "OpenRLHF", "skyrl": "SkyRL"}
+BESIDE = ("tokenizers", "torch")
+OTHER = f"{HERE}/test_integrations_others.py"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Versions to install; None: no TRL, or the transformers that pip chooses beside TRL."""
+    """Versions to install, of a trainer or "none" and of transformers."""
 
-    trl: str | None
-    transformers: str | None
+    trainer: str
+    version: str
+    transformers: str
     tests: tuple[str, ...]
     # TRL's function is of Triton alone, which on a CPU runs in its interpreter
     interpret: bool = False
+    # what the trainer imports beside what it declares, or in its place where it declares what needs a GPU
+    beside: tuple[str, ...] = ()
+    # packages that are installed without what they declare
+    alone: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.trainer}-{self.version}-transformers-{self.transformers}"
+
+    @property
+    def packages(self) -> list[str]:
+        own = [f"{self.trainer}=={self.version}"] if self.version and not self.alone else []
+        return [*own, f"transformers=={self.transformers}", *self.beside]
+
+    @property
+    def keyword(self) -> str:
+        """pytest's -k: of the other trainers one file has the tests."""
+        of_trainer = "" if self.trainer in ("trl", "none") else f" and {self.trainer}"
+        return f"not table_in_the_docs and not compiled{of_trainer}"
 
 
+def trl(version: str, transformers: str, *more: str, interpret: bool = False) -> Pair:
+    return Pair("trl", version, transformers, (*FUNCTION, *TRAINERS, *more), interpret)
+
+
+OPENRLHF = (
+    "ray==2.55.0",
+    "torchdata",
+    "optree",
+    "einops",
+    "jsonlines",
+    "loralib",
+    "pylatexenc",
+    "torchmetrics",
+    "aiohttp",
+)
+SKYRL = ("ray", "cloudpathlib", "jaxtyping", "loguru", "omegaconf")
 PAIRS = [
-    Pair("1.9.2", "4.57.6", (*FUNCTION, *TRAINERS)),
-    Pair("1.9.2", "5.16.1", (*FUNCTION, *TRAINERS)),
-    Pair("1.12.0", "5.24.0", (*FUNCTION, *TRAINERS)),
-    Pair("1.14.2", "5.24.0", (*FUNCTION, *TRAINERS)),
-    Pair("1.15.0", "5.24.0", (*FUNCTION, *TRAINERS, *OTHERS), interpret=True),
-    Pair("1.16.0", "4.57.6", (*FUNCTION, *TRAINERS, *OTHERS)),
-    Pair("1.16.0", "5.24.0", (*FUNCTION, *TRAINERS, *OTHERS)),
-    Pair(None, "4.57.6", tuple(MODELS)),
-    Pair(None, "5.0.0", tuple(MODELS)),
-    Pair(None, "5.12.1", tuple(MODELS)),
-    Pair(None, "5.24.0", tuple(MODELS)),
+    trl("1.9.2", "4.57.6"),
+    trl("1.9.2", "5.16.1"),
+    trl("1.12.0", "5.24.0"),
+    trl("1.14.2", "5.24.0"),
+    trl("1.15.0", "5.24.0", *OTHERS, interpret=True),
+    trl("1.16.0", "4.57.6", *OTHERS),
+    trl("1.16.0", "5.24.0", *OTHERS),
+    Pair("openrlhf", "0.11.2", "5.15.0", (OTHER,), beside=OPENRLHF, alone=("openrlhf==0.11.2",)),
+    Pair("skyrl", "0.3.0", "5.8.0", (OTHER,), beside=SKYRL, alone=("skyrl==0.3.0", "skyrl-gym")),
+    Pair("none", "", "4.57.6", tuple(MODELS)),
+    Pair("none", "", "5.0.0", tuple(MODELS)),
+    Pair("none", "", "5.12.1", tuple(MODELS)),
+    Pair("none", "", "5.24.0", tuple(MODELS)),
 ]
-HEAD = "| TRL | transformers | tokenizers | torch | tests |\n|---|---|---|---|---|\n"
+HEAD = "| trainer | transformers | tokenizers | torch | tests |\n|---|---|---|---|---|\n"
 
 
 @dataclass
@@ -84,14 +125,20 @@ class Row:
     output: str = ""
 
     def line(self) -> str:
-        found = [self.versions.get(name, "none") for name in ("trl", "transformers", "tokenizers", "torch")]
         counts = [(self.passed, "passed"), (self.failed, "failed"), (self.skipped, "skipped")]
         said = ", ".join(f"{n} {what}" for n, what in counts if n or what == "passed")
-        return f"| {' | '.join(found if self.pair.trl else ['none', *found[1:]])} | {said} |\n"
+        return start(self.pair, self.versions) + f" {' | '.join(self.versions[name] for name in BESIDE)} | {said} |\n"
 
 
-def environment(folder: Path, packages: list[str]) -> str:
-    """Its python: it sees all packages of this one, and has `packages`, and what they need in other versions, first."""
+def start(pair: Pair, versions: dict[str, str]) -> str:
+    """Of a pair's row in the table."""
+    trainer = f"{NAMES[pair.trainer]} {versions[pair.trainer]}" if pair.version else "none"
+    return f"| {trainer} | {versions['transformers']} |"
+
+
+def environment(folder: Path, packages: list[str], alone: tuple[str, ...] = ()) -> str:
+    """Its python: it sees all packages of this one, and has `packages`, and what they need in other versions, first;
+    those `alone` without what they need."""
     venv.create(folder, with_pip=False, symlinks=True)
     python = str(folder / "bin/python")
     code = "import site; print(site.getsitepackages()[0])"
@@ -100,22 +147,23 @@ def environment(folder: Path, packages: list[str]) -> str:
     (own / "shared.pth").write_text(shared)
     # named, so that pip looks for versions of them that go with the others
     beside = ["accelerate", "datasets", "peft", "requests"]
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-qq", *packages, *beside]
-    subprocess.run(pip, check=True, timeout=600)
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-qq"]
+    subprocess.run([*pip, *packages, *beside], check=True, timeout=600)
+    if alone:
+        subprocess.run([*pip, "--no-deps", *alone], check=True, timeout=600)
     return python
 
 
 def run(pair: Pair, folder: Path) -> Row:
     """Makes the environment below `folder` and runs the pair's tests there, without network."""
-    wanted = [f"{name}=={got}" for name, got in (("trl", pair.trl), ("transformers", pair.transformers)) if got]
-    python = environment(folder / f"trl-{pair.trl}-transformers-{pair.transformers}", wanted)
+    python = environment(folder / pair.name, pair.packages, pair.alone)
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if pair.interpret else {})
     command = [python, "-m", "pytest", "-q", "-m", "not slow", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["-k", "not table_in_the_docs and not compiled", *pair.tests]
+    command += ["-k", pair.keyword, *pair.tests]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False, timeout=1800
     )
-    names = ("trl", "transformers", "tokenizers", "torch")
+    names = ("transformers", *BESIDE, *([pair.trainer] if pair.version else []))
     ask = f"import json; from importlib.metadata import version as v; print(json.dumps({{n: v(n) for n in {names}}}))"
     said = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout
     row = Row(pair, versions=json.loads(said), output=done.stdout + done.stderr)
@@ -128,29 +176,33 @@ def run(pair: Pair, folder: Path) -> Row:
 
 
 def write(rows: list[Row], table: Path) -> None:
-    """Whole or not at all."""
+    """The rows, in the order of the pairs; a pair that has not run keeps its row. Whole or not at all."""
+    before = table.read_text().splitlines(keepends=True) if table.exists() else []
+    lines = []
+    for pair in PAIRS:
+        kept = start(pair, {pair.trainer: pair.version, "transformers": pair.transformers})
+        now = [row.line() for row in rows if row.pair == pair]
+        lines += now or [line for line in before if line.startswith(kept)]
     made = table.with_suffix(".part")
-    made.write_text(HEAD + "".join(row.line() for row in rows))
+    made.write_text(HEAD + "".join(lines))
     made.replace(table)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="pairs whose `trl-...-transformers-...` has this in it; writes no table")
+    parser.add_argument("--only", default="", help="pairs whose name, such as trl-1.9.2-transformers-5.16.1, has this")
     only = parser.parse_args().only
     rows = []
     for pair in PAIRS:
-        name = f"trl-{pair.trl}-transformers-{pair.transformers}"
-        if only and only not in name:
+        if only not in pair.name:
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             rows.append(run(pair, Path(folder)))
-        print(f"{name}: {rows[-1].line().strip()} in {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{pair.name}: {rows[-1].line().strip()} in {time.perf_counter() - start:.0f} s", flush=True)
         if rows[-1].failed:
             print(rows[-1].output)
-    if not only:
-        write(rows, TABLE)
+    write(rows, TABLE)
     return min(sum(row.failed for row in rows), 1)
 
 

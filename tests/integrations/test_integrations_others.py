@@ -558,6 +558,48 @@ def test_verl_puts_a_score_behind_what_a_tool_wrote(verl: Any) -> None:
     torch.testing.assert_close(got, torch.tensor([right, wrong]))
 
 
+def test_verl_right_answers_with_an_error_are_told_by_a_score_of_their_own(verl: Any) -> None:
+    """Row 0 is right with an error at token 4, the third of the model's own; row 1 is right, row 2 wrong from 1 on."""
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1], [1] * 6, [1] * 6])
+    rewards = torch.zeros(3, 6)
+    rewards[:, 5] = torch.tensor([token_loss.signed_score(True, 4), 1.0, token_loss.signed_score(False, 1)])
+    assert rewards[:, 5].tolist() == [6.0, 1.0, -2.0]
+    config = verl_config(vppo={"flawed": 0.25})
+    got, _ = verl.advantage_estimator(rewards, mask, config, index=["a"] * 3, estimator="vppo")
+    want = advantages.vppo(
+        torch.tensor([True, True, False]), mask.sum(1), torch.tensor([2, -1, 1]), torch.zeros(3, dtype=torch.int64),
+        shorten=0, flawed=0.25,
+    )  # fmt: skip
+    assert torch.equal(got, want.per_token(mask, mask))
+    assert got[0, 0] > got[0, 4]
+    with pytest.raises(ValueError, match=r"^scores: got 6 for response 0"):
+        verl.advantage_estimator(rewards, mask, index=["a"] * 3, estimator="vppo")
+    for score, says in [
+        (8.0, "first_error \\+ 2, first_error counting"),
+        (1.5, "first_error \\+ 2 .right"),
+        (float("inf"), "inf"),
+    ]:
+        rewards[0, 5] = score
+        with pytest.raises(ValueError, match=says):
+            verl.advantage_estimator(rewards, mask, config, index=["a"] * 3, estimator="vppo")
+
+
+def test_verl_rewards_of_turns_become_advantages_of_their_tokens(verl: Any) -> None:
+    """Row 0 has two turns, the first rewarded at its tool's last token, the outcome behind the second's tool. Row 1 has
+    the same turns, its first earned at its own token. Two of a kind: +-1/sqrt(2) each."""
+    mask = torch.tensor([[1, 1, 0, 0, 1, 0], [1, 0, 1, 1, 0, 0]])
+    rewards = torch.tensor([[0, 0, 0, 0.25, 0, 1.0], [0.75, 0, 0, 0, 0, 0]])
+    made, returns = verl.turn_level_estimator(rewards, mask, index=["a", "a"])
+    half = 0.5**0.5
+    want = torch.tensor([[0, 0, 0, 0, half, 0], [0, 0, -half, -half, 0, 0]])
+    torch.testing.assert_close(made, want)
+    assert torch.equal(made, returns)
+    config = verl_config(turn_level={"weight": 3.0}, norm_adv_by_std_in_grpo=False)
+    made, _ = verl.turn_level_estimator(rewards, mask, config, index=["a", "a"])
+    # 0.5 - 3 * 0.25 and 0.5; -0.5 + 3 * 0.25 and -0.5
+    torch.testing.assert_close(made, torch.tensor([[-0.25, -0.25, 0, 0, 0.5, 0], [0.25, 0, -0.5, -0.5, 0, 0]]))
+
+
 def test_verl_first_errors_count_what_tools_wrote(verl: Any) -> None:
     """verl's reward loop sees no mask: the fifth token (4) is the third of the model's own (2). The wrong response of
     row 1 breaks only in what its tool says: its last own token is in doubt. Row 2 was rejected by its sampler."""
@@ -695,6 +737,23 @@ def test_verl_itself_computes_our_advantages_from_its_batch(verl_itself: Any) ->
     assert torch.equal(batch["advantages"], vppo(alpha=0.25).per_token(mask, mask))
 
 
+def test_verl_itself_computes_advantages_of_turns_from_its_batch(verl_itself: Any) -> None:
+    from omegaconf import OmegaConf  # noqa: PLC0415
+    from verl import DataProto  # noqa: PLC0415
+    from verl.trainer.ppo.ray_trainer import compute_advantage  # noqa: PLC0415
+
+    mask = torch.tensor([[1, 1, 0, 0, 1, 0], [1, 0, 1, 1, 0, 0]])
+    rewards = torch.tensor([[0, 0, 0, 0.25, 0, 1.0], [0.75, 0, 0, 0, 0, 0]])
+    data = DataProto.from_dict(
+        tensors={"token_level_rewards": rewards, "response_mask": mask},
+        non_tensors={"uid": np.array(["a", "a"], dtype=object)},
+    )
+    config = OmegaConf.create({"turn_level": {"weight": 3.0}, "norm_adv_by_std_in_grpo": False})
+    made = compute_advantage(data, adv_estimator="turn_level", config=config)
+    want = torch.tensor([[-0.25, -0.25, 0, 0, 0.5, 0], [0.25, 0, -0.5, -0.5, 0, 0]])
+    torch.testing.assert_close(made.batch["advantages"], want)
+
+
 def test_verl_itself_puts_scores_behind_what_tools_wrote(verl_itself: Any) -> None:
     from tensordict import TensorDict  # noqa: PLC0415
     from verl import DataProto  # noqa: PLC0415
@@ -725,7 +784,7 @@ def test_verl_itself_composes_the_configuration_file(verl_itself: Any, verl: Any
 
     here = str(Path(verl.__file__).parent)
     command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", here, "--config-name", "verl_vppo"]
-    shown = subprocess.run([*command, "--cfg", "job"], check=True, capture_output=True, text=True, timeout=120)
+    shown = subprocess.run([*command, "--cfg", "job"], check=True, capture_output=True, text=True, timeout=500)
     config = OmegaConf.create(shown.stdout)
     loss = get_policy_loss_fn(config.actor_rollout_ref.actor.policy_loss.loss_mode)
     assert loss is verl.POLICY_LOSSES["clip"]
@@ -838,6 +897,19 @@ def test_verl_itself_rewards_with_the_first_error(verl_itself: Any, text: str, s
     assert extra["first_error"] == (-score - 1 if score < 0 else -1)
     assert extra["correct"] == pytest.approx(NAN if text.endswith("?") else float(score == 1), nan_ok=True)
     assert all(isinstance(x, (int, float)) for x in extra.values())
+
+
+@pytest.mark.parametrize(("correct", "flawed", "asked"), [(False, False, 1), (True, False, 0), (True, True, 1)])
+def test_verl_searches_right_answers_only_where_it_is_told_to(
+    verl: Any, monkeypatch: pytest.MonkeyPatch, correct: bool, flawed: bool, asked: int
+) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(verl, "_first_error", lambda *_, **options: seen.append(options) or 3)
+    options = {"detector": "maths", "flawed": flawed}
+    first = verl._searched(correct, None, None, options)
+    assert seen == [{"detector": "maths"}] * asked
+    assert first == (3 if asked else -1)
+    assert verl._searched(None, None, None, options) == -1  # without a verdict nothing is searched
 
 
 # --- OpenRLHF ---

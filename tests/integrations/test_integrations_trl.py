@@ -26,6 +26,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 from trl.trainer import utils
 
 from prefixloss.detect.base import Detector, FirstError
+from prefixloss.inputs.turns import turn_counts, turns
 from prefixloss.integrations.trl import LogProbs, PrefixGRPOTrainer, patch_trl
 from prefixloss.integrations.trl.logps import OPTIONAL
 from prefixloss.integrations.trl.trainer import _question, _scored_index
@@ -632,6 +633,148 @@ def test_every_token_gets_its_advantage(advantage, expected, tmp_path, monkeypat
     assert any(log.get("first_error/found") == pytest.approx(1 / 3) for log in trainer.state.log_history)
 
 
+def test_right_answers_with_a_wrong_step_may_be_worth_less(tmp_path, monkeypatch):
+    """The right one's second line starts at its fourth token of six: worth 1, then 0.25, on average (3 + 0.75) / 6."""
+    extra = {"detector": SecondStep(), "segmenter": "lines", "shorten": 0, "flawed": 0.25}
+    trainer = grpo(tmp_path, PrefixGRPOTrainer, right, extra, max_steps=1)
+    say(trainer)
+    seen.clear()
+    batches = spied_batches(trainer, monkeypatch)
+    trainer.train()
+    assert [steps for _, steps, _ in seen] == [["12\n", "3a"], ["123\n", "4b"], ["b"]]
+    mean = (3.75 / 6 + 2 / 7) / 4
+    rows = advantages_by_text(trainer, batches[0])
+    assert rows["12\n3a"] == pytest.approx([1 - mean] * 3 + [0.25 - mean] * 3 + [0], abs=1e-6)
+    assert rows["123\n4b"] == pytest.approx([0.5 - mean] * 4 + [-mean] * 3, abs=1e-6)
+    logged = [log for log in trainer.state.log_history if "first_error/found" in log]
+    assert [log["first_error/flawed"] for log in logged] == [1.0]
+    assert [log["first_error/found"] for log in logged] == [pytest.approx(1 / 3)]
+
+
+# what a policy and its tools say by turns: right in its second turn, wrong there, wrong in its only one, cut off
+TURNS = [[("12", 1), ("30", 0), ("4a<eos>", 1)], [("12", 1), ("3", 0), ("4b<eos>", 1)], [("b<eos>", 1)], [("12", 1)]]
+
+
+def played(prompts, trainer):
+    """A `rollout_func`: each group gets these transcripts, with the mask of its environment."""
+    rows = [
+        [(token, own) for text, own in turns for token in trainer.processing_class(text)["input_ids"]]
+        for turns in (TURNS[i % len(TURNS)] for i in range(len(prompts)))
+    ]
+    return {
+        "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
+        "completion_ids": [[token for token, _ in row] for row in rows],
+        "env_mask": [[own for _, own in row] for row in rows],
+        "logprobs": None,
+    }
+
+
+def test_credit_ends_at_the_first_wrong_turn(tmp_path, monkeypatch):
+    """The wrong one's second turn starts at its third own token, behind what its tool wrote. Averages over the tokens:
+    1, 0.5 * 2 / 5, 0, 0, their mean 0.3."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    extra = {"detector": SecondStep(), "segmenter": "turns", "shorten": 0, "rollout_func": played}
+    trainer = grpo(tmp_path, PrefixGRPOTrainer, right, extra, max_steps=1)
+    seen.clear()
+    batches = spied_batches(trainer, monkeypatch)
+    trainer.train()
+    assert [steps for _, steps, _ in seen] == [["123", "4b"], ["b"]]
+    rows = advantages_by_text(trainer, batches[0])
+    assert rows["12304a"] == pytest.approx([0.7, 0.7, 0, 0, 0.7, 0.7, 0.7], abs=1e-6)
+    assert rows["1234b"] == pytest.approx([0.2, 0.2, 0, -0.3, -0.3, -0.3, 0], abs=1e-6)
+    assert rows["12"] == pytest.approx([-0.3, -0.3, *[0] * 5], abs=1e-6)
+
+
+def double(x: int) -> int:
+    """Twice a number.
+
+    Args:
+        x: The number.
+    """
+    return 2 * x
+
+
+def talker(tmp_path, cls, funcs, extra, **options):
+    """A tiny model with Qwen3's chat template, which TRL knows the tools of, a token a character but the marks."""
+    marks = ["<|im_end|>", "<pad>", "<|im_start|>", "<unk>"]
+    letters = [chr(c) for c in range(32, 127)] + ["\n"]
+    inner = Tokenizer(models.WordLevel({x: i for i, x in enumerate([*marks, *letters])}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token=marks[0], pad_token=marks[1], unk_token=marks[3], padding_side="left",
+        additional_special_tokens=[marks[2]],
+    )  # fmt: skip
+    templates = pytest.importorskip("trl.chat_template_utils")
+    tok.chat_template = getattr(templates, "qwen3_chat_template", None) or pytest.skip("a TRL without this template")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tok), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=4096, pad_token_id=1, eos_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    asked = [[{"role": "user", "content": "twice 2, and 3?"}]] * 8
+    made = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 400, "max_steps": 1}
+    return cls(
+        model=LlamaForCausalLM(config), reward_funcs=funcs, args=GRPOConfig(**settings(tmp_path, **made, **options)),
+        train_dataset=Dataset.from_dict({"prompt": asked}), processing_class=tok, **extra,
+    )  # fmt: skip
+
+
+def test_credit_ends_at_the_first_wrong_turn_of_a_run_with_tools(tmp_path, monkeypatch):
+    """TRL calls the tool and asks again; three turns, the last two of which are judged in one response."""
+
+    def call(x):
+        return f'<tool_call>\n{{"name": "double", "arguments": {{"x": {x}}}}}\n</tool_call><|im_end|>'
+
+    def told(completions, **_):
+        return [float("a" in completion[-1]["content"]) for completion in completions]
+
+    class LastTurn(SecondStep):
+        def find(self, problem, steps, answer):
+            seen.append((problem, list(steps), answer))
+            return FirstError(len(steps) - 1, "the last", 1.0)
+
+    extra = {"detector": LastTurn(), "segmenter": "turns", "shorten": 0, "tools": [double]}
+    trainer = talker(tmp_path, PrefixGRPOTrainer, told, extra)
+    rounds = [[call(2), call(2), call(2), "0<|im_end|>"], ["6a<|im_end|>", call(9), "6b<|im_end|>"], ["18b<|im_end|>"]]
+
+    def answers(prompt_ids, *_, **__):
+        texts = rounds.pop(0)
+        assert len(prompt_ids) == len(texts)
+        return [trainer.processing_class(text)["input_ids"] for text in texts], None
+
+    trainer._generate_single_turn = answers
+    seen.clear()
+    batches = spied_batches(trainer, monkeypatch)
+    trainer.train()
+    assert not rounds
+    by_length = sorted((steps for _, steps, _ in seen), key=len)
+    assert [len(steps) for steps in by_length] == [1, 2, 3]
+    assert [steps[-1] for steps in by_length] == ["0", "6b", "18b"]
+    assert all(problem == "twice 2, and 3?" for problem, _, _ in seen)
+    assert '{"x": 9}' in by_length[2][1]
+    assert "18" in by_length[2][1].split("tool_response")[1]  # what the tool answered stands behind its call
+    batch = batches[0]
+    mask = batch["completion_mask"] * batch["tool_mask"]
+    counts = turn_counts(mask).tolist()
+    assert sorted(counts) == [1, 2, 2, 3]
+    given, number = batch["advantages"], turns(mask)
+    row = counts.index(3)
+    kept, blamed = (given[row][(number[row] < 2) & (mask[row] == 1)].unique(), given[row][number[row] == 2].unique())
+    assert len(kept) == len(blamed) == 1
+    assert kept - blamed == pytest.approx(0.5, abs=1e-6)
+    assert not given[mask == 0].any()
+
+
+def test_without_tools_a_response_is_one_turn(tmp_path, monkeypatch):
+    extra = {"detector": SecondStep(), "segmenter": "turns", "shorten": 0}
+    trainer = grpo(tmp_path, PrefixGRPOTrainer, right, extra, max_steps=1)
+    say(trainer)
+    seen.clear()
+    trainer.train()
+    assert [steps for _, steps, _ in seen] == [["123\n4b"], ["b"]]
+
+
 class Unsure(SecondStep):
     """The same, with little confidence."""
 
@@ -794,6 +937,8 @@ def test_which_reward_says_right_has_to_be_said(tmp_path):
         ({"detector": None}, "detector"),
         ({"alpha": 2}, "alpha"),
         ({"shorten": -1}, "shorten"),
+        ({"flawed": 2}, "flawed"),
+        ({"flawed": 0.5, "advantage": "cliff"}, "flawed"),
     ],
 )
 def test_wrong_arguments_are_named(extra, name, tmp_path):

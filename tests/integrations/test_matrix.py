@@ -292,7 +292,7 @@ def test_the_table_in_the_docs_is_of_the_matrix():
     rows = text[len(matrix.HEAD) :].splitlines()
     assert len(rows) == len(matrix.PAIRS)
     for pair, row in zip(matrix.PAIRS, rows, strict=True):
-        assert row.startswith(f"| {pair.trl or 'none'} | {pair.transformers or ''}")
+        assert row.startswith(matrix.start(pair, {pair.trainer: pair.version, "transformers": pair.transformers}))
         assert re.search(r"\d+ passed(, \d+ skipped)? \|$", row)
 
 
@@ -301,15 +301,30 @@ def test_one_pair_of_versions_runs_in_an_environment_of_its_own(tmp_path):
     row = matrix.run(matrix.PAIRS[0], tmp_path)
     assert row.failed == 0
     assert row.passed > 10
-    assert row.versions["trl"] == matrix.PAIRS[0].trl
+    assert row.versions["trl"] == matrix.PAIRS[0].version
     table = tmp_path / "table.md"
     matrix.write([row], table)
-    assert table.read_text().splitlines()[-1].startswith(f"| {matrix.PAIRS[0].trl} |")
+    assert table.read_text().splitlines()[-1].startswith(f"| TRL {matrix.PAIRS[0].version} |")
+
+
+def test_a_pair_that_has_not_run_keeps_its_row(tmp_path):
+    b, c = (pair for pair in matrix.PAIRS if pair.trainer in ("openrlhf", "skyrl"))
+    table = tmp_path / "table.md"
+    versions = {"tokenizers": "1", "torch": "2", "openrlhf": b.version, "skyrl": c.version}
+    matrix.write([matrix.Row(x, 3, 0, 1, versions | {"transformers": x.transformers}) for x in (c, b)], table)
+    before = table.read_text()
+    assert before.startswith(
+        matrix.HEAD + f"| OpenRLHF {b.version} | {b.transformers} | 1 | 2 | 3 passed, 1 skipped |\n"
+    )
+    matrix.write([matrix.Row(c, 4, versions=versions | {"transformers": c.transformers})], table)
+    assert table.read_text() == before.replace(
+        before.splitlines()[-1], before.splitlines()[-1].replace("3 passed, 1 skipped", "4 passed")
+    )
 
 
 @pytest.mark.slow
 def test_an_older_trl_is_refused_in_an_environment_of_its_own(tmp_path):
     python = matrix.environment(tmp_path / "old", ["trl==1.8.0"])
     code = "import prefixloss.integrations.trl"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, timeout=600)
     assert "ImportError: trl: got version 1.8.0, expected 1.9 or newer" in done.stderr

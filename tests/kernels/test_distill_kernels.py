@@ -304,9 +304,10 @@ def test_in_place_the_gradient_is_the_same_to_the_bit(name: str, form: str) -> N
 def test_narrowed_gradients_equal_those_in_a_room_apart(form: str, vocabulary: int, dtype: torch.dtype) -> None:
     chunks = head_chunks(3, vocabulary, dtype)
     case = case_of(form, 3, vocabulary)
-    logits = chunks.logits[:3]
+    room = chunks.rooms[0].logits
+    logits = room[:3]
     logits.copy_(case.logits)
-    narrow, apart = chunks.gradient_room(apart=False)[:3], chunks.gradient_room(apart=True)[:3].fill_(NAN)
+    narrow, apart = chunks.gradient_over(room)[:3], chunks.gradient_apart()[:3].fill_(NAN)
     assert narrow.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
     rescaled = dtype == torch.float16
     given = torch.tensor([1.0, -2.0, 0.0])

@@ -627,15 +627,16 @@ def test_narrowed_gradients_equal_those_in_a_room_apart(
     config: LossConfig, vocabulary: int, dtype: torch.dtype
 ) -> None:
     chunks = head_chunks(3, vocabulary, dtype)
-    logits = chunks.logits[:3]  # products have more rows
+    room = chunks.rooms[0].logits
+    logits = room[:3]  # products have more rows
     logits.copy_(random_logits(3, vocabulary))
-    narrow = chunks.gradient_room(apart=False)[:3]
-    assert narrow.untyped_storage().data_ptr() == chunks.logits.untyped_storage().data_ptr()
+    narrow = chunks.gradient_over(room)[:3]
+    assert narrow.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
     problem = make(
         logits, config, ref=random_logits(3, vocabulary, 1), ids=[0, vocabulary - 1, 0],
         flags=[LEARNING, LEARNING, COMPUTED], grads=dtype, cut=Launch(32, 8, 1), rescaled=dtype == torch.float16,
     )  # fmt: skip
-    apart = Run(problem, 1, chunks.gradient_room(apart=True)[:3].fill_(NAN))
+    apart = Run(problem, 1, chunks.gradient_apart()[:3].fill_(NAN))
     together = Run(dataclasses.replace(problem, work=problem.work._replace(narrowed=True)), 1, narrow)
     assert not apart.grads.isnan().any()
     assert torch.equal(together.grads, apart.grads)
@@ -945,8 +946,13 @@ def test_a_distillation_is_one_kernel(compiler: Compiled, change: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1,), (4096,), (3, 4097), (0, 5)], ids=str)
-def test_scale_multiplies_in_float32_and_leaves_the_rest_of_the_storage(dtype: torch.dtype, shape: tuple) -> None:
+@pytest.mark.parametrize("shape", [(1,), (4096,), (3, 4097), (0, 5), (2, 9, 4096), (17, 4097)], ids=str)
+def test_scale_multiplies_in_float32_and_leaves_the_rest_of_the_storage(
+    dtype: torch.dtype, shape: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        scale, "processors", lambda device: 1
+    )  # eight programs, so the last two have up to three blocks
     count = math.prod(shape)
     storage = on_device(torch.linspace(-3, 3, count + 8), dtype)
     before = storage.clone()

@@ -113,6 +113,29 @@ def test_only_the_tokens_of_the_largest_entropy_learn(share: float, kept: list[i
     torch.testing.assert_close(out.loss, -p.log() * torch.tensor([kept]), rtol=1e-5, atol=1e-6)
 
 
+# log rho of two responses, the last token not scored
+APART = [[-0.044, 0.236, 0.284, -0.334, 0.507, -0.268], [-0.107, 0.37, 0.041, -0.505, 0.095, 0.04]]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize(
+    ("threshold", "kept"),
+    [(0.04, [[1, 1, 1, 0, 0, 1], [1, 0, 1, 0, 1, 0]]), (0.01, [[1, 0, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0]])],
+)
+def test_m2po_keeps_the_tokens_that_areal_keeps(threshold: float, kept: list[list[int]], backend: str) -> None:
+    """kept: what the mask of AReaL's `areal/trainer/ppo/actor.py` (4aef98d) says of these tokens."""
+    logits, apart = torch.zeros(2, 6, 2), torch.tensor(APART)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 5] = False
+    config = LossConfig(objective="m2po", m2_threshold=threshold, reduction="none")
+    advantages = torch.tensor([1.0, -0.5])
+    out = prefix_loss(
+        logits, torch.zeros(2, 6).long(), advantages, mask=mask, old_logps=HALF - apart, config=config, backend=backend
+    )
+    want = -apart.exp() * advantages[:, None] * torch.tensor(kept)
+    torch.testing.assert_close(out.loss, want, rtol=1e-5, atol=1e-6)
+
+
 def test_each_new_objective_has_a_vector() -> None:
     assert {options["objective"] for options, *_ in VECTORS} == set(NEW)
 

@@ -140,7 +140,10 @@ def test_entropy_and_exact_kl_are_there_where_they_were_asked_for_and_carry_grad
     call_with_grads(without_ref(small_case(level)), backend, dtype=dtype, objective=sees_nothing)
 
 
-def test_own_token_functions_keep_the_single_pass_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", None), ("triton", torch.float32)])
+def test_own_token_functions_keep_the_single_pass_and_others_do_not(
+    backend: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     staged: list[LossConfig] = []
     loss = two_stages.loss
     monkeypatch.setattr(two_stages, "loss", lambda s, batch, config: staged.append(config) or loss(s, batch, config))
@@ -148,10 +151,35 @@ def test_own_token_functions_keep_the_single_pass_and_others_do_not(monkeypatch:
     products = []
     for objective in ("clip", my_clip, whole):
         with Counter() as counter:
-            call_with_grads(case, "torch", objective=objective)
+            call_with_grads(case, backend, dtype=dtype, objective=objective)
         products.append(counter.products)
     assert [config.objective for config in staged] == [whole]
-    assert products[0] == products[1] < products[2]
+    if backend == "torch":  # the other's lie inside its operators
+        assert products[0] == products[1] < products[2]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_token_that_is_shown_but_does_not_learn_has_no_gradient_whatever_it_is(backend: str) -> None:
+    """In one pass with those that do: its log-prob is -inf, and so its derivative no number."""
+    case = without_ref(small_case("linear"))
+    case.mask[:] = True
+    case.advantages[:] = 1.0
+    case.advantages[0, 1] = 0
+    case.tokens[:] = case.tokens % 6
+    case.tokens[0, 1] = 6
+    case.bias[6] = -math.inf
+    found = []
+    for objective in ("clip", my_clip):
+        hidden = case.hidden.float().requires_grad_()
+        out = linear_prefix_loss(
+            hidden, case.weight.float(), case.tokens, case.advantages, lm_head_bias=case.bias.float(),
+            old_logps=case.old_logps.float(), config=LossConfig(objective=objective, stats="scored"), backend=backend,
+            max_learning_tokens=12,
+        )  # fmt: skip
+        out.loss.backward()
+        found.append(hidden.grad)
+    assert found[1].isfinite().all()
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_tokens_whose_derivative_is_0_leave_the_products() -> None:

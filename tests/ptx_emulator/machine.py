@@ -186,7 +186,7 @@ class Code:
         """ld and st of global and shared memory."""
         name = instruction.name
         space, *modifiers = name[1:-1]
-        known = ("v2", "v4", "v8", "L1::evict_first", "L1::evict_last", "nc")
+        known = ("v2", "v4", "v8", "L1::evict_first", "L1::evict_last", "cs", "nc")
         if space not in ("global", "shared") or any(m not in known for m in modifiers):
             raise UnknownInstructionError(instruction.text)
         bits, loads = bits_of(name[-1]), name[0] == "ld"

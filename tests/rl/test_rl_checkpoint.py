@@ -208,6 +208,8 @@ def test_signals_are_left_alone_in_another_thread():
         ({"updates": "many"}, "a value of the wrong type: updates: got 'many', expected a whole number"),
         ({"updates": 3.5}, "a value of the wrong type: updates: got 3.5, expected a whole number"),
         ({"updates": True}, "a value of the wrong type: updates: got True, expected a whole number"),
+        ({"chat": 1}, "a value of the wrong type: chat: got 1, expected true or false or null"),
+        ({"rollouts": True}, "a value of the wrong type: rollouts: got True, expected a text or null"),
         ({"lr": None}, "a value of the wrong type: lr: got None, expected a number"),
         ({"lr": 10**400}, "a value of the wrong type: lr: got a whole number of 1329 bits, expected a number"),
         ({"model": 3}, "a value of the wrong type: model: got 3, expected a text or null"),

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,11 @@ def here(tmp_path, monkeypatch):
         (["--seed", "-3"], "--seed: got -3"),
         (["--threads", "-1"], "--threads: got -1"),
         (["--hidden-size", "12"], "--hidden-size: got 12, expected a multiple of 8"),
+        (["--chat"], "--chat: got True, expected --model with it"),
+        (["--no-chat"], "--chat: got False, expected --model with it"),
+        (["--rollouts", "h:8000"], "--rollouts: expected URL or MODEL@URL with http://... or https://..."),
+        (["--reload", "nccl"], "--reload: got 'nccl', expected one of vllm, vllm-lora, sglang"),
+        (["--teacher-top", "0"], "--teacher-top: got 0, expected a whole number of at least 1"),
         (["--distill-from", "start"], "--distill-from: got 'start', expected one of first-error, wrong, all"),
         (["--distill-coef", "-1"], "--distill-coef: got -1.0"),
         (["--divergence", "kl"], "--divergence: got 'kl', expected one of reverse, forward, jsd"),
@@ -113,7 +119,7 @@ def test_tolerances_reach_the_loss(here, monkeypatch):
     result = invoke("--gradient-tolerance", "auto", "--head-gradient-tolerance", "0.001", "--out", "new")
     assert result.exit_code == 0, result.output
     (config,) = seen
-    loss = loss_config(config, tiny_policy(16, 1))
+    loss = loss_config(config, tiny_policy(16, 1), SimpleNamespace(logps=None))
     assert (loss.gradient_tolerance, loss.head_gradient_tolerance) == ("auto", 0.001)
 
 

@@ -18,6 +18,7 @@ from prefixloss.rl.config import Config
 from prefixloss.rl.policy import Policy, load_policy
 from prefixloss.rl.report import Report
 from prefixloss.rl.run import Adapters
+from prefixloss.steps import INSTRUCTION
 
 # as GSM8K writes them: a solution in lines, the calculations in brackets, the answer last
 PROBLEMS = [
@@ -145,6 +146,38 @@ def test_prompts_are_the_templates_own(model):
     ids, seen = policy.encode(["How many?"])
     assert policy.tokenizer.decode(ids[0][seen[0].bool()]) == prompt
     assert ids[0][0] == policy.tokenizer.convert_tokens_to_ids("<|user|>")
+
+
+def test_a_chat_template_can_be_needed_or_left_off(model, tmp_path):
+    def prompt(chat, name=model):
+        return start.open_policy(Config(model=name, chat=chat), "cpu").prompt("How many?")
+
+    assert prompt(True) == prompt(None)
+    assert prompt(True).startswith("<|user|>")
+    plain = start.open_policy(Config(model=model, chat=False), "cpu")
+    assert plain.prompt("How many?") == INSTRUCTION.format(question="How many?")
+    plain.save(tmp_path)
+    # who loads it asks as it was trained
+    assert prompt(None, str(tmp_path)) == plain.prompt("How many?")
+    with pytest.raises(UsageError, match=r"--chat: the tokenizer of '.*' has no chat template"):
+        prompt(True, str(tmp_path))
+
+
+def test_left_off_it_is_left_off_where_the_policy_goes_on_from_prefixes(model):
+    config = Config(model=model, chat=False, detector="rollouts")
+    policy = start.open_policy(config, "cpu")
+    sampler = train.own_rollouts(config, policy).sampler
+    assert (sampler.prompt("How many?"), sampler.special) == (policy.prompt("How many?"), True)
+
+
+def test_a_chat_template_that_fails_is_named_before_any_work(model, tmp_path):
+    policy = load_policy(model)
+    policy.tokenizer.chat_template = "{{ raise_exception('a system message first') }}"
+    policy.save(tmp_path)
+    for chat in (None, True):
+        with pytest.raises(UsageError, match=r"--chat: the chat template of .* fails, .*a system message first"):
+            start.open_policy(Config(model=str(tmp_path), chat=chat), "cpu")
+    assert start.open_policy(Config(model=str(tmp_path), chat=False), "cpu").prompt("q")
 
 
 def test_each_evaluation_leaves_a_page_of_samples_with_their_credit(model, data, tmp_path):

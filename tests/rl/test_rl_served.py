@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections import deque
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from typer.testing import CliRunner
 
 from prefixloss import cli
 from prefixloss.io import endpoint
-from prefixloss.io.endpoint import Address, UnansweredError
+from prefixloss.io.address import Address
+from prefixloss.io.endpoint import UnansweredError
 from prefixloss.rl import UsageError, checkpoint, train
 from prefixloss.rl.completions import Limits, Written, read, request
 from prefixloss.rl.config import Config
@@ -44,7 +44,7 @@ def surroundings(monkeypatch):
 
 
 def quiet():
-    return Report(Console(file=open(os.devnull, "w")))
+    return Report(Console(quiet=True))
 
 
 def other(seed=7):
@@ -94,6 +94,13 @@ def run(tmp_path_factory):
     return directory, server, seen, history
 
 
+# of the run's requests for samples: those of an evaluation, 2 problems and 2 samples, and an update, 2 prompts and 4
+RESPONSES = {
+    "at the start": slice(0, 4), "first": slice(4, 12), "second": slice(12, 20), "after two": slice(20, 24),
+    "third": slice(24, 32), "at the end": slice(32, 36),
+}  # fmt: skip
+
+
 def every_second(problems, sampled):
     """An untrained policy is never right, and would have nothing to learn from."""
     return [number % 2 == 0 for number in range(len(problems))]
@@ -103,22 +110,19 @@ def test_the_weights_that_sample_an_update_are_those_that_the_update_before_has_
     _, server, seen, _ = run
     assert len(seen) == SMALL["updates"]
     assert len({weights for weights, *_ in seen}) == SMALL["updates"]  # each update has moved them
-    # a request a prompt, for the group: those of training ask for more responses than an evaluation's
-    by = [of for asked, of in server.samples() if asked["n"] == SMALL["group"]]
-    assert len(by) == SMALL["updates"] * SMALL["prompts"]
-    for number, (weights, *_) in enumerate(seen):
-        assert set(by[number * SMALL["prompts"] : (number + 1) * SMALL["prompts"]]) == {weights}
+    by = [of for _, of in server.samples()]
+    for number, (weights, *_) in zip(("first", "second", "third"), seen, strict=True):
+        assert set(by[RESPONSES[number]]) == {weights}
 
 
 def test_evaluations_are_by_the_engine_too(run):
     directory, server, seen, history = run
-    by = [of for asked, of in server.samples() if asked["n"] == SMALL["eval_samples"]]
-    problems = SMALL["eval_problems"]
-    assert len(by) == 3 * problems  # at the start, after two updates and at the end
-    assert set(by[:problems]) == {seen[0][0]}
-    assert set(by[problems : 2 * problems]) == {seen[2][0]}
+    by = [of for _, of in server.samples()]
+    assert len(by) == 3 * 8 + 3 * 4
+    assert set(by[RESPONSES["at the start"]]) == {seen[0][0]}
+    assert set(by[RESPONSES["after two"]]) == {seen[2][0]}
+    assert set(by[RESPONSES["at the end"]]) == {fingerprint(AutoModelForCausalLM.from_pretrained(directory / "policy"))}
     assert [m["update"] for m in history if "pass@1" in m] == [0, 2, 3]
-    assert set(by[2 * problems :]) == {fingerprint(AutoModelForCausalLM.from_pretrained(directory / "policy"))}
 
 
 def test_the_engines_log_probs_reach_the_loss_and_a_gap_is_reported(run):
@@ -146,16 +150,16 @@ def test_the_same_seed_gives_the_same_run_and_a_resumed_one_the_same_bits(run, t
     directory, *_ = run
     real = checkpoint.save
 
-    def stop_after_one(path, saved):
+    def stop_after_two(path, saved):
         real(path, saved)
-        if saved["state"]["update"] == 1:
+        if saved["state"]["update"] == 2:  # evaluated, so that its weights are loaded twice
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "check", every_second)
     with serving(other(8).model) as server:
         config = Config(**SMALL, rollouts=server.url)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "save", stop_after_one)
+            patch.setattr(checkpoint, "save", stop_after_two)
             with pytest.raises(KeyboardInterrupt):
                 train.train(config, tmp_path / "run", quiet())
         train.train(config, tmp_path / "run", quiet())
@@ -305,91 +309,96 @@ def test_of_several_processes_the_first_loads_and_all_ask(policy, served, tmp_pa
     in_processes(by_two, 2, tmp_path, served.url, str(tmp_path / "served"))
     assert [path for path, *_ in served.asked].count("/collective_rpc") == 1
     assert {of for _, of in served.samples()} == {fingerprint(policy.model)}
-    assert len({r["seed"] for r, _ in served.samples()}) == 2
+    assert len({r["seed"] for r, _ in served.samples()}) == 4
 
 
 # ---- a request and its reply
 
 
-def test_groups_are_one_request_each_and_seeds_come_from_the_generator(policy, served, tmp_path):
+def test_a_response_is_a_request_with_a_seed_of_its_own_by_the_generator(policy, served, tmp_path):
     by = engine(policy, served, tmp_path)
     by.load(0)
+    questions = ["2+3=?"] * 3 + ["12-7=?"] * 2
     torch.manual_seed(5)
-    first = by.sample(["2+3=?"] * 3 + ["12-7=?"] * 2, 6)
+    first = by.sample(questions, 6)
     asked = [r for r, _ in served.samples()]
-    assert sorted(r["n"] for r in asked) == [2, 3]
-    assert asked[0]["seed"] != asked[1]["seed"]
+    assert [r["n"] for r in asked] == [1] * 5
+    assert len({r["seed"] for r in asked}) == 5
+    assert len({tuple(row) for row in first.tokens[:3].tolist()}) == 3  # of one prompt, and not the same
     assert {(r["temperature"], r["top_p"], r["top_k"], r["repetition_penalty"]) for r in asked} == {(1.0, 1.0, -1, 1.0)}
     assert {r["model"] for r in asked} == {"tiny"}
-    ids, seen = policy.encode(["2+3=?"])
-    assert next(r["prompt"] for r in asked if r["n"] == 3) == ids[0][seen[0].bool()].tolist()
+    ids, seen = policy.encode(questions)
+    sent = sorted(row[kept.bool()].tolist() for row, kept in zip(ids, seen, strict=True))
+    assert sorted(r["prompt"] for r in asked) == sent
     torch.manual_seed(5)
-    again = by.sample(["2+3=?"] * 3 + ["12-7=?"] * 2, 6)
+    again = by.sample(questions, 6)
     assert torch.equal(first.ids, again.ids)
-    assert not torch.equal(first.ids, by.sample(["2+3=?"] * 3 + ["12-7=?"] * 2, 6).ids)
+    assert not torch.equal(first.ids, by.sample(questions, 6).ids)
 
 
 LIMITS = Limits(4, (1,), 10)
 
 
-def choice(index=0, tokens=(5, 6, 1), logps=(-1.0, -0.5, -0.1), reason="stop", **more):
+def choice(tokens=(5, 6, 1), logps=(-1.0, -0.5, -0.1), reason="stop", **more):
     logprobs = {"token_logprobs": list(logps)}
-    return {"index": index, "token_ids": list(tokens), "logprobs": logprobs, "finish_reason": reason, **more}
+    made = {"index": 0, "token_ids": list(tokens), "logprobs": logprobs, "finish_reason": reason, **more}
+    return {"choices": [made]}
 
 
-def test_a_reply_is_read_by_the_choices_numbers():
-    reply = {"choices": [choice(1, (2, 3, 4, 5), (-1, -1, -1, 1e-6), "length"), choice(prompt_token_ids=[7])]}
-    assert read(reply, [7], 2, LIMITS) == [
-        Written([5, 6, 1], [-1.0, -0.5, -0.1], True),
-        Written([2, 3, 4, 5], [-1.0, -1.0, -1.0, 0.0], False),
-    ]
-    assert request("m", [7], 2, LIMITS, 3, greedy=True)["temperature"] == 0
+def test_a_reply_is_a_response_that_ended_or_is_as_long_as_it_may_be():
+    assert read(choice(prompt_token_ids=[7]), [7], LIMITS) == Written([5, 6, 1], [-1.0, -0.5, -0.1], True)
+    cut = choice((2, 3, 4, 5), (-1, -1, -1, 1e-6), "length")
+    assert read(cut, [7], LIMITS) == Written([2, 3, 4, 5], [-1.0, -1.0, -1.0, 0.0], False)
+    assert request("m", [7], LIMITS, 3, greedy=True)["temperature"] == 0
 
 
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        ([], 'no "choices" with an index each'),
-        ({"choices": [{}]}, 'no "choices" with an index each'),
-        ({"choices": []}, "0 choices in the reply, expected 1, numbered from 0"),
-        ({"choices": [choice(), choice(1)]}, "2 choices in the reply, expected 1"),
-        ({"choices": [choice(1)]}, "1 choices in the reply, expected 1, numbered from 0"),
-        ({"choices": [choice(prompt_token_ids=[8])]}, "choice 0: is about other prompt_token_ids than were sent"),
-        ({"choices": [choice() | {"token_ids": None}]}, 'choice 0: no "token_ids": does the server know'),
-        ({"choices": [choice(tokens=(5, 10, 1))]}, r"choice 0: got token 10, expected ids in \[0, 10\)"),
-        ({"choices": [choice(tokens=(5, 2.0, 1))]}, "choice 0: got token 2.0"),
-        ({"choices": [choice(tokens=(5, True, 1))]}, "choice 0: got token True"),
-        ({"choices": [choice() | {"logprobs": None}]}, 'choice 0: no "token_logprobs"'),
-        ({"choices": [choice(logps=(-1, -1))]}, "choice 0: 2 log-probs for 3 tokens, expected one a token"),
-        ({"choices": [choice(logps=(-1, None, -1))]}, "choice 0: got a log-prob of None"),
-        ({"choices": [choice(logps=(-1, 0.1, -1))]}, "choice 0: got a log-prob of 0.1, expected a number of at most 0"),
-        ({"choices": [choice(logps=(-1, float("nan"), -1))]}, "choice 0: got a log-prob of nan"),
-        ({"choices": [choice(logps=(-1, -9999.0, -1))]}, "choice 0: got a log-prob of -9999.0"),
-        ({"choices": [choice(logps=(-1, float("-inf"), -1))]}, "choice 0: got a log-prob of -inf"),
-        ({"choices": [choice(tokens=(1, 6, 1))]}, "choice 0: goes on behind an end token"),
-        ({"choices": [choice(tokens=(5, 6, 7))]}, "choice 0: stopped without an end token"),
-        ({"choices": [choice(tokens=(5, 6, 7), reason="length")]}, "choice 0: 3 tokens, finish_reason 'length'"),
-        ({"choices": [choice(tokens=(), logps=(), reason="abort")]}, "choice 0: 0 tokens, finish_reason 'abort'"),
-        ({"choices": [choice(tokens=(5, 6, 7, 8, 1), logps=[-1] * 5)]}, "choice 0: 5 tokens, finish_reason 'stop'"),
+        ([], 'no "choices" in the reply'),
+        ({"choices": None}, 'no "choices" in the reply'),
+        ({"choices": []}, "0 choices in the reply, expected one"),
+        ({"choices": choice()["choices"] * 2}, "2 choices in the reply, expected one"),
+        ({"choices": ["a"]}, "1 choices in the reply, expected one"),
+        (choice(prompt_token_ids=[8]), "it is about other prompt_token_ids than were sent"),
+        (choice(token_ids=None), 'no "token_ids": does the server know return_token_ids'),
+        (choice(tokens=(5, 10, 1)), r"got token 10, expected ids in \[0, 10\), the policy's vocabulary"),
+        (choice(tokens=(5, 2.0, 1)), "got token 2.0"),
+        (choice(tokens=(5, True, 1)), "got token True"),
+        (choice(logprobs=None), 'no "token_logprobs" in its "logprobs"'),
+        (choice(logps=(-1, -1)), "2 log-probs for 3 tokens, expected one a token"),
+        (choice(logps=(-1, None, -1)), "got a log-prob of None"),
+        (choice(logps=(-1, 0.1, -1)), "got a log-prob of 0.1, expected a number of at most 0"),
+        (choice(logps=(-1, float("nan"), -1)), "got a log-prob of nan"),
+        (choice(logps=(-1, -9999.0, -1)), "got a log-prob of -9999.0"),
+        (choice(logps=(-1, float("-inf"), -1)), "got a log-prob of -inf"),
+        (choice(tokens=(1, 6, 1)), "it goes on behind an end token"),
+        (choice(tokens=(5, 6, 7)), "it stopped without an end token"),
+        (
+            choice(tokens=(5, 6, 7), reason="length"),
+            "3 tokens, finish_reason 'length', expected an end token or 4 tokens",
+        ),
+        (choice(tokens=(), logps=(), reason="abort"), "0 tokens, finish_reason 'abort'"),
+        (choice(tokens=(5, 6, 7, 8, 1), logps=[-1] * 5), "5 tokens, finish_reason 'stop'"),
     ],
-)  # fmt: skip
+)
 def test_a_reply_that_does_not_fit_says_so(reply, message):
     with pytest.raises(UnansweredError, match=message):
-        read(reply, [7], 1, LIMITS)
+        read(reply, [7], LIMITS)
 
 
 # ---- a server that fails
 
 
-def test_an_error_names_the_prompt_and_not_the_key(policy, served, tmp_path):
+def test_an_error_names_the_response_and_not_the_key(policy, served, tmp_path):
     by = engine(policy, served, tmp_path)
     by.load(0)
     served.changes.append(lambda path, reply: {"error": KEY} if path == "/v1/completions" else reply)
-    with pytest.raises(UnansweredError, match=r'rollouts: prompt 0: no "choices"') as caught:
+    with pytest.raises(UnansweredError, match=r'rollouts: response 0: no "choices"') as caught:
         by.sample(["2+3=?"], 4)
     assert KEY not in str(caught.value)
     served.down = True
-    with pytest.raises(UnansweredError, match=r"rollouts: prompt 0: HTTP 503 \(tries: 2\)"):
+    with pytest.raises(UnansweredError, match=r"rollouts: response 0: HTTP 503 \(tries: 2\)"):
         by.sample(["2+3=?"], 4)
 
 
@@ -398,7 +407,7 @@ def test_a_server_that_is_busy_is_asked_again(policy, served, tmp_path):
     by.load(0)
     real, count = served.reply, itertools.count()
     served.reply = lambda path, asked: (503, b"") if next(count) == 0 else real(path, asked)
-    assert len(by.sample(["2+3=?"] * 2, 4).texts) == 2
+    assert len(by.sample(["2+3=?"], 4).texts) == 1
 
 
 def test_a_server_that_is_silent_is_an_error_in_time(policy, served, tmp_path):
@@ -406,7 +415,7 @@ def test_a_server_that_is_silent_is_an_error_in_time(policy, served, tmp_path):
     by.load(0)
     by.place = by.place._replace(seconds=0.3)
     served.changes.append(lambda path, reply: served.closing.wait(1) or reply)
-    with pytest.raises(UnansweredError, match=r"rollouts: prompt 0: no answer within .* s \(tries: 2\)"):
+    with pytest.raises(UnansweredError, match=r"rollouts: response 0: no answer within .* s \(tries: 2\)"):
         by.sample(["2+3=?"], 4)
 
 
@@ -465,6 +474,10 @@ def test_a_server_that_is_not_there_is_named_before_any_work(tmp_path):
         ({"rollouts": "localhost:8000"}, "--rollouts: expected URL or MODEL@URL with http://... or https://..."),
         ({"rollouts": "a:secret@localhost"}, "--rollouts: expected URL or MODEL@URL"),
         ({"rollouts": ""}, "--rollouts: got '', expected a name"),
+        (
+            {"rollouts": "16"},
+            "--rollouts: expected URL or MODEL@URL with http://... or https://... (a number of continuations is --cont",
+        ),
         ({"reload": "nccl"}, "--reload: got 'nccl', expected one of vllm, vllm-lora, sglang"),
         ({"reload": "vllm-lora"}, "--reload: got 'vllm-lora', expected --lora with it"),
     ],
@@ -474,6 +487,14 @@ def test_settings_that_cannot_be_are_named(options, message):
         Config(**options)
     assert str(caught.value).startswith(message)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rollouts", "teacher"])
+def test_without_a_client_for_servers_it_is_named(monkeypatch, name):
+    monkeypatch.setattr("prefixloss.rl.config.find_spec", lambda package: None)
+    with pytest.raises(UsageError, match=f"--{name}: a server needs httpx, which is not installed: pip install httpx"):
+        Config(**{name: "http://h/v1"})
+    Config(teacher="a-directory")
 
 
 def test_addresses():

@@ -158,6 +158,7 @@ def test_right_answers_are_searched_only_when_their_wrong_steps_have_a_value(pol
         assert (credit.suffix[0] - credit.suffix[1]).item() == pytest.approx(value, abs=1e-6)  # float32
         of_wrong = metrics_of(config, sampled, result, Learned(tokens=1.0), Team())
         assert of_wrong["good_prefix"] == 0  # a figure of wrong answers alone
+        assert of_wrong.get("flawed") == (None if worth is None else 0.5)
 
 
 def test_the_policy_itself_can_find_the_first_errors(policy):

@@ -19,10 +19,12 @@ from prefixloss.backends.tolerance import MARGIN, smallest_usable
 from prefixloss.maths.softmax import blocks, row_sums
 
 # a product of single entries reads a row of the other matrix for each of them, at the pace of memory; a dense one takes
-# this many times as many of them in the same time
-_DENSE = 100
-# entries above a first and easy bound are looked at one by one, if they are no more than one in so many
-_LOOKED_AT = 50
+# this many times as many of them in the time of that and of the choice
+_DENSE = 50
+# entries above a first bound are looked at one by one, if they are no more than one in so many
+_LOOKED_AT = 25
+# one column in so many says where that bound may be
+_GUESSED_BY = 64
 # rows that say whether it is worth while to look at the others
 _SAMPLE = 64
 
@@ -41,13 +43,13 @@ class Tolerance:
 
     def split(self, gradient: Tensor) -> tuple[Entries | None, Entries | None]:
         """What gradient [n, V] has for the two products; None for the product of all of it."""
-        smallest = min((t for t in self.tolerances if t > 0), default=0.0)
+        smallest, largest = min((t for t in self.tolerances if t > 0), default=0.0), max(self.tolerances)
         # where processes share a vocabulary none of them may leave on its own
         alone = type(self.columns) is Columns
         if (
             smallest == 0
             or len(gradient) == 0
-            or (alone and _looks_dense(gradient[:: -(-len(gradient) // _SAMPLE)], smallest))
+            or (alone and _looks_dense(gradient[:: -(-len(gradient) // _SAMPLE)], largest))
         ):
             return None, None
         squares = _squares(gradient)
@@ -60,13 +62,17 @@ class Tolerance:
         self.left.append(left)
         # beside what is not finite nothing is small, and what is so small that its squares vanish is no measure
         usable = math.isfinite(mean) and smallest**2 * mean >= smallest_usable(gradient.shape[1], gradient.dtype)
-        parts = _above(gradient, squares, smallest**2 * mean) if usable else None
-        if parts is None:
+        if not usable:
             return None, None
-        made = {t: _largest(*parts, t**2 * mean) for t in set(self.tolerances) if t > 0}
+        made: dict[float, tuple[Entries, Tensor]] = {}
+        parts = None
+        for tolerance in sorted(t for t in set(self.tolerances) if t > 0):
+            parts = parts or _above(gradient, squares, tolerance**2 * mean)
+            if parts is not None:
+                made[tolerance] = _largest(*parts, tolerance**2 * mean)
         chosen: list[Entries | None] = [None, None]
         for at, tolerance in enumerate(self.tolerances):
-            if tolerance > 0 and len(made[tolerance][0].value) * _DENSE <= gradient.numel():
+            if tolerance in made and len(made[tolerance][0].value) * _DENSE <= gradient.numel():
                 chosen[at], left[at] = made[tolerance]
         return chosen[0], chosen[1]
 
@@ -88,6 +94,14 @@ def _squares(gradient: Tensor) -> Tensor:
     return norms.double().square_()
 
 
+def _guess(sizes: Tensor, budget: float) -> Tensor:
+    """[n, 1]: the squares of a row's entries below it are most likely, and just, within the budget."""
+    root = math.sqrt(budget)
+    some = torch.nn.functional.pad(sizes[:, ::_GUESSED_BY].sort(1).values, (0, 1), value=root)
+    within = some[:, :-1].square().cumsum_(1).mul_(1.5 * _GUESSED_BY) <= budget
+    return some.gather(1, within.sum(1, keepdim=True)).clamp_(root / math.sqrt(sizes.shape[1]), root)
+
+
 def _bound(sizes: Tensor, budget: float) -> Tensor:
     """[n, 1], for the sizes [n, V] of entries: the squares of a row's entries below its bound are within the budget.
 
@@ -105,7 +119,7 @@ def _looks_dense(rows: Tensor, tolerance: float) -> bool:
     budget = tolerance**2 * _squares(rows).mean().item()
     for some in blocks(*rows.shape):
         sizes = rows[some].abs()
-        above += int((sizes >= _bound(sizes, budget)).sum())
+        above += int((sizes >= _guess(sizes, budget)).sum())
     return above > many
 
 
@@ -115,16 +129,25 @@ def _above(gradient: Tensor, squares: Tensor, budget: float) -> tuple[Entries, T
     rest, parts, count = squares.clone(), [Entries.none(gradient)], 0
     # a row that is within the budget as a whole leaves with all it has
     for rows in (squares > budget).nonzero().squeeze(1).split(next(blocks(*gradient.shape)).stop):
-        g = gradient[rows]
-        sizes = g.abs()
-        above = sizes >= _bound(sizes, budget)
+        above, rest[rows] = _split(gradient[rows].abs_(), budget)
         row, column = above.nonzero().unbind(1)
         count += len(row)
         if count * _LOOKED_AT > gradient.numel():
             return None
-        parts.append(Entries(rows[row], column, g[row, column]))
-        rest[rows] = _squares(g.masked_fill_(above, 0))
+        parts.append(Entries(rows[row], column, gradient[rows[row], column]))
     return Entries.joined(parts), rest
+
+
+def _split(sizes: Tensor, budget: float) -> tuple[Tensor, Tensor]:
+    """Which of the sizes [n, V] are above a bound, bool [n, V]; and the squares of the others, within the budget."""
+    above = sizes >= _guess(sizes, budget)
+    below = _squares(sizes.masked_fill(above, 0))
+    missed = (below > budget).nonzero().squeeze(1)
+    if len(missed):
+        again = sizes[missed]
+        above[missed] = surely = again >= _bound(again, budget)
+        below[missed] = _squares(again.masked_fill_(surely, 0))
+    return above, below
 
 
 def _largest(entries: Entries, rest: Tensor, budget: float) -> tuple[Entries, Tensor]:

@@ -15,14 +15,17 @@ from torch import Tensor
 from prefixloss.backends import memory, products, sparse
 from prefixloss.backends.columns import Columns, Shard
 from prefixloss.backends.problem import Head
+from prefixloss.backends.sparse import Entries
 from prefixloss.backends.sums import Sum
 from prefixloss.backends.tolerance import of_products
 from prefixloss.backends.torch import entries
 from prefixloss.maths.precision import accumulation_dtype, storage_dtype
-from prefixloss.maths.softmax import Transform
+from prefixloss.maths.softmax import Transform, row_sums
 
 # elements of a half-precision head turned into float32 at a time: 16 MiB
 _UPCAST = 2**22
+# hidden states of several chunks that are turned into the accumulation dtype at once: 64 MiB of float32
+_KEPT = 2**24
 # logits of the caller's tensor a chunk: 16 MiB of float32, still in the cache when their gradient is made
 _IN_CACHE = 2**22
 
@@ -96,6 +99,8 @@ class LinearRows:
         self.scaled_bias = None if self.bias is None else self.bias.to(self.dtype) * transform.before
         self.buffer = self.hidden.new_empty(0, self.vocabulary, dtype=self.dtype)
         self.d_hidden = self.d_weight = self.d_bias = None
+        self.mean_row: Tensor | None = None
+        self.few: list[Entries] = []  # of chunks whose part of the head's gradient is still to be made
         wanted = needs[0], needs[1] or needs[2]
         dtypes = self.hidden.dtype, self.weight.dtype
         columns = columns or Columns(self.vocabulary)
@@ -115,8 +120,11 @@ class LinearRows:
         size = memory.chunk_rows(len(rows), len(self.hidden), per_row, self.hidden.device, chosen)
         return iter(rows.split(size) if len(rows) else ())
 
+    def _states(self, rows: Tensor) -> Tensor:
+        return self.hidden.index_select(0, rows).to(self.dtype).mul_(self.transform.before)
+
     def _hidden(self, rows: Tensor) -> Tensor:
-        hidden = self.hidden.index_select(0, rows).to(self.dtype).mul_(self.transform.before)
+        hidden = self._states(rows)
         if self.padded is None:
             return hidden
         whole = self._room(hidden.shape[1])
@@ -175,6 +183,7 @@ class LinearRows:
                 product = self.hidden_gradient(gradient, scale)
             else:
                 product = sparse.product(for_hidden, len(rows), self.weight, self.dtype)
+                product.addmm_(self._left_out_of(gradient, for_hidden), self._mean_row())
                 product.mul_(self.transform.before * scale)
             self.d_hidden.index_copy_(0, rows, product.to(self.d_hidden.dtype))
         if for_head is None:
@@ -182,10 +191,46 @@ class LinearRows:
             return
         for_head = for_head.times(scale)
         if self.d_weight is not None:
-            sparse.add_transposed(self.d_weight.value, for_head, self._hidden(rows))
+            self._keep(Entries(rows[for_head.row], for_head.column, for_head.value))
         if self.d_bias is not None:
             ones = self.d_bias.new_full((len(rows), 1), self.transform.before)
             sparse.add_transposed(self.d_bias[:, None], for_head, ones)
+
+    def _left_out_of(self, gradient: Tensor, few: Entries) -> Tensor:
+        """[n, 1]: the sum of each row's entries that are not among the few."""
+        ones = gradient.new_ones(1, 1).expand(self.vocabulary, 1).contiguous()
+        return row_sums(gradient) - sparse.product(few, len(gradient), ones, self.dtype)
+
+    def _mean_row(self) -> Tensor:
+        """[1, D]: of the head, in whose place the rows of left out entries are taken."""
+        if self.mean_row is None:
+            self.mean_row = self.weight.mean(0, keepdim=True, dtype=self.dtype)
+        return self.mean_row
+
+    def _keep(self, entries: Entries) -> None:
+        """A chunk's few entries wait for those of the others: the head's gradient is then made at once, and in its own
+        dtype. The hidden states that it takes in the accumulation dtype have a limit."""
+        self.few.append(entries)
+        if self.hidden.numel() > _KEPT:
+            self._add_few()
+
+    def _add_few(self) -> None:
+        if self.few and self.d_weight is not None:
+            rows, few = Entries.joined(self.few).only_their_rows()
+            sparse.add_transposed(self.d_weight.value, few, self._states(rows))
+            self.few = []
+
+    def _head_gradient(self) -> Tensor | None:
+        if self.d_weight is None:
+            return None
+        kept = storage_dtype(self.weight.dtype)
+        if self.few and not self.d_weight.begun:
+            total = memory.zeros(self.weight.shape, kept, self.weight.device)
+            rows, few = Entries.joined(self.few).only_their_rows()
+            sparse.put_transposed(total, few, self._states(rows))
+            return total
+        self._add_few()
+        return self.d_weight.value.to(kept)
 
     def _add_head_gradient(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
         if self.d_weight is not None:
@@ -200,11 +245,10 @@ class LinearRows:
         return self.tolerance.left_out()
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        d_weight = None if self.d_weight is None else self.d_weight.value.to(storage_dtype(self.weight.dtype))
         d_bias = self.d_bias
         if d_bias is not None and self.bias is not None:
             d_bias = d_bias.to(storage_dtype(self.bias.dtype))
-        return self.d_hidden, d_weight, d_bias
+        return self.d_hidden, self._head_gradient(), d_bias
 
 
 class LogitRows:

@@ -1,12 +1,13 @@
 """An LM head over many tokens, a chunk of logits at a time: what `backend="triton"` multiplies.
 
 Every chunk of a call has the same number of rows, so that no token's result depends on where in the batch it lies; with
-`chunk_tokens` every call's chunks have, so that none depends on the batch. One buffer holds a chunk's float32 logits
+`chunk_tokens` every call's chunks have, so that none depends on the batch. One room holds a chunk's float32 logits
 and then, in the same memory, their gradient.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from prefixloss._kernels.scale import launch_scale
 from prefixloss.backends import memory, products
+from prefixloss.backends.columns import Collective, Columns, Shard
 from prefixloss.backends.problem import Head
 from prefixloss.backends.sums import Sum
 from prefixloss.backends.triton import waves
@@ -50,18 +52,32 @@ class Wanted(NamedTuple):
         return cls(index[: counts[0]], None), cls(index[counts[0] : counts[1]], None)
 
 
+class Room(NamedTuple):
+    """What a chunk is made in: float32 logits [size, V] and hidden states [size, D], whose rows beyond the chunk's own
+    are never NaN; the reference's, or None. scales [size]: what each row's gradient comes times, None for 1."""
+
+    logits: Tensor
+    hidden: Tensor
+    reference_logits: Tensor | None
+    reference_hidden: Tensor | None
+    scales: Tensor | None
+
+
 class Chunk(NamedTuple):
     """rows: int64 [n], the tokens it is made of. logits: float32 [n, V]; reference likewise, or None."""
 
     rows: Tensor
     logits: Tensor
     reference: Tensor | None
+    room: Room
 
 
 class HeadChunks:
     """The logits of the tokens `rows` [n] in chunks, and what their gradients add up to.
 
     needs: whether hidden, weight and bias want gradients. chosen: rows a chunk, None for as many as memory advises.
+    columns: which part of the vocabulary the head is, None for all of it. While several processes share what they know
+    of a chunk, the next is made, in a room of its own.
     """
 
     def __init__(
@@ -71,25 +87,21 @@ class HeadChunks:
         rows: Wanted,
         chosen: int | None,
         needs: Sequence[bool] = (False, False, False),
+        columns: Columns | None = None,
     ) -> None:
         self.head, self.reference, self.rows = head, reference, rows
         hidden, weight, _ = head
         self.vocabulary, self.device = len(weight), hidden.device
-        buffers = 1 if reference is None else 2
-        row = 4 * self.vocabulary * buffers
-        self.step = waves.chunk_rows(len(rows.token), len(hidden), row, hidden.shape[1], self.device, chosen)
-        # the rows of the buffers and of every product
+        self.columns = columns or Columns(self.vocabulary)
+        self.step = self._step(chosen)
+        # the rows of the rooms and of every product
         self.size = self.step if chosen is None else memory.product_rows(self.step)
-        self.logits = self._room(torch.float32)
-        self.reference_logits = None if reference is None else self._room(torch.float32)
-        self.hidden = self._hidden_room(head)
-        self.reference_hidden = None if reference is None else self._hidden_room(reference)
-        self.grads_dtype = products.gradient_dtype(self.hidden, weight)
-        # float16 ends at 6e-8: there each row's gradient comes times a power of two of its own, and so does the sum
-        self.scales = self.sum_scale = None
-        if self.grads_dtype == torch.float16:
-            self.scales = torch.full((self.size,), LARGEST_SCALE, device=self.device)
-            self.sum_scale = self.scales.new_full((), LARGEST_SCALE)
+        ahead = isinstance(self.columns, Shard) and self.step < len(rows.token)
+        self.rooms = [self._room() for _ in range(1 + ahead)]
+        self.grads_dtype = products.gradient_dtype(self.rooms[0].hidden, weight)
+        self.scaled = self.rooms[0].scales is not None
+        self.sum_scale = torch.full((), LARGEST_SCALE, device=self.device) if self.scaled else None
+        self._on_the_way: tuple[Tensor, Tensor, Collective] | None = None
         self.d_hidden = self.d_weight = self.d_bias = None
         if needs[0]:
             self.d_hidden = torch.zeros(hidden.shape, device=self.device, dtype=storage_dtype(hidden.dtype))
@@ -98,38 +110,61 @@ class HeadChunks:
         if needs[2]:
             self.d_bias = Sum((self.vocabulary, 1), torch.float32, self.device)
 
-    def _room(self, dtype: torch.dtype) -> Tensor:
+    def _step(self, chosen: int | None) -> int:
+        """Rows a chunk."""
+        count, fit = len(self.rows.token), self.columns.rows_at_once
+        if chosen is None and fit is not None:
+            if count <= fit:
+                return count
+            most = memory.whole_tiles(max(1, fit // 2))
+            return memory.even_rows(count, -(-count // most), most)
+        per_row, (hidden, _, _) = 4 * self.vocabulary * (1 if self.reference is None else 2), self.head
+        return waves.chunk_rows(count, len(hidden), per_row, hidden.shape[1], self.device, chosen)
+
+    def _room(self) -> Room:
+        hidden = self._hidden_room(self.head)
+        # float16 ends at 6e-8: there each row's gradient comes times a power of two of its own, and so does the sum
+        scaled = products.gradient_dtype(hidden, self.head.weight) == torch.float16
+        scales = torch.full((self.size,), LARGEST_SCALE, device=self.device) if scaled else None
+        if self.reference is None:
+            return Room(self._matrix(torch.float32), hidden, None, None, scales)
+        others = self._matrix(torch.float32), self._hidden_room(self.reference)
+        return Room(self._matrix(torch.float32), hidden, *others, scales)
+
+    def _matrix(self, dtype: torch.dtype) -> Tensor:
         """[size, V]."""
         return memory.room(self.size, self.vocabulary, dtype, self.device)
 
     def _hidden_room(self, head: Head) -> Tensor:
-        """[size, D]; rows beyond a chunk's own are never NaN."""
         dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
         return memory.room(self.size, head.hidden.shape[1], dtype, self.device).zero_()
 
-    def gradient_room(self, apart: bool) -> Tensor:
-        """[size, V] in the products' dtype: over the logits themselves, for half precision in the upper half of each
-        row; or `apart`, where several programs share a row and none may overwrite what another has yet to read."""
-        if apart:
-            return self._room(self.grads_dtype)
+    def gradient_apart(self) -> Tensor:
+        """[size, V] in the products' dtype, for any chunk: where several programs share a row, none may overwrite what
+        another has yet to read."""
+        return self._matrix(self.grads_dtype)
+
+    def gradient_over(self, logits: Tensor) -> Tensor:
+        """[size, V] in the products' dtype, over a room's logits, for half precision in the upper half of each row."""
         if self.grads_dtype == torch.float32:
-            return self.logits
-        stride = self.logits.stride(0)
-        halves = self.logits.as_strided((self.size, stride), (stride, 1)).view(self.grads_dtype)
+            return logits
+        stride = logits.stride(0)
+        halves = logits.as_strided((self.size, stride), (stride, 1)).view(self.grads_dtype)
         return halves[:, stride : stride + self.vocabulary]
 
     def __iter__(self) -> Iterator[Chunk]:
-        for start in range(0, len(self.rows.token), max(1, self.step)):
+        starts = range(0, len(self.rows.token), max(1, self.step))
+        for start, room in zip(starts, itertools.cycle(self.rooms), strict=False):
             here = slice(start, start + self.step)
             rows, wanted = self.rows.token[here], None if self.rows.wanted is None else self.rows.wanted[here]
-            self._multiply(self.head, rows, wanted, self.hidden, self.logits)
+            self._multiply(self.head, rows, wanted, room.hidden, room.logits)
             reference = None
             if self.reference is not None:
-                assert self.reference_hidden is not None
-                assert self.reference_logits is not None
-                self._multiply(self.reference, rows, wanted, self.reference_hidden, self.reference_logits)
-                reference = self.reference_logits[: len(rows)]
-            yield Chunk(rows, self.logits[: len(rows)], reference)
+                assert room.reference_hidden is not None
+                assert room.reference_logits is not None
+                self._multiply(self.reference, rows, wanted, room.reference_hidden, room.reference_logits)
+                reference = room.reference_logits[: len(rows)]
+            yield Chunk(rows, room.logits[: len(rows)], reference, room)
 
     def _multiply(self, head: Head, rows: Tensor, wanted: Tensor | None, hidden: Tensor, out: Tensor) -> None:
         chosen = hidden[: len(rows)].copy_(head.hidden.index_select(0, rows))
@@ -138,39 +173,49 @@ class HeadChunks:
             chosen.masked_fill_(~wanted[:, None], 0)
         products.logits(hidden, head.weight, head.bias, out)
 
-    def hidden_gradient(self, grads: Tensor, rows: int) -> Tensor:
+    def hidden_gradient(self, grads: Tensor, rows: int, scales: Tensor | None) -> Tensor:
         """float32 [rows, D]: the first rows of grads [size, V] times the head, their scales taken back."""
-        product = products.hidden_gradient(grads, self.head.weight)
-        return (product if self.scales is None else product.div_(self.scales[:, None]))[:rows]
+        product = products.hidden_gradient(grads, self.head.weight)[:rows]
+        return product if scales is None else product.div_(scales[:rows, None])
 
-    def add_gradient(self, rows: Tensor, grads: Tensor, hidden: bool = True, head: bool = True) -> None:
-        """Takes in grads [size, V] of the chunk `rows`, which is the one last made; of hidden states, or head, alone if
-        the other's product is not wanted."""
+    def add_gradient(self, chunk: Chunk, grads: Tensor, hidden: bool = True, head: bool = True) -> None:
+        """Takes in grads [size, V] of a chunk; of hidden states, or head, alone if the other's product is not
+        wanted."""
+        rows, scales = chunk.rows, chunk.room.scales
         grads[len(rows) :] = 0
-        if self.scales is not None:
-            self.scales[len(rows) :] = LARGEST_SCALE
+        if scales is not None:
+            scales[len(rows) :] = LARGEST_SCALE
         if self.d_hidden is not None and hidden:
-            self.put_hidden_gradient(rows, self.hidden_gradient(grads, len(rows)))
+            self.put_summed(self.d_hidden, rows, self.hidden_gradient(grads, len(rows), scales))
         if head:
-            self.add_head_gradient(grads, self.hidden)
+            self.add_head_gradient(grads, chunk.room.hidden, scales)
 
-    def put_hidden_gradient(self, rows: Tensor, gradient: Tensor) -> None:
-        """gradient: float32 [n, D] of the chunk `rows`."""
-        assert self.d_hidden is not None
-        self.d_hidden.index_copy_(0, rows, gradient.to(self.d_hidden.dtype))
+    def put_summed(self, out: Tensor, rows: Tensor, shares: Tensor) -> None:
+        """out[rows] = the sum of all processes' shares, float32 [n, D]; with several processes not before the next
+        call or `finish`, so that there is something to compute meanwhile."""
+        self.finish()
+        self._on_the_way = out, rows, self.columns.begin_sum(shares)
+        if not isinstance(self.columns, Shard):
+            self.finish()
 
-    def add_head_gradient(self, grads: Tensor, hidden: Tensor) -> None:
+    def finish(self) -> None:
+        """Waits for the sum on its way, if any, and puts it in its place."""
+        if self._on_the_way is not None:
+            out, rows, total = self._on_the_way
+            out.index_copy_(0, rows, total.wait().to(out.dtype))
+            self._on_the_way = None
+
+    def add_head_gradient(self, grads: Tensor, hidden: Tensor, scales: Tensor | None) -> None:
         """Adds the products of grads [n, V] with hidden [n, D], and with 1 for the bias."""
         if self.d_weight is None and self.d_bias is None:
             return
-        share = None if self.scales is None else self._share_of_sum(self.scales)[:, None]
+        share = None if scales is None else self._share_of_sum(scales)[:, None]
         for total, matrix in self.head_sums(hidden):
             total.add_head_gradient(grads, matrix if share is None else (matrix * share).to(self.grads_dtype))
 
-    def head_sums(self, hidden: Tensor | None = None) -> Iterator[tuple[Sum, Tensor]]:
+    def head_sums(self, hidden: Tensor) -> Iterator[tuple[Sum, Tensor]]:
         """The sums [V, D] that want a gradient of the head or its bias, and what logits' gradients come times: hidden
-        states [n, D], those of the chunk last made if not others, and 1."""
-        hidden = self.hidden if hidden is None else hidden
+        states [n, D], and 1."""
         if self.d_weight is not None:
             yield self.d_weight, hidden
         if self.d_bias is not None:
@@ -191,7 +236,8 @@ class HeadChunks:
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden, weight and bias, in their dtype; float16's wait for the incoming scale in float32. The end."""
-        del self.logits, self.reference_logits  # room for the head's gradient in its own dtype
+        self.finish()
+        del self.rooms  # room for the head's gradient in its own dtype
         sums: list[Tensor | None] = []
         for total, given in ((self.d_weight, self.head.weight), (self.d_bias, self.head.bias)):
             if total is None or given is None:

@@ -145,16 +145,17 @@ def _from_head(
     chunks = HeadChunks(student, beside, Wanted.where(wanted, None), None, needs)
     if chunks.size == 0:
         return values, chunks.gradients()
-    narrow, grads = chunks.grads_dtype != torch.float32, chunks.gradient_room(apart=False)
-    work = {"chunk": True, "gradient": any(needs), "narrowed": narrow, "rescaled": chunks.scales is not None}
+    room, narrow = chunks.rooms[0], chunks.grads_dtype != torch.float32
+    grads = chunks.gradient_over(room.logits)
+    work = {"chunk": True, "gradient": any(needs), "narrowed": narrow, "rescaled": chunks.scaled}
     rows = Rows(values, values, coefficients)
-    whole = _problem(kind, chunks.logits, chunks.reference_logits, rows, chunks.grads_dtype, **work)
+    whole = _problem(kind, room.logits, room.reference_logits, rows, chunks.grads_dtype, **work)
     for chunk in chunks:
         listed, count = (whole.listed, 0) if beside else _listed(teacher, chunk.rows, chunks.vocabulary)
         here = replace(whole, listed=listed, count=count, rows=rows._replace(token_ptr=chunk.rows))
-        launch_distill(here, grads, values if chunks.scales is None else chunks.scales)
+        launch_distill(here, grads, values if room.scales is None else room.scales)
         if any(needs):
-            chunks.add_gradient(chunk.rows, grads)
+            chunks.add_gradient(chunk, grads)
     return values, chunks.gradients()
 
 

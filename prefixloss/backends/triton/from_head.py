@@ -14,9 +14,9 @@ gradients, empty where not wanted, of the loss as if its own gradient were 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,15 +26,18 @@ from prefixloss._kernels.objective import TokenInputs
 from prefixloss._kernels.problem import LEARNING as LEARNING_BIT
 from prefixloss._kernels.problem import TERMS, Problem, Tokens
 from prefixloss.backends.autograd import first_order
+from prefixloss.backends.columns import Columns
 from prefixloss.backends.library import decoded, gradients_like
 from prefixloss.backends.problem import Head
-from prefixloss.backends.triton.chunks import HeadChunks, Wanted
+from prefixloss.backends.triton import parts
+from prefixloss.backends.triton.chunks import Chunk, HeadChunks, Wanted
 from prefixloss.backends.triton.problems import (
+    in_kernels,
     live_coefficients,
     no_stats,
     problem_of,
+    put_terms,
     rooms,
-    run,
     splits_of,
     total_of,
 )
@@ -49,27 +52,36 @@ def _or(x: Tensor | None, otherwise: Tensor) -> Tensor:
     return otherwise if x is None else x
 
 
-def _head(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Head | None:
+def head_of(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Head | None:
     return None if hidden is None or weight is None else Head(hidden, weight, bias)
 
 
-def _chunk_problems(
-    chunks: HeadChunks, config: LossConfig, tokens: Tokens, off_policy: bool, **work: Any
-) -> Iterator[tuple[Problem, Tensor, int]]:
-    """Each chunk's problem, room [size, V] for its gradients, and how many programs share a row."""
+class _Piece(NamedTuple):
+    """A chunk as the kernels take it. grads: room [size, V] for its gradients. splits: programs that share a row."""
+
+    chunk: Chunk
+    problem: Problem
+    grads: Tensor
+    scales: Tensor
+    splits: int
+
+
+def _pieces(chunks: HeadChunks, config: LossConfig, tokens: Tokens, off_policy: bool, **work: Any) -> Iterator[_Piece]:
     if chunks.size == 0:
         return
-    narrow = chunks.grads_dtype != torch.float32
-    work |= {"indexed": True, "clear": True, "rescaled": chunks.scales is not None}
-    whole = problem_of(config, chunks.logits, chunks.reference_logits, tokens, off_policy, chunks.grads_dtype, **work)
+    narrow, room = chunks.grads_dtype != torch.float32, chunks.rooms[0]
+    work |= {"indexed": True, "clear": True, "rescaled": chunks.scaled}
+    whole = problem_of(config, room.logits, room.reference_logits, tokens, off_policy, chunks.grads_dtype, **work)
     # the size of whole chunks decides, so that every row is summed the same way
     splits = splits_of(whole, chunks.size)
-    grads = chunks.gradient_room(apart=narrow and splits > 1)
-    in_place = whole.work._replace(narrowed=narrow and splits == 1)
+    apart = chunks.gradient_apart() if narrow and splits > 1 else None
+    in_place = whole.work._replace(narrowed=narrow and apart is None)
     for chunk in chunks:
         ref = chunk.logits if chunk.reference is None else chunk.reference
         here = tokens._replace(rows_ptr=chunk.rows)
-        yield replace(whole, logits=chunk.logits, ref=ref, tokens=here, work=in_place), grads, splits
+        problem = replace(whole, logits=chunk.logits, ref=ref, tokens=here, work=in_place)
+        grads = chunks.gradient_over(chunk.room.logits) if apart is None else apart
+        yield _Piece(chunk, problem, grads, _or(chunk.room.scales, chunk.logits), splits)
 
 
 # --- the loss, with the gradients made in the same pass
@@ -78,26 +90,40 @@ def _chunk_problems(
 @torch.library.custom_op("prefixloss::linear_loss", mutates_args=())
 def linear_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
-    ref_bias: Tensor | None, ids: Tensor, flags: Tensor, given: Tensor, off_policy: bool, options: str, most: int,
-    needs: list[bool],
+    ref_bias: Tensor | None, ids: Tensor, flags: Tensor, given: Tensor, recorded: list[bool], options: str,
+    most: int, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss (0-d), stats, terms, the gradients of hidden, weight and bias, and left_out."""
-    config = decoded(options)
-    head, reference = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
+    """The loss (0-d), stats, terms, the gradients of hidden, weight and bias, and left_out. recorded: whether old,
+    sampler's and reference log-probs are given."""
+    head, reference = Head(hidden, weight, bias), head_of(ref_hidden, ref_weight, ref_bias)
+    columns = Columns(len(weight))
+    return fused_loss(head, reference, columns, ids, flags, given, recorded, decoded(options), most, needs)
+
+
+def fused_loss(
+    head: Head, reference: Head | None, columns: Columns, ids: Tensor, flags: Tensor, given: Tensor,
+    recorded: list[bool], config: LossConfig, most: int, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `linear_loss`, of a head that is `columns` of the vocabulary."""
+    known = in_kernels(config)
     stats, terms = rooms(given)
-    tokens = Tokens(ids, flags, given, ids)
+    tokens = Tokens(columns.local(ids), flags, given, ids)
 
     def passed(which: Wanted, needs: list[bool]) -> tuple[HeadChunks, Tensor]:
-        chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs)
+        chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs, columns)
         sparse = SparseProducts.wanted(chunks, config, needs, most < 0)
-        work = {"terms": True, "gradient": any(needs) and sparse is None}
-        for problem, grads, splits in _chunk_problems(chunks, config, tokens, off_policy, **work):
-            scales = _or(chunks.scales, stats)
-            run(problem, stats, terms, grads[: problem.rows], scales, splits)
+        work = {"terms": known, "gradient": known and any(needs) and sparse is None}
+        for piece, sums in parts.ahead(columns, _pieces(chunks, config, tokens, recorded[0], **work)):
+            chunk, problem, grads, scales, splits = piece
+            parts.run(sums, problem, ids, stats, terms, grads[: problem.rows], scales, splits)
+            if not known:
+                put_terms(config, stats, terms, given, recorded, flags, chunk.rows)
             if sparse is not None:
-                sparse.add_gradient(problem, stats, terms[3:], grads, scales, splits)
+                sparse.add_gradient(chunk, problem, stats, terms[3:], grads, splits)
             elif any(needs):
-                chunks.add_gradient(problem.tokens.rows_ptr, grads)
+                if not known:
+                    rows.launch_gradient(problem, stats, terms[3:], grads[: problem.rows], scales, splits)
+                chunks.add_gradient(chunk, grads)
         return chunks, given.new_zeros(()) if sparse is None else sparse.left_out()
 
     if most >= 0:
@@ -108,14 +134,14 @@ def linear_loss(
         which, without_gradient = Wanted.split((flags & LEARNING) != 0, flags != 0)
         passed(without_gradient, [False, False, False])
     chunks, left_out = passed(which, needs)
-    d_hidden, d_weight, d_bias = (_or(g, hidden.new_empty(0)) for g in chunks.gradients())
+    d_hidden, d_weight, d_bias = (_or(g, head.hidden.new_empty(0)) for g in chunks.gradients())
     return total_of(terms, given, flags, most), stats, terms, d_hidden, d_weight, d_bias, left_out
 
 
 @linear_loss.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Any, ref_weight: Any, ref_bias: Any, ids: Any,
-    flags: Any, given: Tensor, off_policy: bool, options: str, most: int, needs: list[bool],
+    flags: Any, given: Tensor, recorded: list[bool], options: str, most: int, needs: list[bool],
 ) -> Any:  # fmt: skip
     return given.new_empty(()), *rooms(given), *gradients_like((hidden, weight, bias), needs), given.new_empty(())
 
@@ -135,20 +161,27 @@ def linear_gradient(
     """Gradients of hidden, weight and bias from coefficients [3, N] of log-prob, entropy and KL; and left_out.
 
     Tokens whose coefficients are 0 enter no product."""
-    config = decoded(options)
-    tokens = Tokens(ids, flags, stats, ids)
+    head, reference = Head(hidden, weight, bias), head_of(ref_hidden, ref_weight, ref_bias)
+    columns = Columns(len(weight))
+    return gradient_of(head, reference, columns, ids, flags, stats, coefficients, decoded(options), most, needs)
+
+
+def gradient_of(
+    head: Head, reference: Head | None, columns: Columns, ids: Tensor, flags: Tensor, stats: Tensor,
+    coefficients: Tensor, config: LossConfig, most: int, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `linear_gradient`, of a head that is `columns` of the vocabulary."""
+    tokens = Tokens(columns.local(ids), flags, stats, ids)
     which = Wanted.where((coefficients != 0).any(0), None if most < 0 else most)
-    head, reference = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
-    chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs)
+    chunks = HeadChunks(head, reference, which, config.chunk_tokens, needs, columns)
     sparse = SparseProducts.wanted(chunks, config, needs, most < 0)
-    for problem, grads, splits in _chunk_problems(chunks, config, tokens, False, gradient=True):
-        scales = _or(chunks.scales, stats)
+    for chunk, problem, grads, scales, splits in _pieces(chunks, config, tokens, False, gradient=True):
         if sparse is not None:
-            sparse.add_gradient(problem, stats, coefficients, grads, scales, splits)
+            sparse.add_gradient(chunk, problem, stats, coefficients, grads, splits)
             continue
         rows.launch_gradient(problem, stats, coefficients, grads[: problem.rows], scales, splits)
-        chunks.add_gradient(problem.tokens.rows_ptr, grads)
-    d_hidden, d_weight, d_bias = (_or(g, hidden.new_empty(0)) for g in chunks.gradients())
+        chunks.add_gradient(chunk, grads)
+    d_hidden, d_weight, d_bias = (_or(g, head.hidden.new_empty(0)) for g in chunks.gradients())
     return d_hidden, d_weight, d_bias, stats.new_zeros(()) if sparse is None else sparse.left_out()
 
 
@@ -172,25 +205,34 @@ def linear_statistics(
     """stats, and with `slope` d logp / d hidden, float32 [N, D], which is all that a frozen head's backward needs.
 
     left_out: where the backward writes that share, if anyone wants to know."""
-    config = decoded(options)
+    head, reference = Head(hidden, weight, bias), head_of(ref_hidden, ref_weight, ref_bias)
+    return statistics_of(head, reference, Columns(len(weight)), ids, flags, decoded(options), most, slope)
+
+
+def statistics_of(
+    head: Head, reference: Head | None, columns: Columns, ids: Tensor, flags: Tensor, config: LossConfig, most: int,
+    slope: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `linear_statistics`, of a head that is `columns` of the vocabulary."""
     if slope:
         # A = -1 and nothing else in the loss: d loss / d logp = 1
         flags = flags | (flags != 0) * LEARNING
         config = replace(config, objective="reinforce", sampler_correction=None, kl=None, kl_coef=0.0, entropy_coef=0.0)
-    head, reference = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
     stats = no_stats(ids)
-    slopes = hidden.new_zeros(hidden.shape if slope else (0,), dtype=torch.float32)
+    slopes = head.hidden.new_zeros(head.hidden.shape if slope else (0,), dtype=torch.float32)
     given = stats.new_zeros(len(TokenInputs._fields), len(ids))
     given[0], given[1] = -1.0, 1.0  # advantage and weight
     terms = stats.new_empty(len(TERMS), len(ids)) if slope else stats
-    tokens = Tokens(ids, flags, given, ids)
+    tokens = Tokens(columns.local(ids), flags, given, ids)
     which = Wanted.where(flags != 0, None if most < 0 else most)
-    chunks = HeadChunks(head, reference, which, config.chunk_tokens)
-    for problem, grads, splits in _chunk_problems(chunks, config, tokens, False, terms=slope, gradient=slope):
-        run(problem, stats, terms, grads[: problem.rows], _or(chunks.scales, stats), splits)
+    chunks = HeadChunks(head, reference, which, config.chunk_tokens, columns=columns)
+    pieces = _pieces(chunks, config, tokens, False, terms=slope, gradient=slope)
+    for (chunk, problem, grads, scales, splits), sums in parts.ahead(columns, pieces):
+        parts.run(sums, problem, ids, stats, terms, grads[: problem.rows], scales, splits)
         if slope:
             grads[problem.rows :] = 0
-            slopes.index_copy_(0, problem.tokens.rows_ptr, chunks.hidden_gradient(grads, problem.rows))
+            chunks.put_summed(slopes, chunk.rows, chunks.hidden_gradient(grads, problem.rows, chunk.room.scales))
+    chunks.finish()
     if most >= 0:
         stats = torch.where((flags != 0).sum() > most, torch.nan, stats)
     return stats, slopes
@@ -204,7 +246,7 @@ def _(
     return no_stats(ids), hidden.new_empty(hidden.shape if slope else (0,), dtype=torch.float32)
 
 
-def _save_for_linear_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.options, ctx.most, ctx.slope, ctx.left_out = inputs
     stats, slopes = output
     ctx.mark_non_differentiable(slopes)
@@ -213,6 +255,11 @@ def _save_for_linear_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
 
 @first_order
 def _linear_gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return gradients_later(ctx, grad, linear_gradient)
+
+
+def gradients_later(ctx: Any, grad: Tensor, gradient: Callable[..., Any]) -> tuple[Tensor | None, ...]:
+    """The backward of statistics, by `gradient`, which is called as `linear_gradient` is."""
     *tensors, stats, slopes = ctx.saved_tensors
     coefficients = live_coefficients(decoded(ctx.options), tensors[-1], stats, grad)
     none: tuple[None, ...] = (None,) * 9
@@ -220,11 +267,11 @@ def _linear_gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ..
         d_hidden = torch.where(coefficients[0, :, None] == 0, 0.0, slopes * coefficients[0, :, None])
         return d_hidden.to(tensors[0].dtype), None, None, *none
     needs = list(ctx.needs_input_grad[:3])
-    *gradients, left_out = linear_gradient(*tensors, stats, coefficients, ctx.options, ctx.most, needs)
+    *gradients, left_out = gradient(*tensors, stats, coefficients, ctx.options, ctx.most, needs)
     if ctx.left_out is not None:
         ctx.left_out.copy_(left_out)
     given = (g.to(t.dtype) if need else None for g, t, need in zip(gradients, tensors, needs, strict=False))
     return *given, *none
 
 
-linear_statistics.register_autograd(_linear_gradients, setup_context=_save_for_linear_gradient)
+linear_statistics.register_autograd(_linear_gradients, setup_context=save_for_gradient)

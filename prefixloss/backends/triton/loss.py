@@ -9,16 +9,18 @@ ratio turned out clipped stays in the products of its chunk, as a row of zeros.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from prefixloss._kernels.objective import CORRECTIONS, DIVERGENCES, POLICIES
-from prefixloss._kernels.problem import COMPUTED, LEARNING
+from prefixloss._kernels.problem import LEARNING
 from prefixloss.backends import two_stages
 from prefixloss.backends.autograd import wants_gradient
+from prefixloss.backends.columns import Shard
 from prefixloss.backends.problem import HeadLoss, HeadStatistics, LogitLoss
-from prefixloss.backends.triton import from_head, from_logits
+from prefixloss.backends.triton import from_head, from_logits, sharded
+from prefixloss.backends.triton.problems import in_kernels
 from prefixloss.backends.two_stages import Statistics
 from prefixloss.config import LossConfig
 from prefixloss.inputs.batch import Batch, TokenValues
@@ -27,12 +29,13 @@ from prefixloss.inputs.batch import Batch, TokenValues
 def head_loss(asked: HeadLoss) -> tuple[Tensor, TokenValues]:
     """See `prefixloss.backends.problem.Backend`."""
     batch, config = asked.batch, asked.config
-    if not _in_kernels(config) or two_stages.needed_by(config, batch):
+    if two_stages.needed_by(config, batch):
         return two_stages.loss(lambda wanted: head_statistics(asked.statistics(wanted)), batch, config)
-    given, off_policy = _given(batch)
+    given, recorded = _given(batch)
     needs = [wants_gradient(t) for t in asked.head]
-    total, stats, terms, *_, left_out = from_head.linear_loss(
-        *_tensors(asked), batch.tokens, _flags(batch), given, off_policy, config.encoded, _bound(asked), needs
+    make = partial(sharded.linear_loss, asked.columns) if isinstance(asked.columns, Shard) else from_head.linear_loss
+    total, stats, terms, *_, left_out = make(
+        *_tensors(asked), batch.tokens, _flags(batch), given, recorded, config.encoded, _bound(asked), needs
     )
     asked.left_out.copy_(left_out.detach())
     return total, _values(stats, terms)
@@ -50,9 +53,9 @@ def head_statistics(asked: HeadStatistics) -> Statistics:
             asked.left_out.fill_(math.nan)  # the backward of a graph tells nobody outside
         else:
             left_out = asked.left_out
-    stats, _ = from_head.linear_statistics(
-        *_tensors(asked), asked.tokens, flags, config.encoded, _bound(asked), slope, left_out
-    )
+    split = isinstance(asked.columns, Shard)
+    make = partial(sharded.linear_statistics, asked.columns) if split else from_head.linear_statistics
+    stats, _ = make(*_tensors(asked), asked.tokens, flags, config.encoded, _bound(asked), slope, left_out)
     return _statistics(stats, config)
 
 
@@ -63,26 +66,20 @@ def logit_loss(asked: LogitLoss) -> tuple[Tensor, TokenValues]:
     # under compilation, which may not overwrite what it was given, the permission is not used
     inplace = asked.inplace and follows and not torch.compiler.is_compiling()
     tensors = (logits, None if asked.reference is None else _by_rows(asked.reference), batch.tokens)
-    if (asked.gradient_later and follows) or not _in_kernels(config) or two_stages.needed_by(config, batch):
+    if (asked.gradient_later and follows) or not in_kernels(config) or two_stages.needed_by(config, batch):
         make = from_logits.LogitStatisticsInPlace.apply if inplace else from_logits.logit_statistics
 
         def statistics(wanted: Tensor) -> Statistics:
             return _statistics(make(*tensors, wanted.to(torch.uint8), config.encoded), config)
 
         return two_stages.loss(statistics, batch, config)
-    made_of = (*tensors, _flags(batch), *_given(batch), config.encoded)
+    given, recorded = _given(batch)
+    made_of = (*tensors, _flags(batch), given, recorded[0], config.encoded)
     if inplace:
         total, stats, terms = from_logits.LogitLossInPlace.apply(*made_of)
     else:
         total, stats, terms, _ = from_logits.logit_loss(*made_of, follows)
     return total, _values(stats, terms)
-
-
-def _in_kernels(config: LossConfig) -> bool:
-    """Whether the kernels know what a token's loss is; if not, torch makes it from their statistics."""
-    known = config.objective in POLICIES and config.sampler_correction in (None, *CORRECTIONS)
-    plain = config.sampler_missing is None and config.kl_clamp is None
-    return known and plain and config.kl in (None, *DIVERGENCES)
 
 
 def _tensors(asked: HeadLoss | HeadStatistics) -> tuple[Tensor | None, ...]:
@@ -99,17 +96,18 @@ def _by_rows(x: Tensor) -> Tensor:
 
 
 def _flags(batch: Batch) -> Tensor:
-    computed = batch.computed.to(torch.uint8) * COMPUTED.value
-    return computed | batch.learning.to(torch.uint8) * LEARNING.value
+    # True is the bit COMPUTED
+    return torch.add(batch.computed.view(torch.uint8), batch.learning.view(torch.uint8), alpha=LEARNING.value)
 
 
-def _given(batch: Batch) -> tuple[Tensor, bool]:
-    """`TokenInputs` of the kernels, float32 [5, N], and whether old log-probs are part of it."""
+def _given(batch: Batch) -> tuple[Tensor, list[bool]]:
+    """`TokenInputs` of the kernels, float32 [5, N], and whether old, sampler's and reference log-probs are known."""
     g = batch.given
     weights = batch.weights / batch.denominator
     columns = (g.advantages, weights, g.old_logps, g.sampler_logps, g.ref_logps)
-    stacked = torch.stack([torch.zeros_like(weights) if c is None else c for c in columns])
-    return stacked, g.old_logps is not None
+    # the kernels do not look at what was not given
+    stacked = torch.stack([weights if c is None else c for c in columns])
+    return stacked, [c is not None for c in columns[2:]]
 
 
 def _statistics(stats: Tensor, config: LossConfig) -> Statistics:
@@ -117,5 +115,6 @@ def _statistics(stats: Tensor, config: LossConfig) -> Statistics:
 
 
 def _values(stats: Tensor, terms: Tensor) -> TokenValues:
-    stats, terms = stats.detach(), terms.detach()
-    return TokenValues(loss=terms[0], logp=stats[0], entropy=stats[1], kl=terms[2], ratio=terms[1])
+    logp, entropy, *_ = stats.detach().unbind()
+    loss, ratio, kl, *_ = terms.detach().unbind()
+    return TokenValues(loss, logp, entropy, kl, ratio)

@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 
 from prefixloss._kernels import launch, rows, tune
-from prefixloss._kernels.objective import ObjectiveKind, Options
-from prefixloss._kernels.problem import STATS, TERMS, Problem, Tokens, Work
+from prefixloss._kernels.objective import CORRECTIONS, DIVERGENCES, POLICIES, ObjectiveKind, Options
+from prefixloss._kernels.problem import LEARNING, STATS, TERMS, Problem, Tokens, Work
 from prefixloss._kernels.softmax import LogitScaling
 from prefixloss.config import LossConfig
+from prefixloss.inputs.batch import Given
+from prefixloss.maths.objective import Terms, token_terms
 from prefixloss.maths.softmax import Coefficients, RowStats, live_rows, transform_of
+
+
+def in_kernels(config: LossConfig) -> bool:
+    """Whether the kernels know what a token's loss is; if not, torch makes it from their statistics."""
+    known = config.objective in POLICIES and config.sampler_correction in (None, *CORRECTIONS)
+    plain = config.sampler_missing is None and config.kl_clamp is None
+    return known and plain and config.kl in (None, *DIVERGENCES)
 
 
 def device_transform(config: LossConfig) -> LogitScaling:
@@ -120,6 +129,27 @@ def rooms(given: Tensor) -> tuple[Tensor, Tensor]:
     """stats and terms of no token yet."""
     count = given.shape[1]
     return given.new_zeros(len(STATS), count), given.new_zeros(len(TERMS), count)
+
+
+def put_terms(
+    config: LossConfig, stats: Tensor, terms: Tensor, given: Tensor, recorded: list[bool], flags: Tensor, rows: Tensor
+) -> None:
+    """Writes the terms of the tokens `rows` [n], where no kernel knows the loss; as they do, 0 where not computed, and
+    coefficients with the token's weight. recorded: which of the log-probs in given there are."""
+    seen, learning = flags[rows] != 0, (flags[rows] & LEARNING.value) != 0
+
+    def made(of: Tensor, derivatives: bool) -> Terms:
+        """Of some of these tokens; what is known of the others may be anything, and is 0 here."""
+        advantages, _, *logps = torch.where(of, given[:, rows], 0.0)
+        logp, entropy, kl = torch.where(of, stats[:3, rows], 0.0)
+        tokens = Given(advantages, *(x if there else None for x, there in zip(logps, recorded, strict=True)))
+        return token_terms(config, tokens, logp, entropy, kl if config.exact_kl else None, derivatives=derivatives)
+
+    shown, learned, weight = made(seen, False), made(learning, True), given[1, rows]
+    slopes = (learned.d_logp, learned.d_entropy, learned.d_kl)
+    coefficients = [torch.zeros_like(weight) if x is None else x * weight for x in slopes]
+    terms[:3, rows] = torch.where(seen, torch.stack([shown.loss, shown.ratio, shown.kl]), 0.0)
+    terms[3:, rows] = torch.where(learning, torch.stack(coefficients), 0.0)
 
 
 def total_of(terms: Tensor, given: Tensor, flags: Tensor, most: int) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor
 from prefixloss._kernels import entries, rows
 from prefixloss._kernels.problem import Problem
 from prefixloss.backends import memory
+from prefixloss.backends.columns import Shard
 from prefixloss.backends.tolerance import MARGIN, of_products, smallest_usable
-from prefixloss.backends.triton.chunks import HeadChunks
+from prefixloss.backends.triton.chunks import Chunk, HeadChunks
 from prefixloss.config import LossConfig
 
 # a dense product takes so many entries in the time of one by itself, which reads a row of the other matrix
@@ -56,8 +57,8 @@ class SparseProducts:
 
     @classmethod
     def wanted(cls, chunks: HeadChunks, config: LossConfig, needs: list[bool], waits: bool) -> SparseProducts | None:
-        """None where everything is exact."""
-        if chunks.size == 0 or chunks.scales is not None or not waits:
+        """None where everything is exact, as with a head that is split over processes."""
+        if chunks.size == 0 or chunks.scaled or not waits or isinstance(chunks.columns, Shard):
             return None
         dtypes = chunks.head.hidden.dtype, chunks.head.weight.dtype
         asked = config.gradient_tolerance, config.head_gradient_tolerance
@@ -65,9 +66,9 @@ class SparseProducts:
         return cls(chunks, tolerances) if max(tolerances) > 0 else None
 
     def add_gradient(
-        self, problem: Problem, stats: Tensor, coefficients: Tensor, grads: Tensor, scales: Tensor, splits: int
+        self, chunk: Chunk, problem: Problem, stats: Tensor, coefficients: Tensor, grads: Tensor, splits: int
     ) -> None:
-        """Takes in the gradient of the chunk last made; grads: room for all of it, over the logits, if it is needed."""
+        """Takes in the gradient of a chunk; grads: room for all of it, over the logits, if it is needed."""
         work = problem.work._replace(terms=False, gradient=True)
         problem = replace(problem, work=work)
         chosen = self._chosen(problem, stats, coefficients)
@@ -78,15 +79,15 @@ class SparseProducts:
         if for_hidden is not None and self.chunks.d_hidden is not None:
             out = self._hidden_gradient(for_hidden)
             for at, dense in self._overflow(for_hidden, problem, stats, coefficients):
-                out[at] = self.chunks.hidden_gradient(dense, len(at))
-            self.chunks.put_hidden_gradient(problem.tokens.rows_ptr, out)
+                out[at] = self.chunks.hidden_gradient(dense, len(at), None)
+            self.chunks.put_summed(self.chunks.d_hidden, chunk.rows, out)
         if for_head is not None:
-            self._add_head_gradient(for_head)
+            self._add_head_gradient(for_head, chunk.room.hidden)
             for at, dense in self._overflow(for_head, problem, stats, coefficients):
-                self.chunks.add_head_gradient(dense, self.chunks.hidden[at])
+                self.chunks.add_head_gradient(dense, chunk.room.hidden[at], None)
         if for_hidden is None or for_head is None:
-            rows.launch_gradient(problem, stats, coefficients, grads[: problem.rows], scales, splits)
-            self.chunks.add_gradient(problem.tokens.rows_ptr, grads, for_hidden is None, for_head is None)
+            rows.launch_gradient(problem, stats, coefficients, grads[: problem.rows], stats, splits)
+            self.chunks.add_gradient(chunk, grads, for_hidden is None, for_head is None)
 
     def left_out(self) -> Tensor:
         """|dG| / |G|, the largest of the chunks and of the two products, 0-d."""
@@ -119,7 +120,7 @@ class SparseProducts:
         entries.launch_gather(*chosen.lists[:3], weight, out)
         return out
 
-    def _add_head_gradient(self, chosen: Chosen) -> None:
+    def _add_head_gradient(self, chosen: Chosen, hidden: Tensor) -> None:
         lists, count, _ = chosen
         if count == 0:
             return
@@ -130,7 +131,7 @@ class SparseProducts:
         columns, order = torch.sort(lists.columns[row, slot], stable=True)
         row, values = row[order], lists.values[row, slot][order]
         ends = torch.searchsorted(columns, columns, right=True)
-        for total, matrix in self.chunks.head_sums():
+        for total, matrix in self.chunks.head_sums(hidden):
             entries.launch_scatter(columns, ends, row, values, matrix, total.value)
 
     def _overflow(

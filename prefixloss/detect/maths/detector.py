@@ -26,6 +26,7 @@ from prefixloss.detect.maths.claims import (
     modulus,
     rounding,
 )
+from prefixloss.detect.maths.clocks import wrong_time
 from prefixloss.detect.maths.confidence import ALL_RIGHT, Kind, confidence
 from prefixloss.detect.maths.derive import Said, beside, contradicts, defines, derives, restates
 from prefixloss.detect.maths.expressions import (
@@ -152,7 +153,7 @@ class _Response:
             self._chain(chain)
         if not reading.ends:
             self.last = None
-        if reason := wrong_property(text):
+        if reason := wrong_property(text) or wrong_time(text):
             raise WrongError(reason, "false")
         if self.task.expression:
             self._copies(reading, before)

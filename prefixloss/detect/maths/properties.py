@@ -6,7 +6,7 @@ import math
 import re
 
 MAX_CLAIMS = 40  # of a text
-_MARKS = re.compile(r"\\?\$|\\[()\[\]]")
+MARKS = re.compile(r"\\?\$|\\[()\[\]]")
 _CLAIM = re.compile(
     r"(?:(?<=\A)|(?<=[,.:;=]\s)|(?<=\bsince\s)|(?<=\bbut\s)|(?<=\bso\s)|(?<=\bthat\s)|(?<=\band\s)|(?<=\bbecause\s)"
     r"|(?<=\bthus\s)|(?<=\bnumber\s))(?P<number>\d{1,9}) is (?P<no>not )?(?:also |evenly |itself )?"
@@ -14,15 +14,15 @@ _CLAIM = re.compile(
     r"|(?:a )?(?:(?P<prime>prime)(?: number)?|(?P<square>perfect square))(?! (?:factor|divisor|power|to|if|only)))",
     re.IGNORECASE,
 )
-_DOUBT = re.compile(r"\b(?:if|whether|suppose|assume|neither|nor|unless|either|or|when|false|all)\b|\?", re.IGNORECASE)
+DOUBT = re.compile(r"\b(?:if|whether|suppose|assume|neither|nor|unless|either|or|when|false|all)\b|\?", re.IGNORECASE)
 
 
 def wrong_property(text: str) -> str | None:
     """The first such claim that is false, as a reason; None if there is none."""
-    text = " ".join(_MARKS.sub("", text).split())
+    text = " ".join(MARKS.sub("", text).split())
     for claim, _ in zip(_CLAIM.finditer(text), range(MAX_CLAIMS), strict=False):
         begin = text.rfind(". ", 0, claim.start()) + 1
-        if not _DOUBT.search(text[begin : claim.start()]) and not _is_true(claim):
+        if not DOUBT.search(text[begin : claim.start()]) and not _is_true(claim):
             return f"{claim[0]} is false"
     return None
 

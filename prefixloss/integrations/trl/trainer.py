@@ -21,7 +21,7 @@ from prefixloss.integrations.trl.head import per_token_logps
 from prefixloss.integrations.trl.logps import FusedLoss, LogProbs, add_fused_loss, scored_by
 from prefixloss.integrations.trl.versions import check_version, has_fused_head, refuse_losses
 from prefixloss.maths.objective import clipped
-from prefixloss.steps import SEGMENTERS, Segmenter, step_tokens
+from prefixloss.steps import SEGMENTERS, Segmenter, step_tokens, turn_tokens
 
 # those that need no more than outcomes and first errors; "grpo" is TRL's own, without a detector
 ADVANTAGES = (*ESTIMATORS, "grpo")
@@ -48,9 +48,13 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         detector: a `prefixloss.detect` Detector, or its name ("auto", "maths", "prm:MODEL", ...).
         threshold: the detector's confidence, from 0 to 1, below which its find counts as none: such a response is wrong
             from its first token on. `first_error/found` counts what is left.
-        segmenter: how a response is cut into steps, see `prefixloss.steps`.
+        segmenter: how a response is cut into steps, see `prefixloss.steps`; or "turns", an agent's, between what its
+            tools wrote (TRL's tools and environments, or `env_mask` of a rollout_func). A step is then a turn and what
+            its tools answered, and the first wrong turn is where credit ends.
         advantage: "vppo"; "cliff"; "neutral_prefix" (TRL's advantages, 0 on good prefixes; "neutral" is taken as well);
             "grpo" (TRL's, no detector).
+        flawed: for "vppo", what a right answer is worth from its own first error on, see `advantages.vppo`; right
+            ones are then searched too, and `first_error/flawed` is the share of them in which one is found. None: not.
         alpha, shorten: as in `advantages.vppo`, whose advantages like cliff's are not divided by a standard deviation:
             TRL's `scale_rewards` counts for "neutral_prefix" and "grpo", and "batch" is refused with the others.
         correct: which responses are right. A number: those whose weighted sum of rewards is above it. The name of a
@@ -69,7 +73,8 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             entropy and clipping over the others. For losses of one pass only.
         backend: as in `linear_prefix_loss`.
 
-    Only wrong responses that ended by themselves are searched: one that was cut off has no good prefix.
+    Only responses that ended by themselves are searched, and without `flawed` only wrong ones: one that was cut off has
+    no good prefix.
 
     Tokens are scored at the positions at which they were generated, with or without `fused_loss`. TRL leaves positions
     to the model: one with absolute positions (GPT-2, GPT-Neo) counts the padding before a prompt, and TRL's log-probs
@@ -81,10 +86,11 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         *args: Any,
         detector: Detector | str | None = "auto",
         threshold: float = 0.0,
-        segmenter: Segmenter = "markers",
+        segmenter: Segmenter | Literal["turns"] = "markers",
         advantage: str = "vppo",
         alpha: float = 0.5,
         shorten: Literal["prompt"] | int | float = "prompt",
+        flawed: float | None = None,
         correct: Correct | None = None,
         answer: str = "answer",
         fused_loss: bool = False,
@@ -94,7 +100,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     ) -> None:
         check_version()
         for name, value, known in (
-            ("segmenter", segmenter, SEGMENTERS),
+            ("segmenter", segmenter, (*SEGMENTERS, "turns")),
             ("advantage", advantages.ALIASES.get(advantage, advantage), ADVANTAGES),
         ):
             if value not in known:
@@ -103,6 +109,10 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             raise ValueError(f'detector: got None, expected a detector or its name for advantage="{advantage}"')
         check.number("alpha", alpha, 0.0, 1.0)
         check.number("threshold", threshold, 0.0, 1.0)
+        if flawed is not None:
+            check.number("flawed", flawed, 0.0, 1.0)
+            if advantage != "vppo":
+                raise ValueError(f'flawed: got {flawed!r}, expected advantage="vppo" with it')
         check.shorten(shorten, torch.ones(1), torch.ones(1, dtype=torch.int64))  # the lengths come with the responses
         if advantage == "grpo":
             self.detector = None
@@ -112,7 +122,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         advantage = advantages.named("advantage", advantage, ADVANTAGES)
         if advantage not in ("neutral_prefix", "grpo") and self.scale_rewards == "batch":
             raise ValueError(f'scale_rewards: got "batch", expected "group" or "none" for advantage="{advantage}"')
-        self.threshold = threshold
+        self.threshold, self.flawed = threshold, flawed
         self.segmenter, self.advantage, self.alpha, self.shorten = segmenter, advantage, alpha, shorten
         self.correct = self._checked_correct(correct)
         self.answer, self.stats, self.backend = answer, stats, backend
@@ -144,8 +154,11 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             verdicts = self._verdicts(rewards)
             correct, judged = verdicts == 1, ~verdicts.isnan()
             here = self._local(len(prompts))
-            searched = (judged & ~correct)[here].tolist()
-            first = self._first_wrong_tokens(inputs, prompts, completion_ids, searched)
+            searched = judged if self.flawed is not None else judged & ~correct
+            first = self._first_wrong_tokens(inputs, prompts, completion_ids, searched[here].tolist())
+            self._count(first, (judged & ~correct)[here].tolist(), "found")
+            if self.flawed is not None:
+                self._count(first, correct[here].tolist(), "flawed")
             self._outcome = Outcome(correct, judged, torch.tensor(first, device=rewards.device))
         return rewards
 
@@ -172,7 +185,7 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         # TRL before 1.15 knows one
         ends = {*getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id]), self._tokenizer.pad_token_id}
         which = [i for i, ids in enumerate(completion_ids) if searched[i] and ids and ids[-1] in ends]
-        cuts = [step_tokens(self._tokenizer, completion_ids[i], self.segmenter) for i in which]
+        cuts = [self._steps(i, completion_ids[i]) for i in which]
         answers = [inputs[i].get(self.answer) for i in which]
         found = self.detector.detect_batch(
             [_question(prompts[i]) for i in which],
@@ -185,9 +198,25 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             reasons[i] = error.reason
         self._log_completion_extra("first_error", first)
         self._log_completion_extra("first_error_reason", reasons)
-        if any(searched):
-            self._log_metric("first_error/found", sum(t >= 0 for t in first) / sum(searched))
         return first
+
+    def _count(self, first: list[int], among: list[bool], name: str) -> None:
+        """Logs the share of these responses in which a first error was found."""
+        if any(among):
+            found = sum(t >= 0 for t, counted in zip(first, among, strict=True) if counted)
+            self._log_metric(f"first_error/{name}", found / sum(among))
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; on the way, which tokens are the model's own, where there are others."""
+        made = super()._generate(*args, **kwargs)
+        self._own = made[2]
+        return made
+
+    def _steps(self, i: int, ids: list[int]) -> tuple[list[str], list[int]]:
+        """The steps of this process's response `i`, and the index of each one's first token."""
+        if self.segmenter == "turns":
+            return turn_tokens(self._tokenizer, ids, [1] * len(ids) if self._own is None else self._own[i])
+        return step_tokens(self._tokenizer, ids, self.segmenter)
 
     # ---- advantages ----
 
@@ -208,7 +237,8 @@ class PrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             # a group may lie on several processes
             sizes = torch.stack([mask.sum(1), first_error, batch["prompt_mask"].sum(1)], 1)
             lengths, everywhere, prompt_lengths = self.accelerator.gather(sizes).unbind(1)
-            options: Any = {"alpha": self.alpha, "shorten": self.shorten} if self.advantage == "vppo" else {}
+            own: Any = {"alpha": self.alpha, "shorten": self.shorten, "flawed": self.flawed}
+            options = own if self.advantage == "vppo" else {}
             known = advantages.Outcome(
                 outcome.correct, lengths, self._groups(len(lengths)), everywhere, prompt_lengths=prompt_lengths,
                 judged=outcome.judged,
