@@ -34,18 +34,31 @@ from torch import Tensor
 Terms = tuple[Tensor, Tensor]
 
 
-def _kl(log_p: Tensor, log_q: Tensor, p: Tensor) -> Tensor:
-    """p (log p - log q), class by class."""
-    terms = (log_p - log_q).mul_(p)
-    # one pass to see that nobody bans anything
-    if not math.isfinite(float(terms.sum())):
-        impossible = log_p == -math.inf
-        terms.masked_fill_((log_q == -math.inf) & ~impossible, math.inf).masked_fill_(impossible, 0)
-    return terms
+@dataclass(frozen=True)
+class _Classes:
+    """log p and log q [n, C], and p. banned: whether any class is impossible, or too improbable to be a number; what is
+    of none of these has the same bits either way."""
 
+    a: Tensor
+    b: Tensor
+    p: Tensor
+    banned: bool = False
 
-def _log_mixture(a: Tensor, b: Tensor, beta: float) -> Tensor:
-    return torch.logaddexp(b + math.log(beta), a + math.log1p(-beta))
+    def kl(self, log_p: Tensor, log_q: Tensor, p: Tensor) -> Tensor:
+        """p (log p - log q), class by class."""
+        terms = (log_p - log_q).mul_(p)
+        if self.banned:
+            impossible = log_p == -math.inf
+            terms.masked_fill_((log_q == -math.inf) & ~impossible, math.inf).masked_fill_(impossible, 0)
+        return terms
+
+    def log_mixture(self, q: Tensor, beta: float) -> Tensor:
+        m = torch.lerp(self.p, q, beta)
+        if not self.banned:
+            return m.log_()
+        nothing = m == 0
+        in_logs = torch.logaddexp(self.b + math.log(beta), self.a + math.log1p(-beta))
+        return torch.where(nothing, in_logs, m.log_())
 
 
 def _share(log_part: Tensor, log_whole: Tensor) -> Tensor:
@@ -53,35 +66,37 @@ def _share(log_part: Tensor, log_whole: Tensor) -> Tensor:
     return torch.where(log_part == -math.inf, 0.0, (log_part - log_whole).exp())
 
 
-def _reverse(a: Tensor, b: Tensor, p: Tensor, beta: float) -> Terms:
-    terms = _kl(a, b, p)
+def _reverse(x: _Classes, beta: float) -> Terms:
+    terms = x.kl(x.a, x.b, x.p)
     return terms, terms
 
 
-def _forward(a: Tensor, b: Tensor, p: Tensor, beta: float) -> Terms:
-    q = b.exp()
-    return _kl(b, a, q), q.neg_()
+def _forward(x: _Classes, beta: float) -> Terms:
+    q = x.b.exp()
+    return x.kl(x.b, x.a, q), q.neg_()
 
 
-def _jsd(a: Tensor, b: Tensor, p: Tensor, beta: float) -> Terms:
-    log_m = _log_mixture(a, b, beta)
-    slope = _kl(a, log_m, p).mul_(1 - beta)
-    return _kl(b, log_m, b.exp()).mul_(beta).add_(slope), slope
+def _jsd(x: _Classes, beta: float) -> Terms:
+    q = x.b.exp()
+    log_m = x.log_mixture(q, beta)
+    slope = x.kl(x.a, log_m, x.p).mul_(1 - beta)
+    return x.kl(x.b, log_m, q).mul_(beta).add_(slope), slope
 
 
-def _skew_forward(a: Tensor, b: Tensor, p: Tensor, beta: float) -> Terms:
-    log_m, q = _log_mixture(a, b, beta), b.exp()
-    return _kl(b, log_m, q), _share(a, log_m).mul_(q).mul_(beta - 1)
+def _skew_forward(x: _Classes, beta: float) -> Terms:
+    q = x.b.exp()
+    log_m = x.log_mixture(q, beta)
+    return x.kl(x.b, log_m, q), _share(x.a, log_m).mul_(q).mul_(beta - 1)
 
 
-def _skew_reverse(a: Tensor, b: Tensor, p: Tensor, beta: float) -> Terms:
-    log_m = _log_mixture(a, b, beta)
-    terms = _kl(a, log_m, p)
-    return terms, terms - _share(a, log_m).mul_(p).mul_(1 - beta)
+def _skew_reverse(x: _Classes, beta: float) -> Terms:
+    log_m = x.log_mixture(x.b.exp(), beta)
+    terms = x.kl(x.a, log_m, x.p)
+    return terms, terms - _share(x.a, log_m).mul_(x.p).mul_(1 - beta)
 
 
-# log p, log q and p [n, C] and beta to the terms and w [n, C], which may be one tensor
-BY_NAME: dict[str, Callable[[Tensor, Tensor, Tensor, float], Terms]] = {
+# classes and beta to the terms and w [n, C], which may be one tensor
+BY_NAME: dict[str, Callable[[_Classes, float], Terms]] = {
     "reverse": _reverse,
     "forward": _forward,
     "jsd": _jsd,
@@ -111,11 +126,14 @@ class Divergence:
     name: str
     beta: float
 
-    def rows(self, a: Tensor, b: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
-        """log p and log q [n, C] -> the divergence [n] and its gradient by the scores [n, C], of which `a` is made."""
-        p = a.exp()
-        terms, slope = BY_NAME[self.name](a, b, p, self.beta)
+    def rows(self, a: Tensor, b: Tensor, p: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
+        """log p, log q and p [n, C] -> the divergence [n] and its gradient by the scores [n, C] that `a` is made of."""
+        terms, slope = BY_NAME[self.name](_Classes(a, b, p), self.beta)
         value = terms.sum(1)
+        # most rows ban nothing: what it takes is done where infinities and NaN show that one does
+        if not math.isfinite(float(value.sum())):
+            terms, slope = BY_NAME[self.name](_Classes(a, b, p, banned=True), self.beta)
+            value = terms.sum(1)
         value, total = parts.sum(torch.stack([value, value if slope is terms else slope.sum(1)]))
         gradient = slope.addcmul_(p, total[:, None], value=-1)
         infinite = value == math.inf
@@ -123,8 +141,12 @@ class Divergence:
 
     def whole(self, scores: Tensor, teacher_scores: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
         """From scores [n, V] of both: the divergence [n] and d / d scores [n, V]."""
-        a, b = (s - parts.logsumexp(s.logsumexp(1))[:, None] for s in (scores, teacher_scores))
-        return self.rows(a, b, parts)
+        top = scores.amax(1, keepdim=True)
+        top.masked_fill_(top == -math.inf, 0)  # of a part that is all banned
+        p = (scores - top).exp_()
+        log_sums = parts.logsumexp(p.sum(1).log_().add_(top.squeeze(1)))[:, None]
+        b = teacher_scores - parts.logsumexp(teacher_scores.logsumexp(1))[:, None]
+        return self.rows(scores - log_sums, b, p.mul_((top - log_sums).exp_()), parts)
 
     def listed(self, scores: Tensor, teacher: Listed, parts: Parts) -> tuple[Tensor, Tensor]:
         """From scores [n, V] and a teacher that lists ids: the divergence [n] and d / d scores [n, V]."""
@@ -136,19 +158,18 @@ class Divergence:
         classes = torch.cat([at_listed, log_others], 1)
         a = classes - classes.logsumexp(1, keepdim=True)
         # every process has all of the classes
-        value, gradient = self.rows(a, torch.cat([teacher.logps, teacher.tail[:, None]], 1), Parts())
+        value, gradient = self.rows(a, torch.cat([teacher.logps, teacher.tail[:, None]], 1), a.exp(), Parts())
         shares = _shares(others, log_others).mul_(gradient[:, -1:])
         return value, place.put(shares, gradient[:, :-1])
 
-    def shared(self, scores: Tensor, teacher_scores: Tensor, vocabulary: Tensor) -> tuple[Tensor, Tensor]:
-        """From scores [n, V] and [n, V_t], and the teacher's ids for the student's [V], -1 for none: the divergence [n]
-        over the ids that both have and one class for each side's rest, and d / d scores [n, V]."""
-        own = (vocabulary >= 0).nonzero().squeeze(1)
-        a, others, log_others = _with_rest(scores, own)
-        b, _, _ = _with_rest(teacher_scores, vocabulary[own])
-        value, gradient = self.rows(a, b, Parts())
+    def shared(self, scores: Tensor, teacher_scores: Tensor, ids: Shared) -> tuple[Tensor, Tensor]:
+        """From scores [n, V] and [n, V_t]: the divergence [n] over the ids that both have and one class for each side's
+        rest, and d / d scores [n, V]."""
+        a, others, log_others = _with_rest(scores, ids.own)
+        b, _, _ = _with_rest(teacher_scores, ids.theirs)
+        value, gradient = self.rows(a, b, a.exp(), Parts())
         shares = _shares(others, log_others).mul_(gradient[:, -1:])
-        return value, shares.index_copy_(1, own, gradient[:, :-1])
+        return value, shares.index_copy_(1, ids.own, gradient[:, :-1])
 
 
 def _with_rest(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,6 +184,19 @@ def _with_rest(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _shares(others: Tensor, log_others: Tensor) -> Tensor:
     """Each one's share of all others, in their memory; 0 where none of them is possible: exp(-inf - -inf)."""
     return others.sub_(log_others.masked_fill(log_others == -math.inf, 0)).exp_()
+
+
+class Shared(NamedTuple):
+    """The student's ids [K] that the teacher has too, and the teacher's for them."""
+
+    own: Tensor
+    theirs: Tensor
+
+    @classmethod
+    def of(cls, vocabulary: Tensor) -> Shared:
+        """vocabulary: the teacher's ids for the student's [V], -1 for none."""
+        own = (vocabulary >= 0).nonzero().squeeze(1)
+        return cls(own, vocabulary[own])
 
 
 class Listed(NamedTuple):

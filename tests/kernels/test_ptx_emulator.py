@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from ptx_emulator import BarrierError, MemoryAccessError, RaceError, UninitialisedError, UnknownInstructionError
 from ptx_emulator.errors import EmulationError
+from ptx_emulator.instructions import operation
 from ptx_emulator.machine import Code, Launch
 from ptx_emulator.numbers import Noise, decode, encode, fused, to_bf16
 from ptx_emulator.parser import parse
@@ -171,3 +172,8 @@ def test_noise_is_bounded_seeded_and_the_same_for_the_same_input() -> None:
     # the bound, and the rounding to float32
     assert 2.0**-22.5 < error.max() <= 2.0**-22 + 2.0**-24
     assert (Noise(0).relative(exact, 2.0**-22, x) == exact.astype(np.float32)).all()
+
+
+def test_special_values_have_no_noise() -> None:
+    for name, at_zero in (("ex2", 1.0), ("sqrt", 0.0)):
+        assert operation((name, "approx", "f32"), Noise(1)).compute(np.zeros(1, np.float32)) == at_zero

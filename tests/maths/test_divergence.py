@@ -136,3 +136,37 @@ def test_the_tail_keeps_its_digits_where_the_listed_ids_are_nearly_all() -> None
     assert float(listed.tail.exp()) == pytest.approx(2e-9, rel=1e-7)
     assert float(Listed.of(torch.tensor([[0]]), torch.zeros(1, 1), torch.float32).tail) == -INF
     assert Listed.of(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0), torch.float32).tail.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("name", "beta"), ALL)
+def test_a_class_too_improbable_for_float32_counts_as_in_float64(name: str, beta: float) -> None:
+    """Its probabilities and their mixture are 0 there, its log-probs are not."""
+    student, teacher = (x.detach() for x in scores(4))
+    student[:, 0], teacher[:, 0] = -150.0, -120.0
+    exact = Divergence(name, beta).whole(student, teacher, Parts())
+    for got, want in zip(Divergence(name, beta).whole(student.float(), teacher.float(), Parts()), exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)  # float32 terms of size 10
+
+
+@pytest.mark.parametrize(("name", "beta"), ALL)
+def test_a_row_has_the_same_bits_beside_one_that_bans_a_class(name: str, beta: float) -> None:
+    student, teacher = (x.detach().float() for x in scores(5))
+    alone = Divergence(name, beta).whole(student[:1], teacher[:1], Parts())
+    student[1, 2] = teacher[2, 3] = -INF
+    for got, want in zip(Divergence(name, beta).whole(student, teacher, Parts()), alone, strict=True):
+        assert torch.equal(got[:1], want)
+
+
+class OfTwo(Parts):
+    """Another process has as much of each distribution as one class with a score of 0, and no divergence."""
+
+    def logsumexp(self, logs: Tensor) -> Tensor:
+        return torch.logaddexp(logs, torch.zeros_like(logs))
+
+
+@pytest.mark.parametrize(("name", "beta"), ALL)
+def test_a_part_whose_classes_are_all_banned_is_no_nan(name: str, beta: float) -> None:
+    student, teacher = (x.detach() for x in scores(6))
+    value, gradient = Divergence(name, beta).whole(torch.full_like(student, -INF), teacher, OfTwo())
+    assert (value == INF).all() if name == "forward" else value.isfinite().all()
+    assert gradient.isfinite().all()

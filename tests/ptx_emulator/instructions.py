@@ -162,7 +162,9 @@ def _approximate(function: Callable[[Array], Array], bound: float) -> Builder:
             return None
 
         def compute(x: Array) -> Array:
-            return noise.relative(function(x.astype(np.float64)), bound, x)
+            exact = function(x.astype(np.float64))
+            # of 0 each has the value in PTX's table of special ones: 2^0 is 1, not nearly 1
+            return np.where(x == 0, exact.astype(np.float32), noise.relative(exact, bound, x))
 
         return Operation((kind,), (kind,), _maybe_flushed(compute, modifiers))
 

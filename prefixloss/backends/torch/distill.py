@@ -19,7 +19,7 @@ from prefixloss.backends.columns import Shard
 from prefixloss.backends.problem import Distil, Head
 from prefixloss.backends.torch.rows import LinearRows, LogitRows, Rows
 from prefixloss.inputs.distillation import DistillBatch
-from prefixloss.maths.divergence import Parts
+from prefixloss.maths.divergence import Parts, Shared
 from prefixloss.maths.softmax import blocks, transform_of
 
 Tensors = tuple[Any, ...]
@@ -92,6 +92,7 @@ def one_pass(
     """The divergences [N] of the tokens in wanted [N], and the gradients of sum(coefficients [N] * divergences)."""
     student, teacher = _student_rows(asked, tensors, needs), _teacher_rows(asked)
     parts, widest = _parts(asked)
+    shared = None if asked.vocabulary is None else Shared.of(asked.vocabulary)
     values = torch.zeros(len(wanted), dtype=student.dtype, device=wanted.device)
     for rows in student.chunks(wanted.nonzero().squeeze(1), asked.columns.rows_at_once):
         scores = student.scores(rows)
@@ -100,7 +101,9 @@ def one_pass(
         for block in _blocks(len(rows), widest, wanted.device):
             here = rows[block]
             beside = None if teacher_scores is None else teacher_scores[block]
-            values[here] = _block(asked, parts, scores[block], beside, here, student, coefficients, gradient[block])
+            values[here] = _block(
+                asked, parts, shared, scores[block], beside, here, student, coefficients, gradient[block]
+            )
         student.add_gradient(rows, gradient, 1.0)
     gradients = student.gradients()
     if len(gradients) > 1:
@@ -117,15 +120,15 @@ def _blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
 
 
 def _block(
-    asked: Distil, parts: Parts, scores: Tensor, teacher_scores: Tensor | None, rows: Tensor, student: Rows,
-    coefficients: Tensor, out: Tensor,
+    asked: Distil, parts: Parts, shared: Shared | None, scores: Tensor, teacher_scores: Tensor | None, rows: Tensor,
+    student: Rows, coefficients: Tensor, out: Tensor,
 ) -> Tensor:  # fmt: skip
     """The divergences of some rows; their gradients, times the coefficients, go to `out`, which may be the scores."""
     divergence, transform, dtype = asked.settings.divergence, student.transform, scores.dtype
     if teacher_scores is None:
         value, gradient = divergence.listed(scores, asked.teacher.listed(rows, dtype), parts)
-    elif asked.vocabulary is not None:
-        value, gradient = divergence.shared(scores, teacher_scores.to(dtype), asked.vocabulary)
+    elif shared is not None:
+        value, gradient = divergence.shared(scores, teacher_scores.to(dtype), shared)
     else:
         value, gradient = divergence.whole(scores, teacher_scores.to(dtype), parts)
     if transform.softcap is not None:
