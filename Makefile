@@ -20,7 +20,8 @@ test: lint types wheel
 slow: .venv/ready
 	$(BIN)/pytest -m slow
 
-# other versions of TRL and transformers, each pair in an environment of its own: about half an hour, and the network
+# other versions of trainers and transformers, each pair in an environment of its own: about half an hour, and the network;
+# `python tests/integrations/matrix.py --only verl` renews the rows of verl
 matrix: .venv/ready
 	$(BIN)/python tests/integrations/matrix.py
 
