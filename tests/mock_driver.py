@@ -68,7 +68,7 @@ def loss_of_head(tokens: int = 320, vocabulary: int = 4096, **options: Any) -> N
     flags = torch.full((tokens,), COMPUTED | LEARNING, dtype=torch.uint8)
     none, encoded = (None, None, None, None), LossConfig(**options).encoded
     given = torch.ones(5, tokens)
-    from_head.linear_loss(hidden, weight, *none, ids, flags, given, False, encoded, tokens, [True, True, False])
+    from_head.linear_loss(hidden, weight, *none, ids, flags, given, [False] * 3, encoded, tokens, [True, True, False])
 
 
 def distilled(

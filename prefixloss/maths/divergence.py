@@ -35,7 +35,7 @@ Terms = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class _Classes:
+class Classes:
     """log p and log q [n, C], and p. banned: whether any class is impossible, or too improbable to be a number; what is
     of none of these has the same bits either way."""
 
@@ -66,37 +66,37 @@ def _share(log_part: Tensor, log_whole: Tensor) -> Tensor:
     return torch.where(log_part == -math.inf, 0.0, (log_part - log_whole).exp())
 
 
-def _reverse(x: _Classes, beta: float) -> Terms:
+def _reverse(x: Classes, beta: float) -> Terms:
     terms = x.kl(x.a, x.b, x.p)
     return terms, terms
 
 
-def _forward(x: _Classes, beta: float) -> Terms:
+def _forward(x: Classes, beta: float) -> Terms:
     q = x.b.exp()
     return x.kl(x.b, x.a, q), q.neg_()
 
 
-def _jsd(x: _Classes, beta: float) -> Terms:
+def _jsd(x: Classes, beta: float) -> Terms:
     q = x.b.exp()
     log_m = x.log_mixture(q, beta)
     slope = x.kl(x.a, log_m, x.p).mul_(1 - beta)
     return x.kl(x.b, log_m, q).mul_(beta).add_(slope), slope
 
 
-def _skew_forward(x: _Classes, beta: float) -> Terms:
+def _skew_forward(x: Classes, beta: float) -> Terms:
     q = x.b.exp()
     log_m = x.log_mixture(q, beta)
     return x.kl(x.b, log_m, q), _share(x.a, log_m).mul_(q).mul_(beta - 1)
 
 
-def _skew_reverse(x: _Classes, beta: float) -> Terms:
+def _skew_reverse(x: Classes, beta: float) -> Terms:
     log_m = x.log_mixture(x.b.exp(), beta)
     terms = x.kl(x.a, log_m, x.p)
     return terms, terms - _share(x.a, log_m).mul_(x.p).mul_(1 - beta)
 
 
 # classes and beta to the terms and w [n, C], which may be one tensor
-BY_NAME: dict[str, Callable[[_Classes, float], Terms]] = {
+BY_NAME: dict[str, Callable[[Classes, float], Terms]] = {
     "reverse": _reverse,
     "forward": _forward,
     "jsd": _jsd,
@@ -128,11 +128,11 @@ class Divergence:
 
     def rows(self, a: Tensor, b: Tensor, p: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
         """log p, log q and p [n, C] -> the divergence [n] and its gradient by the scores [n, C] that `a` is made of."""
-        terms, slope = BY_NAME[self.name](_Classes(a, b, p), self.beta)
+        terms, slope = BY_NAME[self.name](Classes(a, b, p), self.beta)
         value = terms.sum(1)
         # most rows ban nothing: what it takes is done where infinities and NaN show that one does
         if not math.isfinite(float(value.sum())):
-            terms, slope = BY_NAME[self.name](_Classes(a, b, p, banned=True), self.beta)
+            terms, slope = BY_NAME[self.name](Classes(a, b, p, banned=True), self.beta)
             value = terms.sum(1)
         value, total = parts.sum(torch.stack([value, value if slope is terms else slope.sum(1)]))
         gradient = slope.addcmul_(p, total[:, None], value=-1)

@@ -71,11 +71,11 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             (random(B, T, V), None, tokens, flags, statistics(OPTIONS), coefficients, OPTIONS),
         ),
         "linear_loss": (
-            from_head.linear_loss, (*head, *HEAD_OF_NONE, tokens, flags, given, True, PLAIN, -1, both)
+            from_head.linear_loss, (*head, *HEAD_OF_NONE, tokens, flags, given, [True] * 3, PLAIN, -1, both)
         ),
         "linear_loss, bounded": (
             from_head.linear_loss,
-            (*frozen, *HEAD_OF_NONE, tokens, flags, given, True, PLAIN, 8, hidden_alone),
+            (*frozen, *HEAD_OF_NONE, tokens, flags, given, [True] * 3, PLAIN, 8, hidden_alone),
         ),
         "linear_statistics": (
             from_head.linear_statistics, (*head, *HEAD_OF_NONE, tokens, flags, OPTIONS, -1, False, None)
