@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -190,6 +191,7 @@ def devices() -> dict[str, dict[str, list[int]]]:
     device is current after them all."""
     triton.knobs.runtime.jit_cache_hook = lambda **_: True  # do not compile
     torch.cuda.device = torch.xpu.device = Current
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
     result: dict[str, dict[str, list[int]]] = {}
     for name in ("cuda:1", "xpu:1", "cpu"):
         result[name] = {}
