@@ -19,6 +19,8 @@ from .problem import COMPUTED, LEARNING, Problem, Tokens
 _BEST: dict[object, launch.Launch] = {}
 # rows to time: enough to fill a device several times over
 _ROWS = 512
+# elements of any dtype that are whole vectors
+_ALIGNED = 16
 # threads a program may have on any device: 32 warps of 32, 16 of AMD's 64
 _MOST_THREADS = 1024
 
@@ -36,7 +38,7 @@ def best_launch(
     if key not in _BEST:
         timer = timer or triton.testing.do_bench
         trial = _trial(problem)
-        run = _runner(trial, torch.empty_like(trial.logits, dtype=grads))
+        run = _runner(trial, _matrix(problem, grads))
         with launch.current(problem.logits.device):  # the timer's events and its own buffer belong there too
             tried = choices(problem.vocabulary, dtypes, launch.warp_size())
             times = {choice: timer(partial(run, replace(trial, launch=choice))) for choice in tried}
@@ -59,15 +61,20 @@ def choices(vocabulary: int, dtypes: Sequence[torch.dtype], lanes_a_warp: int) -
 def _trial(problem: Problem) -> Problem:
     """The same kind of problem on random logits, each row a token that learns."""
     device = problem.logits.device
-    shape = (_ROWS, problem.vocabulary)
     tokens = Tokens(
         torch.randint(problem.vocabulary, (_ROWS,), device=device),
         torch.full((_ROWS,), COMPUTED.value | LEARNING.value, dtype=torch.uint8, device=device),
         torch.rand(5, _ROWS, device=device),
         torch.arange(_ROWS, device=device),
     )
-    logits, ref = (torch.randn(shape, device=device).to(x.dtype) for x in (problem.logits, problem.ref))
+    logits, ref = (_matrix(problem, x.dtype) for x in (problem.logits, problem.ref))
     return replace(problem, logits=logits, ref=ref, tokens=tokens, work=problem.work._replace(narrowed=False))
+
+
+def _matrix(problem: Problem, dtype: torch.dtype) -> torch.Tensor:
+    """Random, [_ROWS, V], with rows that start at whole vectors, or anywhere, as the problem's do."""
+    width = -(-problem.vocabulary // _ALIGNED) * _ALIGNED if problem.work.aligned else problem.vocabulary
+    return torch.randn(_ROWS, width, device=problem.logits.device).to(dtype)[:, : problem.vocabulary]
 
 
 def _runner(trial: Problem, grads: torch.Tensor) -> Callable[[Problem], None]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prefixloss import LossConfig, prefix_loss
+from prefixloss import LossConfig, linear_prefix_loss, prefix_loss
 
 
 @pytest.fixture
@@ -78,3 +78,24 @@ def test_a_timed_gradient_gets_the_rows_that_a_real_one_gets(
     monkeypatch.setattr(rows, "launch_gradient", noted)
     call(reduction="none")
     assert seen == {(7, 3)}
+
+
+def test_timed_rows_start_at_whole_vectors_where_the_real_ones_do(
+    timed: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk's rows do, whatever the vocabulary; a kernel made for them must get no others."""
+    from prefixloss._kernels import rows  # noqa: PLC0415
+
+    launch, seen = rows.launch_rows, []
+
+    def noted(problem, stats, terms, grads, scales):
+        seen.append((problem.work.aligned, problem.logits.stride(0) % 4 == 0, grads.stride(0) % 4 == 0))
+        return launch(problem, stats, terms, grads, scales)
+
+    monkeypatch.setattr(rows, "launch_rows", noted)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden, weight = (torch.linspace(-1, 1, 3 * n, device=device).reshape(n, 3).requires_grad_() for n in (2, 301))
+    tokens, advantages = torch.arange(2, device=device), torch.ones(2, device=device)
+    linear_prefix_loss(hidden, weight, tokens, advantages, backend="triton").loss.backward()
+    assert len(seen) > 1
+    assert set(seen) == {(True, True, True)}
