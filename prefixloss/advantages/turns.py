@@ -7,8 +7,7 @@ from torch import Tensor
 
 from prefixloss import check
 from prefixloss.advantages.groups import Groups, checked, checked_floor, rounding_of
-from prefixloss.inputs.layout import Layout
-from prefixloss.inputs.turns import turn_counts, turns
+from prefixloss.inputs.turns import Numbered
 
 
 def turn_level(
@@ -36,7 +35,8 @@ def turn_level(
     """
     rewards, _ = checked(judged, rewards=rewards, group_ids=group_ids)
     weight, floor = check.number("weight", weight), checked_floor(std, std_floor)
-    number, before_last = turns(mask, cu_seqlens), turn_counts(mask, cu_seqlens) - 1
+    _, response, number, counts = Numbered.of(mask, cu_seqlens)
+    before_last = counts - 1
     check.shape("rewards", rewards, before_last.shape, "[B], the responses of the mask")
     check.device("rewards", rewards, mask.device)
     earned = _earned(turn_rewards, before_last, judged)
@@ -50,9 +50,7 @@ def turn_level(
         values = torch.where(there, earned[:, k], 0)
         of_turn = Groups(group_ids, there).standardised(values, rounding_of(values), std, floor)
         by_turn[:, k] += torch.where(there, weight * of_turn, 0.0)
-    response = Layout.of(mask.shape, mask.device, mask, cu_seqlens).response_of_token("mask")
-    flat = number.reshape(-1)
-    return torch.where(flat >= 0, by_turn[response, flat.clamp(min=0)], 0.0).reshape(mask.shape)
+    return torch.where(number >= 0, by_turn[response, number.clamp(min=0)], 0.0).reshape(mask.shape)
 
 
 def _earned(turn_rewards: Tensor, before_last: Tensor, judged: Tensor | None) -> Tensor:

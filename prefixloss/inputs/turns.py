@@ -17,29 +17,40 @@ from prefixloss import check
 from prefixloss.inputs.layout import Layout
 
 
+class Numbered(NamedTuple):
+    """layout: of the mask. response, number: int64 [N], each token's response, and its turn as `turns` has it. counts:
+    int64 [B], turns of each response."""
+
+    layout: Layout
+    response: Tensor
+    number: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor, cu_seqlens: Tensor | None) -> Numbered:
+        check.tensor("mask", mask, "mask")
+        check.rows("mask", mask)
+        layout = Layout.of(mask.shape, mask.device, mask, cu_seqlens)
+        response = layout.response_of_token("mask")
+        goes_on = layout.scored[:-1] & (response[:-1] == response[1:])
+        begins = layout.scored & ~torch.nn.functional.pad(goes_on, (1, 0))
+        before = torch.nn.functional.pad(begins.long().cumsum(0), (1, 0))
+        starts = before[layout.starts("mask")]
+        number = torch.where(layout.scored, before[1:] - 1 - starts[:-1][response], -1)
+        return cls(layout, response, number, starts.diff())
+
+
 def turns(mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """The turn of every token, int64 shaped like `mask`: 0, 1, ... within a response, -1 outside the mask.
 
     mask: bool or 0/1, [B, T], or [N] with `cu_seqlens` [B + 1]; False for prompts, tools and padding.
     """
-    check.tensor("mask", mask, "mask")
-    check.rows("mask", mask)
-    layout = Layout.of(mask.shape, mask.device, mask, cu_seqlens)
-    response = layout.response_of_token("mask")
-    goes_on = layout.scored[:-1] & (response[:-1] == response[1:])
-    begins = layout.scored & ~torch.nn.functional.pad(goes_on, (1, 0))
-    before = torch.nn.functional.pad(begins.long().cumsum(0), (1, 0))
-    number = before[1:] - 1 - before[layout.starts("mask")[:-1]][response]
-    return torch.where(layout.scored, number, -1).reshape(mask.shape)
+    return Numbered.of(mask, cu_seqlens).number.reshape(mask.shape)
 
 
 def turn_counts(mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """int64 [B]: how many turns each response has."""
-    number = turns(mask, cu_seqlens).reshape(-1)
-    layout = Layout.of(mask.shape, mask.device, mask, cu_seqlens)
-    response = layout.response_of_token("mask")
-    counts = torch.zeros(layout.responses("mask"), dtype=torch.int64, device=mask.device)
-    return counts.scatter_reduce(0, response, number + 1, "amax")
+    return Numbered.of(mask, cu_seqlens).counts
 
 
 def first_error_of_turn(wrong_turn: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -49,15 +60,13 @@ def first_error_of_turn(wrong_turn: Tensor, mask: Tensor, cu_seqlens: Tensor | N
     wrong_turn: int64 [B], the turn's number from 0, -1 for none. mask, cu_seqlens: as in `turns`. ValueError: a turn
     that a response does not have.
     """
-    counts = turn_counts(mask, cu_seqlens)
+    layout, response, number, counts = Numbered.of(mask, cu_seqlens)
     check.tensor("wrong_turn", wrong_turn, "integer")
     check.shape("wrong_turn", wrong_turn, counts.shape, "[B]")
     check.device("wrong_turn", wrong_turn, mask.device)
     check.none("wrong_turn", wrong_turn, wrong_turn < -1, "at least -1")
     check.none("wrong_turn", wrong_turn, wrong_turn >= counts, "below the number of its turns,", counts)
-    layout = Layout.of(mask.shape, mask.device, mask, cu_seqlens)
-    number = turns(mask, cu_seqlens).reshape(-1)
-    earlier = layout.scored & (number < wrong_turn[layout.response_of_token("mask")])
+    earlier = layout.scored & (number < wrong_turn[response])
     tokens = layout.sum_by_response(earlier.double(), "mask").long()
     return torch.where(wrong_turn >= 0, tokens, -1)
 

@@ -41,7 +41,7 @@ from torch import Tensor
 from prefixloss import check
 from prefixloss.advantages import turn_level
 from prefixloss.config import LossConfig
-from prefixloss.inputs.turns import turn_counts, turns
+from prefixloss.inputs.turns import Numbered
 from prefixloss.integrations import installed
 from prefixloss.integrations.token_loss import (
     ESTIMATORS as NAMES,
@@ -171,7 +171,8 @@ def turn_level_estimator(
     options = dict((config.get("turn_level") if config is not None else None) or {})
     if config is not None:
         options.setdefault("std", config.get("norm_adv_by_std_in_grpo", True))
-    number, counts = turns(response_mask), turn_counts(response_mask)
+    by_turn = Numbered.of(response_mask, None)
+    counts, number = by_turn.counts, by_turn.number.reshape(response_mask.shape)
     place = number.cummax(1).values.clamp(min=0)  # a tool's tokens are of the turn before
     earned = token_level_rewards.new_zeros(len(counts), int(counts.max().clamp(min=1)))
     earned = earned.scatter_add(1, place, token_level_rewards)
