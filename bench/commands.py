@@ -149,7 +149,7 @@ def _own(
     if device != "cpu":
         raise _fail(f"--device: got {device}, expected cpu with --model")
     try:
-        chosen = [dtype_of(text) for text in dtypes.split(",")]
+        chosen = [dtype_of(text, "--dtypes") for text in dtypes.split(",")]
         taken = take(model, data, tokens)
     except ValueError as error:
         raise _fail(str(error)) from None
@@ -279,16 +279,16 @@ def _in_turns(
         head, count = head_of(shape[0]), count_of(shape[1])
     except ValueError as error:
         raise _fail(f"--head or --tokens: {error}") from None
-    if shape[2] not in DTYPES:
-        raise _fail(f"--dtype: got {shape[2]!r}, expected one of {', '.join(DTYPES)}")
+    try:
+        dtype = dtype_of(shape[2], "--dtype")
+    except ValueError as error:
+        raise _fail(str(error)) from None
     torch.set_num_threads(threads)
     where = torch.device(_device(device))
     rows = measured(where, count, head.width, head.vocabulary)
-    show_grid(in_turns(rows, f"{what}: {head.name}, {count:,} tokens, {shape[2]}", base), wide_console())
+    show_grid(in_turns(rows, f"{what}: {head.name}, {count:,} tokens, {dtype}", base), wide_console())
     if json_file:
-        _write(
-            json_file, {"head": head._asdict(), "tokens": count, "dtype": shape[2], "threads": threads, "rows": rows}
-        )
+        _write(json_file, {"head": head._asdict(), "tokens": count, "dtype": dtype, "threads": threads, "rows": rows})
 
 
 def _put(path: Path, text: str) -> None:

@@ -10,20 +10,18 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from prefixloss.backends.tolerance import resolved
-from prefixloss.backends.torch import entries
 from prefixloss.io.files import write_whole, write_whole_directory
 from prefixloss.rl import task, train
 from prefixloss.rl.checkpoint import Stop
@@ -35,6 +33,7 @@ from prefixloss.rl.report import Report
 from prefixloss.rl.rollouts import Checked, Sampled
 from prefixloss.rl.start import frozen, open_problems, open_teacher, warm_start
 
+from ..tolerance import leaving_out
 from . import judge as method_judge
 
 # a sixth of the demo's rollouts: a run takes about a minute on one core
@@ -114,14 +113,6 @@ def loose(seed: int) -> train.Judge:
         return replace(checked, first_error=first)
 
     return check
-
-
-@contextmanager
-def leaving_out() -> Iterator[None]:
-    """Within it a tolerance leaves out whatever it may. The package does not where dense products are faster, and with
-    the tiny model's few tokens they always are."""
-    with patch.multiple(entries, _DENSE=1, _LOOKED_AT=1):
-        yield
 
 
 JUDGED = "prm:judge"  # stands for the directory of the trained judge

@@ -82,10 +82,10 @@ def count_of(text: str) -> int:
     return int(digits) * scale
 
 
-def dtype_of(text: str) -> str:
-    """One of `DTYPES`; a ValueError says what is wrong."""
+def dtype_of(text: str, option: str) -> str:
+    """One of `DTYPES`; a ValueError says what is wrong with that option."""
     if text not in DTYPES:
-        raise ValueError(f"--dtypes: got {text!r}, expected one of {', '.join(DTYPES)}")
+        raise ValueError(f"{option}: got {text!r}, expected one of {', '.join(DTYPES)}")
     return text
 
 

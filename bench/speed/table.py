@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -152,18 +152,21 @@ def _cell(case: dict[str, Any], name: str) -> str:
     return text if times_floor is None else f"{text} ({times_floor:.2f})"
 
 
-def in_turns(rows: list[dict[str, Any]], title: str, base: str) -> Grid:
-    """What `turns.measure` found beside the method that is called `base` here."""
+def in_turns(rows: list[dict[str, Any]], title: str, base: str, errors: Sequence[tuple[str, str]] = ()) -> Grid:
+    """What `turns.measure` found beside the method that is called `base` here. errors: what rows call each of those
+    that they have, and its heading."""
     cells: list[tuple[str, ...]] = [
         (
             row["method"], f"{1e3 * row['seconds']:,.1f}", f"{row['times_the_floor']:.2f}",
+            *(f"{row[name]:.1e}" if name in row else "" for name, _ in errors),
             f"{row['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in row else "",
         )
         for row in rows
         if "error" not in row
     ]  # fmt: skip
     notes = [f"{row['method']}: {row['error']}" for row in rows if "error" in row]
-    return Grid(title, ("method", "both\nms", f"it /\n{base}", "peak\nMiB"), cells, notes)
+    columns = ("method", "both\nms", f"it /\n{base}", *(heading for _, heading in errors), "peak\nMiB")
+    return Grid(title, columns, cells, notes)
 
 
 def kept_entries(rows: list[dict[str, float]]) -> Grid:
@@ -181,19 +184,7 @@ def kept_entries(rows: list[dict[str, float]]) -> Grid:
 
 def of_model(rows: list[dict[str, Any]], title: str) -> Grid:
     """What `own_model.measure` found."""
-    names = ("d_hidden", "d_weight")
-    cells: list[tuple[str, ...]] = [
-        (
-            row["method"], f"{1e3 * row['seconds']:,.1f}", f"{row['times_the_floor']:.2f}",
-            *(f"{row[name]:.1e}" if name in row else "" for name in names),
-            f"{row['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in row else "",
-        )
-        for row in rows
-        if "error" not in row
-    ]  # fmt: skip
-    notes = [f"{row['method']}: {row['error']}" for row in rows if "error" in row]
-    columns = ("method", "both\nms", "it /\nfloor", "error of\nd hidden", "error of\nd head", "peak\nMiB")
-    return Grid(title, columns, cells, notes)
+    return in_turns(rows, title, "floor", (("d_hidden", "error of\nd hidden"), ("d_weight", "error of\nd head")))
 
 
 def show(record: Record, console: Console, short: bool = False) -> None:
