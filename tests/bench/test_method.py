@@ -88,14 +88,6 @@ PROBLEM = task.Problem("7+5-2*3=?", "30", ("Step 1: 7+5=12", "Step 2: 12-2=10", 
 WRONG = "\n".join(["Step 1: 7+5=12", "Step 2: 12-2=10", "Step 3: 10*3=31", "Step 4: 31+1=32", "Answer: 32"])
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """A run sets its process to one."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def policy():
     torch.manual_seed(0)

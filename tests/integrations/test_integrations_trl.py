@@ -706,7 +706,9 @@ def talker(tmp_path, cls, funcs, extra, **options):
         additional_special_tokens=[marks[2]],
     )  # fmt: skip
     templates = pytest.importorskip("trl.chat_template_utils")
-    tok.chat_template = getattr(templates, "qwen3_chat_template", None) or pytest.skip("a TRL without this template")
+    if not hasattr(templates, "qwen3_chat_template"):
+        pytest.skip("a TRL without this template")
+    tok.chat_template = templates.qwen3_chat_template
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tok), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
