@@ -67,9 +67,9 @@ def denied(names: list[str], work: Callable[[], object]) -> object:
     return out[0]
 
 
-def guests() -> set[int]:
-    """The processes that are sandboxes, forks of them included: ours, and those whose starter is gone. Other processes
-    that run tests beside this one have their own."""
+def guests(*starters: int) -> set[int]:
+    """The processes that are sandboxes, forks of them included, of these starters; if none is given ours, and those
+    whose starter is gone. Other processes that run tests beside this one have their own."""
     parents, found = {}, set()
     for entry in Path("/proc").iterdir():
         try:
@@ -86,7 +86,7 @@ def guests() -> set[int]:
             process = parents[process]
         return process
 
-    return {process for process in found if starter(process) in (os.getpid(), 1)}
+    return {process for process in found if starter(process) in (starters or (os.getpid(), 1))}
 
 
 @pytest.fixture(autouse=True)
@@ -649,7 +649,7 @@ def test_a_killed_parent_takes_its_sandbox_along(tmp_path):
     )
     assert parent.stdout is not None
     assert parent.stdout.read(1) == b"\n"
-    while len(guests()) < 2:
+    while len(guests(parent.pid)) < 2:
         assert parent.poll() is None
         time.sleep(0.01)
     parent.kill()
