@@ -17,7 +17,7 @@ from test_detect_train_prm import base_in, invoke, records
 from prefixloss import cli
 from prefixloss.detect import prm_learner, train_prm
 from prefixloss.detect.models.prm import PRM
-from prefixloss.detect.prm_examples import Settings
+from prefixloss.detect.prm_examples import Settings, examples_of, load_base
 from prefixloss.io import checkpoint
 from prefixloss.io.lock import Lock
 
@@ -109,6 +109,27 @@ def test_packed_rows_go_on_to_the_same_bits(base, tmp_path) -> None:
         train_prm.train_prm(RECORDS, base, tmp_path / "prm", settings, advance=cut_at(7))
     resumed(base, tmp_path / "prm", settings)
     assert same(tmp_path / "prm", tmp_path / "whole")
+
+
+def test_the_best_epochs_weights_are_put_back_beside_those_of_the_last_step(base, tmp_path) -> None:
+    def begun() -> prm_learner.Learner:
+        model, tokenizer = load_base(base, SETTINGS)
+        return prm_learner.Learner(model, *examples_of(RECORDS, model, tokenizer, SETTINGS), SETTINGS)
+
+    first, path = begun(), tmp_path / "checkpoint.pt"
+    for batch in first.batches():
+        first.step(batch)
+    first.end_epoch()
+    assert not first.model.training
+    first.step(first.batches()[0])
+    assert first.model.training  # with dropout again
+    checkpoint.save(path, first.state())
+    second = begun()
+    second.restore(checkpoint.load(path), path)
+    for name, value in second.model.state_dict().items():
+        assert torch.equal(second.kept[name], first.kept[name])
+        assert torch.equal(value, first.model.state_dict()[name])
+    assert not torch.equal(second.kept["score.weight"], second.model.score.weight)
 
 
 def test_a_checkpoint_comes_every_so_many_steps(base, tmp_path, monkeypatch) -> None:
