@@ -13,8 +13,8 @@ from torch import Tensor
 
 # numbers of a product that is made at a time: 64 MiB of float32
 _AT_ONCE = 2**24
-# and of one that is added up at once: 4 MiB, still in the cache
-_IN_CACHE = 2**20
+# and of one that is added up at once: 2 MiB, still in the cache
+_IN_CACHE = 2**19
 
 
 class Entries(NamedTuple):
@@ -61,9 +61,22 @@ def product(entries: Entries, rows: int, matrix: Tensor, dtype: torch.dtype) -> 
     if matrix.dtype == dtype:
         return _summed(entries, rows, matrix)
     total = matrix.new_zeros(rows, matrix.shape[1], dtype=dtype)
+    if len(entries.value) <= len(matrix):  # then looking up each entry's row costs less than sharing them
+        step = max(1, _IN_CACHE // matrix.shape[1])
+        for start in range(0, len(entries.value), step):
+            _add_product(total, Entries(*(x[start : start + step] for x in entries)), matrix)
+        return total
     for _, part, some in _upcast(entries, matrix, dtype):
         total += _summed(part, rows, some)
     return total
+
+
+def _add_product(total: Tensor, entries: Entries, matrix: Tensor) -> None:
+    """total [n, D] += `product`, with a copy of a row of the matrix for each entry."""
+    first, last = int(entries.row[0]), int(entries.row[-1])
+    copies = matrix[entries.column].to(total.dtype)
+    part = Entries(entries.row - first, torch.arange(len(copies), device=copies.device), entries.value)
+    total[first : last + 1] += _summed(part, last + 1 - first, copies)
 
 
 def transposed_product(entries: Entries, columns: int, matrix: Tensor) -> Tensor:

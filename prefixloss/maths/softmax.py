@@ -65,8 +65,8 @@ def transform_of(config: LossConfig) -> Transform:
 
 
 class RowStats(NamedTuple):
-    """Per row, [n]: log-prob of the target, log sum_j exp(s_j), what the probabilities sum to (1 but for rounding),
-    entropy, and with a reference (else None) the exact KL and the reference's log sum."""
+    """Per row, [n]: log-prob of the target, log sum_j exp(s_j), what the probabilities are to be divided by, entropy,
+    and with a reference (else None) the exact KL and the reference's log sum."""
 
     logp: Tensor
     lse: Tensor
@@ -121,31 +121,32 @@ def blocks(rows: int, columns: int) -> Iterator[slice]:
 def row_stats(scores: Tensor, tokens: Tensor, probs: Tensor, ref_scores: Tensor | None = None) -> RowStats:
     """Statistics of scores [n, V] for targets tokens [n].
 
-    The probabilities, whose rows sum to `total` rather than exactly 1, go to probs [n, V], which may be scores.
+    The probabilities, whose rows sum to `total` rather than 1, go to probs [n, V], which may be scores.
     """
     n, vocabulary = scores.shape
     target = tokens[:, None]
-    top, at_target, others, at_top, mean_shifted, kl, ref_lse = (scores.new_empty(n, 1) for _ in range(7))
+    top, at_target, others, mean_shifted, kl, ref_lse = (scores.new_empty(n, 1) for _ in range(6))
     # the scores may be overwritten below
     target_shifted = scores.gather(1, target)
     scratch = _scratch(scores)
     for rows in blocks(n, vocabulary):
         s = scores[rows]
         shifted = torch.sub(s, torch.amax(s, 1, keepdim=True, out=top[rows]), out=scratch[: len(s)])
-        # torch.softmax is fast, but its running sum loses up to 5 digits over a large vocabulary: sum() is pairwise
-        p = torch.softmax(shifted, 1, out=probs[rows])
+        # not exp2, faster as it is: the last bits of a number depend on its place in a batch
+        p = torch.exp(shifted, out=probs[rows])
         torch.gather(p, 1, target[rows], out=at_target[rows])
+        # sum() is pairwise; the running sum of torch.softmax loses up to 5 digits over a large vocabulary
         others[rows] = row_sums(p.scatter_(1, target[rows], 0))
-        torch.amax(p.scatter_(1, target[rows], at_target[rows]), 1, keepdim=True, out=at_top[rows])
+        p.scatter_(1, target[rows], at_target[rows])
         if ref_scores is not None:
             ref_lse[rows] = _not_alone(ref_scores[rows]).logsumexp(1, keepdim=True)[: len(s)]
-            log_norm = torch.log((others[rows] + at_target[rows]) / at_top[rows])
+            log_norm = torch.log(others[rows] + at_target[rows])
             log_ratio = (shifted - ref_scores[rows]).add_(ref_lse[rows] - log_norm)
             kl[rows] = row_sums(log_ratio.masked_fill_(p == 0, 0).mul_(p))
         mean_shifted[rows] = row_sums(shifted.mul_(p))
 
     total = others + at_target
-    log_norm = torch.log(total / at_top)  # log sum_j exp(s_j - top)
+    log_norm = torch.log(total)  # log sum_j exp(s_j - top)
     # log p_t = -log(1 + others / p_t) keeps its digits near 0; far from it, p_t may underflow
     logp = torch.where(others < at_target, -torch.log1p(others / at_target), target_shifted.sub_(top).sub_(log_norm))
     entropy = log_norm - mean_shifted / total
@@ -176,7 +177,7 @@ def probabilities(scores: Tensor, probs: Tensor) -> None:
     scratch = _scratch(scores)
     for rows in blocks(*scores.shape):
         s = scores[rows]
-        torch.softmax(torch.sub(s, s.amax(1, keepdim=True), out=scratch[: len(s)]), 1, out=probs[rows])
+        torch.exp(torch.sub(s, s.amax(1, keepdim=True), out=scratch[: len(s)]), out=probs[rows])
 
 
 def logit_gradient_(

@@ -9,6 +9,7 @@ order. Letters: n rows, V vocabulary, D hidden size, m entries.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,11 +66,10 @@ class Tolerance:
         if not usable:
             return None, None
         made: dict[float, tuple[Entries, Tensor]] = {}
-        parts = None
-        for tolerance in sorted(t for t in set(self.tolerances) if t > 0):
-            parts = parts or _above(gradient, squares, tolerance**2 * mean)
-            if parts is not None:
-                made[tolerance] = _largest(*parts, tolerance**2 * mean)
+        above = _above(gradient, squares, smallest**2 * mean)
+        if above is not None:
+            sums = _Sums.of(*above)
+            made = {t: sums.largest(t**2 * mean) for t in set(self.tolerances) if t > 0}
         chosen: list[Entries | None] = [None, None]
         for at, tolerance in enumerate(self.tolerances):
             if tolerance in made and len(made[tolerance][0].value) * _DENSE <= gradient.numel():
@@ -129,8 +129,7 @@ def _above(gradient: Tensor, squares: Tensor, budget: float) -> tuple[Entries, T
     rest, parts, count = squares.clone(), [Entries.none(gradient)], 0
     # a row that is within the budget as a whole leaves with all it has
     for rows in (squares > budget).nonzero().squeeze(1).split(next(blocks(*gradient.shape)).stop):
-        above, rest[rows] = _split(gradient[rows].abs_(), budget)
-        row, column = above.nonzero().unbind(1)
+        row, column, rest[rows] = _split(gradient[rows], budget)
         count += len(row)
         if count * _LOOKED_AT > gradient.numel():
             return None
@@ -138,29 +137,58 @@ def _above(gradient: Tensor, squares: Tensor, budget: float) -> tuple[Entries, T
     return Entries.joined(parts), rest
 
 
-def _split(sizes: Tensor, budget: float) -> tuple[Tensor, Tensor]:
-    """Which of the sizes [n, V] are above a bound, bool [n, V]; and the squares of the others, within the budget."""
-    above = sizes >= _guess(sizes, budget)
-    below = _squares(sizes.masked_fill(above, 0))
+def _split(gradient: Tensor, budget: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Which entries of gradient [n, V] are above a bound: row and column of each, int64 [m]; and the squares of the
+    others, [n], within the budget."""
+    sizes = gradient.abs()
+    # whole words of eight
+    above = torch.zeros(len(sizes), -(-sizes.shape[1] // 8) * 8, dtype=torch.bool, device=sizes.device)
+    here = above[:, : sizes.shape[1]]
+    torch.ge(sizes, _guess(sizes, budget), out=here)
+    row, column = _places(above)
+    below = _squares(sizes.index_put_((row, column), sizes.new_zeros(())))
     missed = (below > budget).nonzero().squeeze(1)
     if len(missed):
-        again = sizes[missed]
-        above[missed] = surely = again >= _bound(again, budget)
+        again = gradient[missed].abs_()
+        here[missed] = surely = again >= _bound(again, budget)
         below[missed] = _squares(again.masked_fill_(surely, 0))
-    return above, below
+        row, column = _places(above)
+    return row, column, below
 
 
-def _largest(entries: Entries, rest: Tensor, budget: float) -> tuple[Entries, Tensor]:
-    """Without the smallest entries of each row, as many as with the `rest` of the row stay within the budget; and the
-    squares of all that is left out."""
-    by_size = torch.sort(entries.value.abs(), stable=True).indices
-    order = by_size[torch.sort(entries.row[by_size], stable=True).indices]
-    squares = entries.value[order].double().square_()
-    up_to = squares.cumsum(0)
-    # the sums begin anew with each row
-    first = torch.searchsorted(entries.row, torch.arange(len(rest), device=rest.device))
-    before = torch.nn.functional.pad(up_to, (1, 0))[first]
-    leaves = up_to - before[entries.row] + rest[entries.row] <= budget
-    stays = torch.empty_like(leaves)
-    stays[order] = ~leaves
-    return entries.where(stays), rest.sum() + squares[leaves].sum()
+def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column, int64 [m], of what is set in mask [n, V], of which it is little; V is a multiple of 8."""
+    row, word = mask.view(torch.int64).nonzero().unbind(1)
+    at, byte = mask.view(len(mask), -1, 8)[row, word].nonzero().unbind(1)
+    return row[at], word[at] * 8 + byte
+
+
+class _Sums(NamedTuple):
+    """Entries, and in the `order` of their rows and there of their sizes, the smallest first: their squares, and the
+    sums of these within a row, on top of the `rest` of it. float64 [m]; rest [n]."""
+
+    entries: Entries
+    order: Tensor
+    squares: Tensor
+    up_to: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, entries: Entries, rest: Tensor) -> _Sums:
+        # the bits of numbers that are not negative have their order, and whole numbers are sorted several times faster
+        size = entries.value.abs().float().view(torch.int32)
+        order = torch.sort(entries.row * 2**32 + size, stable=True).indices
+        squares = entries.value[order].double().square_()
+        up_to = squares.cumsum(0)
+        # the sums begin anew with each row
+        first = torch.searchsorted(entries.row, torch.arange(len(rest), device=rest.device))
+        before = torch.nn.functional.pad(up_to, (1, 0))[first]
+        return cls(entries, order, squares, up_to + (rest - before)[entries.row], rest)
+
+    def largest(self, budget: float) -> tuple[Entries, Tensor]:
+        """Without the smallest entries of each row, as many as with the `rest` of the row stay within the budget; and
+        the squares of all that is left out."""
+        leaves = self.up_to <= budget
+        stays = torch.empty_like(leaves)
+        stays[self.order] = ~leaves
+        return self.entries.where(stays), self.rest.sum() + self.squares[leaves].sum()

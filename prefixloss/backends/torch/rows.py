@@ -22,8 +22,10 @@ from prefixloss.backends.torch import entries
 from prefixloss.maths.precision import accumulation_dtype, storage_dtype
 from prefixloss.maths.softmax import Transform, row_sums
 
-# elements of a half-precision head turned into float32 at a time: 16 MiB
-_UPCAST = 2**22
+# elements of a head that are multiplied at a time, from the cache: 4 MiB of float32
+_AT_ONCE = 2**20
+# and where a product is added up: 16 MiB
+_ADDED = 2**22
 # hidden states of several chunks that are turned into the accumulation dtype at once: 64 MiB of float32
 _KEPT = 2**24
 # logits of the caller's tensor a chunk: 16 MiB of float32, still in the cache when their gradient is made
@@ -137,21 +139,23 @@ class LinearRows:
         assert self.padded is not None
         return memory.room(self.padded, columns, self.dtype, self.hidden.device)
 
-    def _weight_slices(self) -> Iterator[tuple[slice, Tensor]]:
-        """The head in the accumulation dtype, whole if it has that dtype, else a slice of the vocabulary at a time."""
-        width = max(1, self.weight.shape[1])
-        step = self.vocabulary if self.weight.dtype == self.dtype else max(1, _UPCAST // width)
+    def _weight_slices(self, elements: int) -> Iterator[tuple[slice, Tensor]]:
+        """The head in the accumulation dtype, a slice of the vocabulary at a time; valid until the next one."""
+        width = self.weight.shape[1]
+        step = min(self.vocabulary, max(1, elements // max(1, width)))
+        room = None if self.weight.dtype == self.dtype else self.weight.new_empty(step, width, dtype=self.dtype)
         for start in range(0, self.vocabulary, step):
             columns = slice(start, min(start + step, self.vocabulary))
-            yield columns, self.weight[columns].to(self.dtype)
+            weight = self.weight[columns]
+            yield columns, weight if room is None else room[: len(weight)].copy_(weight)
 
     def scores(self, rows: Tensor) -> Tensor:
         if self.padded is not None and len(self.buffer) == 0:
             self.buffer = self._room(self.vocabulary)
         elif len(self.buffer) < len(rows):
-            self.buffer = memory.zeros((len(rows), self.vocabulary), self.dtype, self.buffer.device)
+            self.buffer = memory.room(len(rows), self.vocabulary, self.dtype, self.buffer.device)
         hidden = self._hidden(rows)
-        for columns, weight in self._weight_slices():
+        for columns, weight in self._weight_slices(_AT_ONCE):
             products.multiply(hidden, weight.t(), self.buffer[: len(hidden), columns])
         scores = self.buffer[: len(rows)]
         if self.scaled_bias is not None:
@@ -165,9 +169,15 @@ class LinearRows:
         """scale * gradient @ weight: [n, D]. gradient: the first rows of `room`."""
         width, whole = self.weight.shape[1], self._whole(gradient)
         product = gradient.new_empty(len(whole), width) if self.padded is None else self._room(width)
-        for columns, weight in self._weight_slices():
-            products.add_product(product, whole[:, columns], weight, first=columns.start == 0)
+        self._multiply(whole, product)
         return product[: len(gradient)].mul_(self.transform.before * scale)
+
+    def _multiply(self, gradient: Tensor, product: Tensor) -> None:
+        """product [n, D] = gradient [n, V] @ weight."""
+        # a head that is as it is multiplied is best taken whole
+        elements = self.weight.numel() if self.weight.dtype == self.dtype else _ADDED
+        for columns, weight in self._weight_slices(elements):
+            products.add_product(product, gradient[:, columns], weight, first=columns.start == 0)
 
     def _whole(self, gradient: Tensor) -> Tensor:
         """The gradient with 0 for the rows that a product has beyond it."""
@@ -204,7 +214,9 @@ class LinearRows:
     def _mean_row(self) -> Tensor:
         """[1, D]: of the head, in whose place the rows of left out entries are taken."""
         if self.mean_row is None:
-            self.mean_row = self.weight.mean(0, keepdim=True, dtype=self.dtype)
+            even = self.buffer.new_full((1, self.vocabulary), 1 / self.vocabulary)
+            self.mean_row = self.buffer.new_empty(1, self.weight.shape[1])
+            self._multiply(even, self.mean_row)
         return self.mean_row
 
     def _keep(self, entries: Entries) -> None:
