@@ -244,8 +244,8 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the 
 
 @app.command()
 def distill(
-    head: HeadOption = "512x16384", tokens: TokensOption = "1024", dtype: DtypeOption = "float32",
-    rounds: RoundsOption = 5, threads: ThreadsOption = 2, device: DeviceOption = None, json_file: JsonOption = None,
+    head: HeadOption = "wide", tokens: TokensOption = "2048", dtype: DtypeOption = "float32", rounds: RoundsOption = 5,
+    threads: ThreadsOption = 2, device: DeviceOption = None, json_file: JsonOption = None,
 ) -> None:  # fmt: skip
     """Distillation beside plain PyTorch, TRL's and Liger's: times in turns, and a call's peak memory."""
 

@@ -3,20 +3,23 @@
 import triton
 import triton.language as tl
 
-from .access import block_columns, load_capped, load_given, load_target
+from .access import block_columns, end_columns, load_capped, load_ends, load_given, load_target
 from .objective import Coefficients, token_terms
-from .softmax import add_block, finish, no_lanes
+from .softmax import add_block, capped, finish, no_lanes
 
 
 @triton.jit
 def read_slice(
-    logits_row, ref_row, target, start, stop, transform,
+    logits_row, ref_row, target, columns, computed, transform,
     WORK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The running sums over columns start to stop without the target's (the reference's sums with it)."""
+    """The running sums over a slice's columns without the target's (the reference's sums with it)."""
     lanes = no_lanes(LANES)
-    at = start
-    for _ in range(0, (stop - start) // (LANES * VECTOR)):
+    if WORK.peeled:
+        cols = tl.where(computed, end_columns(columns, LANES, VECTOR), -1)
+        lanes = read_ends(lanes, logits_row, ref_row, cols, target, transform, WORK)
+    at, stop = columns.first, tl.where(computed, columns.last, columns.first)
+    for _ in range(0, (stop - at) // (LANES * VECTOR)):
         lanes = read_block(lanes, logits_row, ref_row, at, stop, target, transform, WORK, False, LANES, VECTOR)
         at += LANES * VECTOR
     return read_block(lanes, logits_row, ref_row, at, stop, target, transform, WORK, True, LANES, VECTOR)
@@ -35,6 +38,15 @@ def read_block(
     if WORK.reference:
         ref = load_capped(ref_row, at, cols, stop, transform, WORK, LAST)
     return add_block(lanes, z, ref, transform.kappa, WORK.reference)
+
+
+@triton.jit
+def read_ends(lanes, logits_row, ref_row, cols, target, transform, WORK: tl.constexpr):
+    z = tl.where(cols == target, float("-inf"), capped(load_ends(logits_row, cols), transform, WORK.softcap))
+    ref = z
+    if WORK.reference:
+        ref = capped(load_ends(ref_row, cols), transform, WORK.softcap)
+    return add_block(lanes, z[:, None], ref[:, None], transform.kappa, WORK.reference)
 
 
 @triton.jit

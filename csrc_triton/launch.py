@@ -36,8 +36,8 @@ def launch_for(vocabulary: int, *dtypes: torch.dtype, heavy: bool = False, align
     wide row gets 512 threads, so that few rows are in flight and the second pass finds them in the cache.
 
     heavy: a second model is read, so a thread has fewer of each. Where all is float32 it has fewer too: the compiler
-    then fits two programs on a multiprocessor without spilling. aligned: rows start at whole vectors; where they do
-    not, a logit is loaded by itself.
+    then fits two programs on a multiprocessor without spilling. aligned: rows are read by whole vectors; where they
+    cannot be, a logit is loaded by itself.
     """
     if not aligned:
         return launch_with(16 if vocabulary > 2**15 else 4, 16, vocabulary, *dtypes)._replace(vector=1)

@@ -44,6 +44,7 @@ class Work(NamedTuple):
     """What the kernels are compiled for, besides the objective."""
 
     aligned: bool = False  # every row starts at a multiple of VECTOR
+    peeled: bool = False  # rows start anywhere, each at the same place in all matrices: their ends go apart
     softcap: bool = False
     reference: bool = False  # the exact KL is wanted: both models are read together
     penalty: bool = False  # entropy or KL have coefficients

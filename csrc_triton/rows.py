@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .access import load_statistics, row_pointer, target_column, which_token
+from .access import load_statistics, row_shift, slice_of, target_column, vector_pointer, which_token
 from .first_pass import finish_row, read_slice
 from .launch import on_device, options
 from .objective import Coefficients
@@ -89,21 +89,22 @@ def row_kernel(
     row = tl.program_id(0).to(tl.int64)
     token, flags = which_token(tokens, row, WORK)
     computed, learning = (flags & COMPUTED) != 0, (flags & LEARNING) != 0
-    target = target_column(tokens, token, vocabulary, computed)
-    logits_row = row_pointer(logits, row, length, WORK, VECTOR)
-    ref_row = row_pointer(ref, row, length, WORK, VECTOR)
-    stop = tl.where(computed, vocabulary, 0)
-    lanes = read_slice(logits_row, ref_row, target, 0, stop, transform, WORK, LANES, VECTOR)
+    shift = row_shift(logits, row, length, WORK, VECTOR)
+    target = target_column(tokens, token, vocabulary, computed, shift)
+    columns = slice_of(0, vocabulary, vocabulary, shift, WORK, VECTOR)
+    logits_row = vector_pointer(logits, row, length, WORK, VECTOR)
+    ref_row = vector_pointer(ref, row, length, WORK, VECTOR)
+    lanes = read_slice(logits_row, ref_row, target, columns, computed, transform, WORK, LANES, VECTOR)
     stats, coefficients = finish_row(
         merge_lanes(lanes, transform.kappa), logits_row, ref_row, tokens, stats_ptr, terms_ptr,
         token, target, computed, learning, count, transform, objective, WORK, KIND,
     )  # fmt: skip
     if WORK.gradient:
-        grads_row = row_pointer(grads, row, length, WORK, VECTOR)
+        grads_row = vector_pointer(grads, row, length, WORK, VECTOR)
         live = learning & has_gradient(coefficients)
         scale = row_scale(stats, coefficients, transform, live, scales_ptr, row, True, WORK)
         write_slice(
-            logits_row, ref_row, grads_row, target, 0, vocabulary, live, stats, coefficients, scale, transform,
+            logits_row, ref_row, grads_row, target, columns, live, stats, coefficients, scale, transform,
             WORK, LANES, VECTOR,
         )  # fmt: skip
 
@@ -117,12 +118,12 @@ def slice_kernel(
     row, part = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
     token, flags = which_token(tokens, row, WORK)
     computed = (flags & COMPUTED) != 0
-    target = target_column(tokens, token, vocabulary, computed)
-    start = part * span
-    stop = tl.where(computed, tl.minimum(start + span, vocabulary), start)
-    logits_row = row_pointer(logits, row, length, WORK, VECTOR)
-    ref_row = row_pointer(ref, row, length, WORK, VECTOR)
-    lanes = read_slice(logits_row, ref_row, target, start, stop, transform, WORK, LANES, VECTOR)
+    shift = row_shift(logits, row, length, WORK, VECTOR)
+    target = target_column(tokens, token, vocabulary, computed, shift)
+    columns = slice_of(part, span, vocabulary, shift, WORK, VECTOR)
+    logits_row = vector_pointer(logits, row, length, WORK, VECTOR)
+    ref_row = vector_pointer(ref, row, length, WORK, VECTOR)
+    lanes = read_slice(logits_row, ref_row, target, columns, computed, transform, WORK, LANES, VECTOR)
     lane = merge_lanes(lanes, transform.kappa)
     at = sums_ptr + row * SPLITS + part
     step = rows.to(tl.int64) * SPLITS
@@ -143,7 +144,7 @@ def combine_kernel(
     row = tl.program_id(0).to(tl.int64)
     token, flags = which_token(tokens, row, WORK)
     computed, learning = (flags & COMPUTED) != 0, (flags & LEARNING) != 0
-    target = target_column(tokens, token, vocabulary, computed)
+    target = target_column(tokens, token, vocabulary, computed, row_shift(logits, row, length, WORK, VECTOR))
     at = sums_ptr + row * SPLITS + tl.arange(0, SPLITS)
     step = rows.to(tl.int64) * SPLITS
     lanes = Lanes(
@@ -155,8 +156,8 @@ def combine_kernel(
         tl.load(at + 5 * step),
     )
     finish_row(
-        merge_lanes(lanes, transform.kappa), row_pointer(logits, row, length, WORK, VECTOR),
-        row_pointer(ref, row, length, WORK, VECTOR), tokens, stats_ptr, terms_ptr,
+        merge_lanes(lanes, transform.kappa), vector_pointer(logits, row, length, WORK, VECTOR),
+        vector_pointer(ref, row, length, WORK, VECTOR), tokens, stats_ptr, terms_ptr,
         token, target, computed, learning, count, transform, objective, WORK, KIND,
     )  # fmt: skip
 
@@ -174,13 +175,14 @@ def gradient_kernel(
     coefficients = Coefficients(tl.load(at), tl.load(at + step), tl.load(at + 2 * step))
     live = has_gradient(coefficients)
     stats = load_statistics(stats_ptr, token, step, live)
-    target = target_column(tokens, token, vocabulary, live)
-    start = part * span
+    shift = row_shift(logits, row, length, WORK, VECTOR)
+    target = target_column(tokens, token, vocabulary, live, shift)
+    columns = slice_of(part, span, vocabulary, shift, WORK, VECTOR)
     # in place, another slice's target may be overwritten by its own program at any time: it is not read
-    target = tl.where((target >= start) & (target < start + span), target, -1)
+    target = tl.where((target >= columns.start) & (target < columns.stop), target, -1)
     scale = row_scale(stats, coefficients, transform, live, scales_ptr, row, part == 0, WORK)
     write_slice(
-        row_pointer(logits, row, length, WORK, VECTOR), row_pointer(ref, row, length, WORK, VECTOR),
-        row_pointer(grads, row, length, WORK, VECTOR), target, start, tl.minimum(start + span, vocabulary), live,
-        stats, coefficients, scale, transform, WORK, LANES, VECTOR,
+        vector_pointer(logits, row, length, WORK, VECTOR), vector_pointer(ref, row, length, WORK, VECTOR),
+        vector_pointer(grads, row, length, WORK, VECTOR), target, columns, live, stats, coefficients, scale,
+        transform, WORK, LANES, VECTOR,
     )  # fmt: skip

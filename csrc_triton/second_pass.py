@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from .access import block_columns, load_target, load_with_reference, store_block
+from .access import block_columns, end_columns, load_ends, load_target, load_with_reference, store_block
 from .maths import power_of_two
 from .objective import Coefficients
-from .softmax import block_gradient, target_gradient
+from .softmax import block_gradient, capped, target_gradient
 
 
 @triton.jit
@@ -44,11 +44,12 @@ def gradient_with_target(
 
 @triton.jit
 def write_slice(
-    logits_row, ref_row, grads_row, target, start, stop, live, stats, coefficients, scale, transform,
+    logits_row, ref_row, grads_row, target, columns, live, stats, coefficients, scale, transform,
     WORK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of columns start to stop, from the last block back to the first; 0 where the row has none."""
+    """The gradient of a slice's columns, from the last block back to the first; 0 where the row has none."""
     block: tl.constexpr = LANES * VECTOR
+    start, stop = columns.first, columns.last
     scaled = Coefficients(coefficients.logp * scale, coefficients.entropy * scale, coefficients.kl * scale)
     z = load_target(logits_row, tl.where(live, target, -1), transform, WORK)
     ref = z
@@ -58,6 +59,9 @@ def write_slice(
     if not WORK.narrowed:
         # in place, another warp may be about to overwrite the target's logit; narrowed, each block has a barrier
         tl.debug_barrier()
+    if WORK.peeled:
+        cols = end_columns(columns, LANES, VECTOR)
+        write_ends(logits_row, ref_row, grads_row, cols, target, at_target, live, stats, scaled, transform, WORK)
 
     # a slice may begin behind the end of its row
     whole = tl.maximum(stop - start, 0) // block
@@ -79,6 +83,24 @@ def write_slice(
         for _ in range(0, tl.where(live, 0, tl.cdiv(stop - start, block))):
             store_block(grads_row, at, cols, nothing, stop, WORK.indexed, True)
             at += block
+
+
+@triton.jit
+def write_ends(
+    logits_row, ref_row, grads_row, cols, target, at_target, live, stats, coefficients, transform, WORK: tl.constexpr
+):  # fmt: skip
+    """A lane, and so a thread, has a column for itself: in place, nobody else reads what it overwrites."""
+    read = tl.where(live, cols, -1)
+    x = load_ends(logits_row, read)
+    ref = x
+    if WORK.reference:
+        ref = capped(load_ends(ref_row, read), transform, WORK.softcap)
+    grads = block_gradient(x, ref, stats, coefficients, transform, WORK.softcap, WORK.penalty, WORK.reference)
+    grads = tl.where(cols == target, at_target, grads)
+    written = read
+    if WORK.clear:
+        grads, written = tl.where(live, grads, 0.0), cols
+    tl.store(grads_row + written, grads.to(grads_row.dtype.element_ty), mask=written >= 0)
 
 
 @triton.jit

@@ -28,6 +28,10 @@ ROUNDED_PROBABILITIES = 1e-3
 _LONGEST = 120  # characters of a value in a message
 
 
+class UsageError(ValueError):
+    """An option of a command that cannot work, found before any work was done; the message names it."""
+
+
 def describe(value: Any) -> str:
     """A value as an error message shows it: short for tensors, cut where it is long."""
     if isinstance(value, Tensor):

@@ -14,11 +14,11 @@ from prefixloss.detect.choose import EXPECTED
 from prefixloss.detect.records import FormatError
 from prefixloss.io.endpoint import UnansweredError
 from prefixloss.io.files import write_whole
+from prefixloss.io.lock import is_empty
 from prefixloss.io.visible import visible
 from prefixloss.maths.divergence import BY_NAME
 from prefixloss.rl import UsageError
 from prefixloss.rl.config import ADVANTAGES, DISTIL_FROM, DTYPES, GENERAL, TRACKERS, Config
-from prefixloss.rl.lock import is_empty
 from prefixloss.rl.reload import BY_NAME as RELOADS
 from prefixloss.show import read_shown, to_html, to_terminal
 from prefixloss.steps import SEGMENTERS

@@ -53,7 +53,7 @@ TESTS_OF = {
     "prefixloss/inputs/reduction.py": CORE,
     "prefixloss/inputs/layout.py": ["test_check", "test_contract_errors", *CORE],
     "prefixloss/inputs/batch.py": ["test_check", "test_contract_errors", *CORE],
-    "prefixloss/maths/metrics.py": CORE,
+    "prefixloss/maths/metrics.py": ["test_metrics", *CORE],
     "prefixloss/backends/two_stages.py": CORE,
     "prefixloss/backends/autograd.py": ["test_retained_graph"],
     "prefixloss/door.py": ["test_check", "test_contract_errors", *CORE],

@@ -37,13 +37,19 @@ def process_context() -> Any:
     return context
 
 
-def in_processes(function: Callable[..., None], size: int, tmp_path: Path, *arguments: Any) -> None:
-    """Runs `function(rank, size, file, *arguments)` in `size` processes; raises what one of them raised."""
-    given = (function, size, str(tmp_path / "store"), *arguments)
-    mp.start_processes(_to_the_end, given, nprocs=size, start_method=process_context().get_start_method())
+def in_processes(
+    function: Callable[..., None], size: int, tmp_path: Path, *arguments: Any, method: str | None = None
+) -> None:
+    """Runs `function(rank, size, file, *arguments)` in `size` processes with this one's environment; raises what one of
+    them raised. method: "spawn" where what is imported depends on the environment."""
+    given = (dict(os.environ), function, size, str(tmp_path / "store"), *arguments)
+    mp.start_processes(_to_the_end, given, nprocs=size, start_method=method or process_context().get_start_method())
 
 
-def _to_the_end(rank: int, function: Callable[..., None], *arguments: Any) -> None:
+def _to_the_end(rank: int, environment: dict[str, str], function: Callable[..., None], *arguments: Any) -> None:
+    # a copy has that of the time when the first process was asked for
+    os.environ.clear()
+    os.environ.update(environment)
     function(rank, *arguments)
     sys.stdout.flush()
     # gloo's threads may still let go of tensors; one that does so while the interpreter shuts down aborts the process

@@ -79,11 +79,11 @@ EVERYTHING = LossConfig(
 )
 
 
-def whole_rows() -> list[Tensor]:
+def whole_rows(vocabulary: int, indexed: bool) -> list[Tensor]:
     """Every option, in place."""
-    logits, ref = random(5, VOCABULARY, seed=1), random(5, VOCABULARY, seed=2)
+    logits, ref = random(5, vocabulary, seed=1), random(5, vocabulary, seed=2)
     logits[0], ref[0] = math.nan, math.nan
-    problem = problem_of(EVERYTHING, logits, ref, torch.float32, indexed=True)
+    problem = problem_of(EVERYTHING, logits, ref, torch.float32, indexed=indexed)
     stats, terms = torch.full((7, 5), 9.0), torch.full((6, 5), 9.0)
     rows.launch_rows(problem, stats, terms, logits, stats)
     return [logits, stats, terms]
@@ -191,7 +191,8 @@ def scaled() -> list[Tensor]:
 # of a kernel's barriers, those that the compiler's own stand beside in such a run: the tests of short lists need them
 DOUBLED = {"select_kernel": 1}
 RUNS: dict[str, tuple[Callable[[], list[Tensor]], tuple[str, ...]]] = {
-    "whole rows": (whole_rows, ("row_kernel",)),
+    "whole rows": (lambda: whole_rows(VOCABULARY, indexed=True), ("row_kernel",)),
+    "rows that start anywhere": (lambda: whole_rows(VOCABULARY + 1, indexed=False), ("row_kernel",)),
     "narrowed rows": (narrowed_rows, ("row_kernel",)),
     "slices": (sliced_rows, ("slice_kernel", "combine_kernel", "gradient_kernel")),
     "distillation": (lambda: distilled(listed=False), ("distill_kernel",)),

@@ -19,8 +19,9 @@ from prefixloss.detect.base import Detector
 from prefixloss.detect.choose import by_name
 from prefixloss.detect.evaluate import KINDS, evaluate
 from prefixloss.detect.prm_commands import label
+from prefixloss.detect.prm_examples import Settings
 from prefixloss.detect.records import Record, read_records
-from prefixloss.detect.train_prm import Settings, train_prm
+from prefixloss.detect.train_prm import train_prm
 from prefixloss.io.files import json_line, write_whole
 from prefixloss.rl import task, train
 from prefixloss.rl.config import Config
@@ -49,7 +50,7 @@ def trained(directory: Path, model: Path, writer: Writer, config: Config) -> Pat
         ]
         write_whole(responses, lambda file: file.write(b"".join(lines)))
         label(responses, ROLLOUTS.format(model=model, samples=SAMPLES), labels, "plain", "lines", 0.0, AT_ONCE)
-        train_prm(read_records(labels, "labelled"), str(model), path, SETTINGS)
+        train_prm(read_records(labels, "labelled"), str(model), path, SETTINGS, resume=True)
     return path
 
 

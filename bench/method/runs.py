@@ -22,9 +22,9 @@ from rich.console import Console
 from torch import Tensor
 
 from prefixloss.backends.tolerance import resolved
+from prefixloss.io.checkpoint import Stop
 from prefixloss.io.files import write_whole, write_whole_directory
 from prefixloss.rl import task, train
-from prefixloss.rl.checkpoint import Stop
 from prefixloss.rl.config import Config
 from prefixloss.rl.evaluate import evaluate
 from prefixloss.rl.optimise import Stepper

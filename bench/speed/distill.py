@@ -1,7 +1,8 @@
 """Distillation beside what others compute: times in turns, and a call's peak memory, all in one process.
 
-The student's three products and the teacher's one are the floor. TRL's and Liger's losses are the generalised
-Jensen-Shannon divergence; both are given the same hidden states and heads as ours, and TRL's the logits made of them.
+The student's three products and the teacher's one are the floor; the policy loss, which has no teacher, is beside it.
+TRL's and Liger's losses are the generalised Jensen-Shannon divergence; both are given our hidden states and heads,
+and TRL's the logits made of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefixloss import linear_distill_loss
+from prefixloss import linear_distill_loss, linear_prefix_loss
 
 from . import turns
 from .clock import Clock
@@ -22,7 +23,7 @@ from .step import Result, Step
 
 LISTED = 20  # ids a row of a teacher that is served
 BETA = 0.5
-FLOOR = "bare products"
+FLOOR, POLICY = "bare products", "prefixloss, policy loss"
 
 
 class Pair(NamedTuple):
@@ -85,6 +86,15 @@ def ours_listed(data: Pair, divergence: str) -> Step:
     return Step(forward, data.leaves)
 
 
+def policy(data: Pair) -> Step:
+    """The policy loss of the same student, every token learning."""
+    device, count = data.hidden.device, len(data.hidden)
+    generator = torch.Generator(device).manual_seed(2)
+    tokens = torch.randint(len(data.weight), (count,), generator=generator, device=device)
+    advantages = torch.randn(count, generator=generator, device=device)
+    return Step(lambda: Result(linear_prefix_loss(*data.leaves, tokens, advantages).loss), data.leaves)
+
+
 def both_logits(data: Pair) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         teacher = (data.teacher_hidden @ data.teacher_weight.T).float()
@@ -123,6 +133,7 @@ def liger_jsd(data: Pair) -> Step:
 
 METHODS: dict[str, Callable[[Pair], Step]] = {
     FLOOR: products,
+    POLICY: policy,
     "prefixloss, reverse": lambda data: ours(data, "reverse"),
     "PyTorch, reverse": lambda data: naive(data, "reverse"),
     f"prefixloss, reverse, {LISTED} ids": lambda data: ours_listed(data, "reverse"),

@@ -277,8 +277,8 @@ class Ticks:
     def __call__(self, count: int) -> None:
         self.bar.advance(self.task, count)
 
-    def expect(self, total: int) -> None:
-        self.bar.update(self.task, total=total)
+    def expect(self, total: int, done: int = 0) -> None:
+        self.bar.update(self.task, total=total, completed=done)
 
 
 @contextmanager

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from prefixloss.check import UsageError
 from prefixloss.detect import tables
 from prefixloss.detect.base import FirstError
 from prefixloss.detect.choose import EXPECTED
 from prefixloss.detect.commands import Lines, fail, interruptible, opened, progress, records_of
 from prefixloss.detect.evaluate import detected
 from prefixloss.detect.maths.answers import states
+from prefixloss.detect.prm_examples import Settings
+from prefixloss.detect.prm_run import part_of, settings_of
 from prefixloss.detect.records import FORMS, LABELLED, Record
-from prefixloss.io.files import check_writable
 from prefixloss.io.visible import print_table, visible
 from prefixloss.steps import SEGMENTERS
 
@@ -78,41 +81,105 @@ def _labelled(record: Record, found: FirstError) -> dict[str, Any]:
 
 @app.command()
 def train(
-    files: Annotated[list[Path], typer.Argument(help="JSON lines with labels of the first wrong step.")],
-    base: Annotated[str, typer.Option("--model", help="Directory or hub name whose body is trained.")],
-    out: Annotated[Path, typer.Option(help="New directory for the process reward model and its report.json.")],
+    ctx: typer.Context,
+    files: Annotated[list[Path] | None, typer.Argument(help="JSON lines with labels of the first wrong step.")] = None,
+    base: Annotated[str | None, typer.Option("--model", help="Directory or hub name whose body is trained.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New directory for the process reward model and its report.json.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="The --out of a run that did not end, to go on with its own settings.")
+    ] = None,
     form: Annotated[str, typer.Option("--format", help=f"Of the files: {', '.join(LABELLED)}.")] = "labelled",
     separator: Annotated[str, typer.Option(help="Token behind each step; added if it is none.")] = "<extra_0>",
     epochs: Annotated[int, typer.Option(help="Passes; the one with the lowest held-out loss is kept.")] = 2,
     batch_size: Annotated[int, typer.Option(help="Responses a step.")] = 16,
+    packing: Annotated[
+        bool, typer.Option("--packing", help="Put several responses of a step into one row, where they have room.")
+    ] = False,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-5,
     held_out: Annotated[float, typer.Option(help="Share of the problems kept for the report.")] = 0.1,
     max_tokens: Annotated[int | None, typer.Option(help="Longer responses are left out. [the model's limit]")] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints, in OUT.part until the end.")] = 100,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Train a process reward model: cross-entropy at the steps' ends, right and wrong ones weighing the same. What is
     in --out then works as `--detector prm:DIR`, with the threshold that was best on the held-out problems."""
-    from prefixloss.detect.train_prm import Settings, train_prm  # noqa: PLC0415
-
-    if form not in LABELLED:
-        raise fail(f"--format: got {form!r}, expected one with labels: {', '.join(LABELLED)}")
-    if out.exists():
-        raise fail(f"--out: {out} exists already")
-    records = [record for file in files for record in records_of(file, form, "markers")]
     try:
-        check_writable(out)
+        if resume is not None:
+            _check_alone(ctx)
+            job, settings = _job_of(resume)
+            _train(job, settings, resume, goes_on=True)
+            return
+        if not (files and base and out):
+            raise fail("expected FILES, --model and --out, or --resume")
         settings = Settings(
-            separator=separator, epochs=epochs, batch_size=batch_size, lr=lr, held_out=held_out,
-            max_tokens=max_tokens, seed=seed, device=device,
+            separator=separator, epochs=epochs, batch_size=batch_size, packing=packing, lr=lr, held_out=held_out,
+            max_tokens=max_tokens, save_every=save_every, seed=seed, device=device,
         )  # fmt: skip
-        with progress(None, "training") as tick:
-            trained = train_prm(records, base, out, settings, begun=tick.expect, advance=lambda loss: tick(1))
+        _train(Job([str(file) for file in files], form, base), settings, out, goes_on=False)
     except ValueError as error:
         raise fail(str(error)) from None
+
+
+class Job(NamedTuple):
+    """What is trained on what; a run keeps it with its settings."""
+
+    files: list[str]
+    form: str
+    base: str
+
+
+def _job_of(out: Path) -> tuple[Job, Settings]:
+    """Of a run that is to go on."""
+    values = settings_of(out)
+    try:
+        job = Job(values["files"], values["form"], values["base"])
+        if not isinstance(job.files, list) or not all(isinstance(text, str) for text in (*job.files, *job[1:])):
+            raise TypeError("expected texts")
+        return job, Settings(**values["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        where = part_of(out) / "config.json"
+        raise UsageError(f"--resume: {where} has settings that cannot work: {reason}") from None
+
+
+def _check_alone(ctx: typer.Context) -> None:
+    for name in ctx.params:
+        source = ctx.get_parameter_source(name)
+        if name != "resume" and source is not None and source.name == "COMMANDLINE":
+            shown = {"base": "--model", "form": "--format", "files": "FILES"}.get(name, f"--{name.replace('_', '-')}")
+            raise UsageError(f"{shown}: cannot be given with --resume, which keeps the settings of the run")
+
+
+def _train(job: Job, settings: Settings, out: Path, goes_on: bool) -> None:
+    from prefixloss.detect.train_prm import train_prm  # noqa: PLC0415
+
+    if job.form not in LABELLED:
+        raise fail(f"--format: got {job.form!r}, expected one with labels: {', '.join(LABELLED)}")
+    records = [record for file in job.files for record in records_of(Path(file), job.form, "markers")]
+    try:
+        with progress(None, "training") as tick:
+            trained = train_prm(
+                records, job.base, out, settings, begun=tick.expect, advance=lambda loss: tick(1), resume=goes_on,
+                source={"files": job.files, "form": job.form},
+            )  # fmt: skip
+    except KeyboardInterrupt as stop:
+        typer.echo(f"stopped{_to_go_on(out)}", err=True)
+        raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
     except OSError as error:
-        raise fail(f"{error.filename or base}: {error.strerror or error}") from None
+        typer.echo(
+            f"prefixloss: {visible(f'{error.filename or job.base}: {error.strerror or error}')}{_to_go_on(out)}",
+            err=True,
+        )
+        raise typer.Exit(1) from None
     _report(trained, out)
+
+
+def _to_go_on(out: Path) -> str:
+    saved = (part_of(out) / "checkpoint.pt").exists()
+    return visible(f"; to go on: prefixloss prm train --resume {out}") if saved else ""
 
 
 def _report(trained: Any, out: Path) -> None:
@@ -128,4 +195,5 @@ def _report(trained: Any, out: Path) -> None:
     print_table(console, table)
     print_table(console, tables.reliability(f"prm:{out}", trained.by_threshold[trained.threshold]))
     left = f", {trained.left_out} too long or without steps" if trained.left_out else ""
-    console.print(visible(f"{trained.training} responses trained on{left}; kept after epoch {trained.best + 1}"))
+    kept = f"kept after epoch {trained.best + 1}; {trained.padding:.0%} of what the model read was padding"
+    console.print(visible(f"{trained.training} responses trained on{left}; {kept}"))

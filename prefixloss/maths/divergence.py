@@ -31,17 +31,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Terms = tuple[Tensor, Tensor]
+
+class Slope(NamedTuple):
+    """Of n rows: the divergence [n], w [n, C], and w's row sums [n]."""
+
+    value: Tensor
+    w: Tensor
+    total: Tensor
 
 
 @dataclass(frozen=True)
 class Classes:
-    """log p and log q [n, C], and p. banned: whether any class is impossible, or too improbable to be a number; what is
+    """log p, log q, p and q [n, C]. banned: whether any class is impossible, or too improbable to be a number; what is
     of none of these has the same bits either way."""
 
     a: Tensor
     b: Tensor
     p: Tensor
+    q: Tensor
     banned: bool = False
 
     def kl(self, log_p: Tensor, log_q: Tensor, p: Tensor) -> Tensor:
@@ -52,8 +59,8 @@ class Classes:
             terms.masked_fill_((log_q == -math.inf) & ~impossible, math.inf).masked_fill_(impossible, 0)
         return terms
 
-    def log_mixture(self, q: Tensor, beta: float) -> Tensor:
-        m = torch.lerp(self.p, q, beta)
+    def log_mixture(self, beta: float) -> Tensor:
+        m = torch.lerp(self.p, self.q, beta)
         if not self.banned:
             return m.log_()
         nothing = m == 0
@@ -66,37 +73,39 @@ def _share(log_part: Tensor, log_whole: Tensor) -> Tensor:
     return torch.where(log_part == -math.inf, 0.0, (log_part - log_whole).exp())
 
 
-def _reverse(x: Classes, beta: float) -> Terms:
+def _reverse(x: Classes, beta: float) -> Slope:
     terms = x.kl(x.a, x.b, x.p)
-    return terms, terms
+    value = terms.sum(1)
+    return Slope(value, terms, value)
 
 
-def _forward(x: Classes, beta: float) -> Terms:
-    q = x.b.exp()
-    return x.kl(x.b, x.a, q), q.neg_()
+def _forward(x: Classes, beta: float) -> Slope:
+    w = x.q.neg()
+    return Slope(x.kl(x.b, x.a, x.q).sum(1), w, w.sum(1))
 
 
-def _jsd(x: Classes, beta: float) -> Terms:
-    q = x.b.exp()
-    log_m = x.log_mixture(q, beta)
-    slope = x.kl(x.a, log_m, x.p).mul_(1 - beta)
-    return x.kl(x.b, log_m, q).mul_(beta).add_(slope), slope
+def _jsd(x: Classes, beta: float) -> Slope:
+    log_m = x.log_mixture(beta)
+    w = x.kl(x.a, log_m, x.p).mul_(1 - beta)
+    total = w.sum(1)
+    return Slope(x.kl(x.b, log_m, x.q).sum(1).mul_(beta).add_(total), w, total)
 
 
-def _skew_forward(x: Classes, beta: float) -> Terms:
-    q = x.b.exp()
-    log_m = x.log_mixture(q, beta)
-    return x.kl(x.b, log_m, q), _share(x.a, log_m).mul_(q).mul_(beta - 1)
+def _skew_forward(x: Classes, beta: float) -> Slope:
+    log_m = x.log_mixture(beta)
+    w = _share(x.a, log_m).mul_(x.q).mul_(beta - 1)
+    return Slope(x.kl(x.b, log_m, x.q).sum(1), w, w.sum(1))
 
 
-def _skew_reverse(x: Classes, beta: float) -> Terms:
-    log_m = x.log_mixture(x.b.exp(), beta)
+def _skew_reverse(x: Classes, beta: float) -> Slope:
+    log_m = x.log_mixture(beta)
     terms = x.kl(x.a, log_m, x.p)
-    return terms, terms - _share(x.a, log_m).mul_(x.p).mul_(1 - beta)
+    w = terms - _share(x.a, log_m).mul_(x.p).mul_(1 - beta)
+    return Slope(terms.sum(1), w, w.sum(1))
 
 
-# classes and beta to the terms and w [n, C], which may be one tensor
-BY_NAME: dict[str, Callable[[Classes, float], Terms]] = {
+# classes and beta to the divergence and its slope
+BY_NAME: dict[str, Callable[[Classes, float], Slope]] = {
     "reverse": _reverse,
     "forward": _forward,
     "jsd": _jsd,
@@ -126,27 +135,23 @@ class Divergence:
     name: str
     beta: float
 
-    def rows(self, a: Tensor, b: Tensor, p: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
-        """log p, log q and p [n, C] -> the divergence [n] and its gradient by the scores [n, C] that `a` is made of."""
-        terms, slope = BY_NAME[self.name](Classes(a, b, p), self.beta)
-        value = terms.sum(1)
+    def rows(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
+        """log p, log q, p and q [n, C] -> the divergence [n] and its gradient by the scores [n, C] that `a` is made
+        of."""
+        slope = BY_NAME[self.name](Classes(a, b, p, q), self.beta)
         # most rows ban nothing: what it takes is done where infinities and NaN show that one does
-        if not math.isfinite(float(value.sum())):
-            terms, slope = BY_NAME[self.name](Classes(a, b, p, banned=True), self.beta)
-            value = terms.sum(1)
-        value, total = parts.sum(torch.stack([value, value if slope is terms else slope.sum(1)]))
-        gradient = slope.addcmul_(p, total[:, None], value=-1)
+        if not math.isfinite(float(slope.value.sum())):
+            slope = BY_NAME[self.name](Classes(a, b, p, q, banned=True), self.beta)
+        value, total = parts.sum(torch.stack([slope.value, slope.total]))
+        gradient = slope.w.addcmul_(p, total[:, None], value=-1)
         infinite = value == math.inf
         return value, gradient.masked_fill_(infinite[:, None], 0) if bool(infinite.any()) else gradient
 
     def whole(self, scores: Tensor, teacher_scores: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
         """From scores [n, V] of both: the divergence [n] and d / d scores [n, V]."""
-        top = scores.amax(1, keepdim=True)
-        top.masked_fill_(top == -math.inf, 0)  # of a part that is all banned
-        p = (scores - top).exp_()
-        log_sums = parts.logsumexp(p.sum(1).log_().add_(top.squeeze(1)))[:, None]
-        b = teacher_scores - parts.logsumexp(teacher_scores.logsumexp(1))[:, None]
-        return self.rows(scores - log_sums, b, p.mul_((top - log_sums).exp_()), parts)
+        a, p = _normalised(scores, parts)
+        b, q = _normalised(teacher_scores, parts)
+        return self.rows(a, b, p, q, parts)
 
     def listed(self, scores: Tensor, teacher: Listed, parts: Parts) -> tuple[Tensor, Tensor]:
         """From scores [n, V] and a teacher that lists ids: the divergence [n] and d / d scores [n, V]."""
@@ -157,8 +162,9 @@ class Divergence:
         log_others = parts.logsumexp(others.logsumexp(1))[:, None]
         classes = torch.cat([at_listed, log_others], 1)
         a = classes - classes.logsumexp(1, keepdim=True)
+        b = torch.cat([teacher.logps, teacher.tail[:, None]], 1)
         # every process has all of the classes
-        value, gradient = self.rows(a, torch.cat([teacher.logps, teacher.tail[:, None]], 1), a.exp(), Parts())
+        value, gradient = self.rows(a, b, a.exp(), b.exp(), Parts())
         shares = _shares(others, log_others).mul_(gradient[:, -1:])
         return value, place.put(shares, gradient[:, :-1])
 
@@ -167,9 +173,25 @@ class Divergence:
         rest, and d / d scores [n, V]."""
         a, others, log_others = _with_rest(scores, ids.own)
         b, _, _ = _with_rest(teacher_scores, ids.theirs)
-        value, gradient = self.rows(a, b, a.exp(), Parts())
+        value, gradient = self.rows(a, b, a.exp(), b.exp(), Parts())
         shares = _shares(others, log_others).mul_(gradient[:, -1:])
         return value, shares.index_copy_(1, ids.own, gradient[:, :-1])
+
+
+def _normalised(scores: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
+    """The log-probs and probabilities [n, V] of scores [n, V]."""
+    top = scores.amax(1, keepdim=True)
+    # torch.softmax is fast, but its running sum loses up to 5 digits over a large vocabulary: sum() is pairwise
+    p = torch.softmax(scores, 1)
+    total = p.sum(1, keepdim=True)
+    here = top - (p.amax(1, keepdim=True) / total).log_()
+    nothing = top == -math.inf  # a part that is all banned
+    if bool(nothing.any()):
+        p.masked_fill_(nothing, 0)
+        here.masked_fill_(nothing, -math.inf)
+        total.masked_fill_(nothing, 1)
+    log_sums = parts.logsumexp(here.squeeze(1))[:, None]
+    return scores - log_sums, p.mul_((here - log_sums).exp_().div_(total))
 
 
 def _with_rest(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:

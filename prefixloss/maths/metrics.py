@@ -25,8 +25,7 @@ def metrics(config: LossConfig, batch: Batch, values: TokenValues, total: Tensor
     low, high = clipped(config, batch.given.advantages, values.ratio)
     # a row each; behind the first four those that the means below are over, in their order
     over = (learning, learning, computed, computed, computed, within, computed ^ within)
-    tokens = torch.stack([batch.layout.scored, in_prefix, low, high, *over])
-    tokens[2:4].logical_and_(learning)
+    tokens = torch.stack([batch.layout.scored, in_prefix, low & learning, high & learning, *over])
     counts = tokens.sum(1)
     numbers = torch.stack([values.ratio, values.kl, values.entropy, values.logp, values.logp])
     numbers = torch.where(tokens[6:], numbers, 0.0)

@@ -1,5 +1,5 @@
 """A minimal reference RL loop around the loss: `train.py` is the whole algorithm, top to bottom."""
 
+from prefixloss.check import UsageError
 
-class UsageError(ValueError):
-    """An argument that cannot work, found before any work was done; the message names it."""
+__all__ = ["UsageError"]

@@ -13,12 +13,13 @@ from rich.console import Console
 from torch import Tensor
 
 from prefixloss import TokenAdvantages
+from prefixloss.io import checkpoint
 from prefixloss.io.files import write_whole_directory
-from prefixloss.rl import UsageError, checkpoint, task, trackers
+from prefixloss.io.lock import Lock
+from prefixloss.rl import UsageError, journal, task, trackers
 from prefixloss.rl.config import Config
 from prefixloss.rl.engine import Engine, Sampler
 from prefixloss.rl.evaluate import evaluate
-from prefixloss.rl.lock import Lock
 from prefixloss.rl.optimise import State, Stepper
 from prefixloss.rl.policy import Policy
 from prefixloss.rl.report import Report
@@ -96,7 +97,7 @@ class Run:
             self.save()
             self.log(self.history[0])
         if self.team.leads:
-            checkpoint.rewrite_metrics(self.directory / "metrics.jsonl", self.history)
+            journal.rewrite_metrics(self.directory / "metrics.jsonl", self.history)
         self.report.evaluated(next(m for m in reversed(self.history) if "pass@1" in m))
         if self.team.any(self.stop.asked) and self.update < self.config.updates:
             raise checkpoint.Stopped(self.stop.number)
@@ -142,7 +143,7 @@ class Run:
             self.history[-1] |= self.evaluation()
             self.report.evaluated(self.history[-1])
         if self.team.leads:
-            checkpoint.append_metrics(self.directory / "metrics.jsonl", self.history[-1])
+            journal.append_metrics(self.directory / "metrics.jsonl", self.history[-1])
             self.log(self.history[-1])
         stopped = self.team.any(self.stop.asked)
         if last or stopped or state.update % self.config.save_every == 0:
@@ -188,7 +189,7 @@ def open_run(config: Config, directory: Path, overwrite: bool, team: Team, lock:
             lock.take(directory)
             if not overwrite and (directory / "config.json").exists() and Config.read(directory) != config:
                 raise UsageError(f"--out: {directory} holds a run with other settings")
-            checkpoint.open_run(directory, asdict(config), overwrite)
+            journal.open_run(directory, asdict(config), overwrite)
         except UsageError as error:
             failure = error
     if team.any(failure is not None):
@@ -198,13 +199,8 @@ def open_run(config: Config, directory: Path, overwrite: bool, team: Team, lock:
 
 def restore(saved: dict[str, Any], modules: dict[str, Any], path: Path) -> tuple[State, list[dict[str, Any]]]:
     """Puts back what `save` kept, by however many processes. path: of the file, for errors."""
-    try:
+    with checkpoint.fitting(path):
         for name, module in modules.items():
             module.load_state_dict(saved[name])
         checkpoint.restore_random(saved["random"])
         return State(**saved["state"]), saved["history"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"--resume: {path} does not fit the settings in config.json, put those back it was made with: {reason}"
-        ) from None

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from prefixloss import linear_logps
+from prefixloss.io import checkpoint
 from prefixloss.io.address import Address
 from prefixloss.io.endpoint import UnansweredError
-from prefixloss.rl import UsageError, checkpoint, task
+from prefixloss.rl import UsageError, task
 from prefixloss.rl.config import Config
 from prefixloss.rl.engine import Engine, Place
 from prefixloss.rl.policy import Policy, add_checkpoints, add_lora, load_policy, set_chat, tiny_policy

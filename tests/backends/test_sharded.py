@@ -256,7 +256,7 @@ def test_the_kernels_on_a_split_vocabulary_pass_as_machine_code(
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     calls = [("linear", 2), ("linear", 4), ("logps", 3), ("frozen", 0)]
-    in_processes(by_machine_code, len(counts), tmp_path, counts, calls)
+    in_processes(by_machine_code, len(counts), tmp_path, counts, calls, method="spawn")
 
 
 class Told:

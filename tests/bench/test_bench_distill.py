@@ -11,12 +11,12 @@ import torch
 from typer.testing import CliRunner
 
 from bench.commands import app
-from bench.speed.distill import FLOOR, METHODS, Pair
+from bench.speed.distill import FLOOR, METHODS, POLICY, Pair
 
 NEEDS = {"TRL": "trl", "Liger": "liger_kernel"}
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if "ids" not in name and name != FLOOR])
+@pytest.mark.parametrize("name", [name for name in METHODS if "ids" not in name and name not in (FLOOR, POLICY)])
 def test_methods_compute_one_loss_and_its_gradients(name: str) -> None:
     who, _, divergence = name.partition(", ")
     if who in NEEDS and not importlib.util.find_spec(NEEDS[who]):
@@ -39,7 +39,7 @@ def test_the_command_prints_and_writes_a_row_a_method(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
     assert list(rows) == list(METHODS)
-    for name in (FLOOR, "prefixloss, reverse", "PyTorch, jsd"):
+    for name in (FLOOR, POLICY, "prefixloss, reverse", "PyTorch, jsd"):
         assert rows[name]["seconds"] > 0
         assert name in done.output
     assert rows[FLOOR]["times_the_floor"] == 1

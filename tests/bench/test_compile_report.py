@@ -102,9 +102,9 @@ wrong = {"registers": 255, "spills": 12, "shared": 0, "occupancy": 0.1, "loops":
 print(*examine("bf16", "sm_90", "row_kernel", wrong).findings, sep="\\n")
 right = {"registers": 64, "spills": 0, "shared": 0, "occupancy": 0.5, "loops": [Loop(80, [16], [16])]}
 print(examine("bf16", "sm_90", "row_kernel", dict(right)).findings)
-# rows of an odd vocabulary start anywhere: there the width is as it can be
+# rows of an odd vocabulary start anywhere, and with chunk_tokens each is summed in one way
 odd = {**right, "loops": [Loop(14, [2], [])]}
-print(examine("odd vocabulary", "sm_90", "row_kernel", odd).findings)
+print(examine("odd vocabulary, chunk_tokens", "sm_90", "row_kernel", odd).findings)
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr

@@ -20,8 +20,9 @@ from prefixloss.detect.evaluate import Scores
 from prefixloss.detect.models.batches import first_below
 from prefixloss.detect.models.prm import PRM
 from prefixloss.detect.models.search import Counted
+from prefixloss.detect.prm_examples import Settings, example_of, load_base, split
+from prefixloss.detect.prm_learner import THRESHOLDS, balance, cross_entropy
 from prefixloss.detect.records import FormatError, Record, read_records
-from prefixloss.detect.train_prm import Settings, _balance, _example, split
 
 SEPARATOR = "<extra_0>"
 
@@ -40,17 +41,21 @@ def records(count: int, seed: int = 0) -> list[Record]:
     return made
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> str:
+def base_in(folder: Path, **settings: object) -> str:
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("base")
     config = LlamaConfig(
         vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.2,
+        **settings,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return base_in(tmp_path_factory.mktemp("base"))
 
 
 QUICK = Settings(epochs=5, batch_size=8, lr=1e-2, held_out=0.2, device="cpu")
@@ -60,9 +65,11 @@ QUICK = Settings(epochs=5, batch_size=8, lr=1e-2, held_out=0.2, device="cpu")
 def trained(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("prm") / "prm"
     losses: list[float] = []
-    counts: list[int] = []
-    result = train_prm.train_prm(records(128), base, out, QUICK, begun=counts.append, advance=losses.append)
-    assert counts == [len(losses)]
+    counts: list[tuple[int, int]] = []
+    result = train_prm.train_prm(
+        records(128), base, out, QUICK, begun=lambda steps, done: counts.append((steps, done)), advance=losses.append
+    )
+    assert counts == [(len(losses), 0)]
     return result, out, losses
 
 
@@ -108,20 +115,20 @@ def test_the_same_seed_gives_the_same_judge(base, tmp_path) -> None:
 
 
 def test_steps_behind_the_first_wrong_one_have_no_label(base) -> None:
-    model, tokens = train_prm._base(base, QUICK)
+    model, tokens = load_base(base, QUICK)
     steps = ["a", "b", "c", "d"]
-    labels = [_example(Record("p", steps, None, label, {}), model, tokens, QUICK).labels for label in (-1, 0, 2)]
+    labels = [example_of(Record("p", steps, None, label, {}), model, tokens, QUICK).labels for label in (-1, 0, 2)]
     assert labels == [[1, 1, 1, 1], [0, None, None, None], [1, 1, 0, None]]
-    examples = [_example(Record("p", steps, None, label, {}), model, tokens, QUICK) for label in (-1, 2)]
+    examples = [example_of(Record("p", steps, None, label, {}), model, tokens, QUICK) for label in (-1, 2)]
     # six right steps and one wrong one: 7 / 12 and 7 / 2
-    assert _balance(examples).tolist() == pytest.approx([7 / 2, 7 / 12])
-    assert _example(Record("p", ["x" * 100], None, -1, {}), model, tokens, QUICK) is None
+    assert balance(examples).tolist() == pytest.approx([7 / 2, 7 / 12])
+    assert example_of(Record("p", ["x" * 100], None, -1, {}), model, tokens, QUICK) is None
     with pytest.raises(ValueError, match="got 0 wrong and 4 right steps"):
-        _balance(examples[:1])
-    soft = _example(Record("p", steps, None, 2, {}, [0.75, 0.75, 0.5, None]), model, tokens, QUICK)
+        balance(examples[:1])
+    soft = example_of(Record("p", steps, None, 2, {}, [0.75, 0.75, 0.5, None]), model, tokens, QUICK)
     assert soft.labels == [0.75, 0.75, 0.5, None]
     # one wrong step and two right ones, in halves and quarters: 3 / 2 and 3 / 4
-    assert _balance([soft]).tolist() == [3 / 2, 3 / 4]
+    assert balance([soft]).tolist() == [3 / 2, 3 / 4]
 
 
 def test_the_loss_of_soft_labels_is_the_formula_s() -> None:
@@ -131,11 +138,11 @@ def test_the_loss_of_soft_labels_is_the_formula_s() -> None:
     weight = [(w1 * right, w0 * (1 - right)) for right in y]
     loss = -sum(a * math.log(q) + b * math.log(1 - q) for (a, b), q in zip(weight, p, strict=True))
     weights = torch.tensor([w0, w1], dtype=torch.float64)
-    got = train_prm.cross_entropy(logits, torch.tensor(y, dtype=torch.float64), weights)
+    got = cross_entropy(logits, torch.tensor(y, dtype=torch.float64), weights)
     assert got.item() == pytest.approx(loss / sum(map(sum, weight)), rel=1e-12)
     hard = torch.tensor([1, 0, 0])
     expected = torch.nn.functional.cross_entropy(logits, hard, weights)
-    torch.testing.assert_close(train_prm.cross_entropy(logits, hard.double(), weights), expected)
+    torch.testing.assert_close(cross_entropy(logits, hard.double(), weights), expected)
 
 
 def test_the_chances_of_soft_labels_are_learned(base, tmp_path) -> None:
@@ -158,7 +165,7 @@ def test_the_best_threshold_needs_no_f1_and_is_the_one_in_the_middle() -> None:
     below 0.45 finds any. With a right response of 0.72 besides, only those up to 0.7 leave it alone."""
 
     def by_threshold(labels, rewards):
-        return {t: Scores(labels, [first_below([r], t) for r in rewards], 1, 0.0) for t in train_prm.THRESHOLDS}
+        return {t: Scores(labels, [first_below([r], t) for r in rewards], 1, 0.0) for t in THRESHOLDS}
 
     assert train_prm.best_threshold(by_threshold([0, 0], [0.4, 0.7])) == 0.75
     assert by_threshold([0, 0], [0.4, 0.7])[0.75].f1 is None

@@ -56,10 +56,10 @@ def flags(kernel: str) -> dict[str, set[str]]:
     """The values that matter of each thing a kernel of rows is compiled for."""
     both = {"True", "False"}
     work = {
-        "row_kernel": "aligned softcap reference penalty indexed clear narrowed rescaled",
-        "slice_kernel": "aligned softcap reference indexed",
+        "row_kernel": "aligned peeled softcap reference penalty indexed clear narrowed rescaled",
+        "slice_kernel": "aligned peeled softcap reference indexed",
         "combine_kernel": "softcap reference indexed",
-        "gradient_kernel": "aligned softcap reference penalty indexed clear rescaled",
+        "gradient_kernel": "aligned peeled softcap reference penalty indexed clear rescaled",
         "measure_kernel": "softcap reference penalty",
         "select_kernel": "aligned softcap reference penalty",
         "distill_kernel": "aligned softcap mixed listed chunk gradient narrowed rescaled",

@@ -613,6 +613,88 @@ def test_in_place_the_gradient_is_the_same_to_the_bit(config: LossConfig, vocabu
     assert (behind(logits) == GUARD).all()
 
 
+def among_nan(values: Tensor, base: int = 0) -> tuple[Tensor, Tensor]:
+    """A copy of rows [n, V] that start anywhere, from element `base` on, and the memory of NaN that they lie in."""
+    count, vocabulary = values.shape
+    step = vocabulary + 16  # whole vectors
+    memory = torch.full((base + count * step + 16,), NAN, device=values.device, dtype=values.dtype)
+    rows_of = memory.as_strided((count, vocabulary), (step, 1), base)
+    return rows_of.copy_(values), memory
+
+
+# 1 and 3: less than a vector. 11: some rows have no whole one. 133 and 301: a block and a rest. 769: 4 slices, the last
+# of one column, which may lie before its first whole vector. A base that is no multiple of 16 bytes narrows the loads
+@pytest.mark.parametrize(
+    ("config", "dtype", "vocabulary", "base", "splits"),
+    [
+        (PLAIN, torch.float16, 1, 0, 1),
+        (PLAIN, torch.bfloat16, 3, 1, 1),
+        (ALL, torch.bfloat16, 11, 8, 1),
+        (ALL, torch.float32, 133, 0, 1),
+        (PENALTIES, torch.float16, 301, 3, 4),
+        (PLAIN, torch.bfloat16, 769, 0, 4),
+    ],
+)
+def test_rows_that_start_anywhere_read_and_write_nothing_around_them(
+    config: LossConfig, dtype: torch.dtype, vocabulary: int, base: int, splits: int
+) -> None:
+    """In place too, where neither a gradient nor a neighbour may be taken for a logit."""
+    flags = [LEARNING, LEARNING, NONE, LEARNING, COMPUTED]
+    learning = [0, 1, 3]
+    values, ref_values = (random_logits(5, vocabulary, seed).to(dtype) for seed in (0, 1))
+    values[2], ref_values[2] = NAN, NAN
+    (logits, memory), (ref, _) = among_nan(values, base), among_nan(ref_values, base)
+    # targets in both ends of a row and between them
+    ids, cut = [0, vocabulary - 1, 10**12, vocabulary // 2, 0], Launch(32, 16 // dtype.itemsize, 1)
+    problem = make(logits, config, ref=ref, ids=ids, flags=flags, cut=cut, clear=False)
+    assert (problem.work.aligned, problem.work.peeled) == (False, True)
+    problem.tokens.ids_ptr[2] = 0  # for autograd, which has no flags
+    want, want_grads = exact(problem, config)
+    problem.tokens.ids_ptr[2] = 10**12
+
+    grads, around = among_nan(torch.full_like(logits, NAN), base)
+    apart = Run(problem, splits, grads)
+    assert memory.isnan().sum() == len(memory) - 4 * vocabulary
+    assert around.isnan().sum() == len(memory) - 3 * vocabulary
+    known = 3 if problem.work.reference else 2
+    within(apart.stats[:known, [0, 1, 3, 4]].cpu(), want[:known, [0, 1, 3, 4]], STATISTICS)
+    want_grads = want_grads[learning]
+    # Triton's interpreter cuts bfloat16 off, by up to a unit in the last place; 2^-25 is half of float16's smallest
+    rounded = torch.finfo(dtype).eps * want_grads.abs() + 2.0**-25
+    bound = rounded + STATISTICS * want_grads.abs().amax(1, keepdim=True) + 4 * HALF_ULP
+    within(grads[learning].cpu(), want_grads, bound)
+
+    before = memory.clone()
+    in_place = Run(problem, splits, logits)
+    assert torch.equal(in_place.stats[:known, learning], apart.stats[:known, learning])
+    assert torch.equal(logits[learning], grads[learning])
+    logits[learning] = values[learning]
+    assert torch.equal(memory.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@several_splits
+def test_rows_without_gradient_that_start_anywhere_are_cleared(splits: int) -> None:
+    problem = make(random_logits(4, 301), flags=[LEARNING, COMPUTED, NONE, LEARNING])
+    assert problem.work.peeled
+    run = Run(problem, splits)  # looks behind each row
+    assert (run.grads[1:3] == 0).all()
+    assert (run.grads[[0, 3]] != 0).all()
+
+
+def test_rows_are_read_one_logit_at_a_time_where_no_vector_is_everybody_s() -> None:
+    odd = random_logits(3, 301)
+    assert make(odd).work.peeled
+    # a lane's columns depend on where in the batch the row lies, and so do a token's bits
+    assert not make(odd, dataclasses.replace(PLAIN, chunk_tokens=4)).work.peeled
+    # rows that start elsewhere than the reference's, or the gradient's
+    assert not make(odd, ALL, ref=torch.zeros(3, 304, device=DEVICE)[:, :301]).work.peeled
+    assert not make(torch.zeros(3, 302, device=DEVICE)[:, :301]).work.peeled
+    sequences = torch.zeros(2, 4, 301, device=DEVICE)
+    assert make(sequences).work.peeled
+    assert not make(sequences[:, :-1]).work.peeled
+    assert make(sequences[:1, :-1]).work.peeled  # where a second sequence would start matters to nobody
+
+
 def head_chunks(size: int, vocabulary: int, dtype: torch.dtype) -> HeadChunks:
     """Room for chunks of `size` rows whose gradients have that dtype."""
     head = Head(torch.zeros(size, 2, device=DEVICE), torch.zeros(vocabulary, 2, device=DEVICE), None)

@@ -75,6 +75,20 @@ def test_metrics_are_those_of_the_tokens_one_by_one(dtype: torch.dtype, count: i
             assert float(got[name]) == pytest.approx(value, abs=40 * 4 * torch.finfo(dtype).eps), name
 
 
+@pytest.mark.slow
+def test_inductor_compiles_them() -> None:
+    """With as many tokens as fill a vector: its code for some operations on parts of a mask does not compile there."""
+    torch._dynamo.reset()
+    batch, values = random_batch(0, 64, torch.float32)
+
+    def of(total: torch.Tensor) -> dict[str, torch.Tensor]:
+        return metrics(LossConfig(), batch, values, total)
+
+    total = torch.tensor(7.0)
+    # sums of 64 numbers of size 4 in another order
+    torch.testing.assert_close(torch.compile(of, fullgraph=True)(total), of(total), rtol=1e-5, atol=1e-5)
+
+
 def test_a_token_of_no_probability_shows_only_where_it_lies() -> None:
     batch, values = random_batch(3, N, torch.float32)
     at = int((batch.computed & batch.in_prefix).nonzero()[0])

@@ -12,8 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 from prefixloss import cli
+from prefixloss.io import checkpoint
 from prefixloss.io.files import write_whole, write_whole_directory
-from prefixloss.rl import UsageError, checkpoint, train
+from prefixloss.rl import UsageError, journal, train
 from prefixloss.rl.config import Config
 from prefixloss.rl.report import Report
 
@@ -157,7 +158,7 @@ def test_a_scheduler_s_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch)
         return real(*arguments, **options)
 
     monkeypatch.setattr(train, "update", update)
-    checkpoint.open_run(run, Config(**{**TINY, "save_every": 100}).__dict__)
+    journal.open_run(run, Config(**{**TINY, "save_every": 100}).__dict__)
     before = signal.getsignal(signal.SIGTERM)
     result = CliRunner().invoke(cli.app, ["train", "--resume", str(run)])
     assert result.exit_code == 128 + signal.SIGTERM

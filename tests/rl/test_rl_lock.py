@@ -10,16 +10,17 @@ import pytest
 from typer.testing import CliRunner
 
 from prefixloss import cli
-from prefixloss.rl import UsageError, checkpoint, lock
+from prefixloss.io import lock
+from prefixloss.io.lock import Lock
+from prefixloss.rl import UsageError, journal
 from prefixloss.rl.config import Config
-from prefixloss.rl.lock import Lock
 from prefixloss.rl.run import open_run
 from prefixloss.rl.team import Team
 
 HOLDER = """
 import sys
 from pathlib import Path
-from prefixloss.rl.lock import Lock
+from prefixloss.io.lock import Lock
 lock = Lock()
 lock.take(Path(sys.argv[1]))
 print("taken", flush=True)
@@ -32,7 +33,7 @@ def held(tmp_path):
     """A run's directory that another process has locked, and the process."""
     run = tmp_path / "run"
     run.mkdir()
-    checkpoint.open_run(run, Config().__dict__)
+    journal.open_run(run, Config().__dict__)
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -105,7 +106,7 @@ def test_a_file_system_without_locks_is_named_and_trained_on(tmp_path, monkeypat
 
 
 def test_another_run_s_directory_is_not_resumed_under_other_settings(tmp_path):
-    checkpoint.open_run(tmp_path, Config(seed=1).__dict__)
+    journal.open_run(tmp_path, Config(seed=1).__dict__)
     with Lock() as held, pytest.raises(UsageError, match="holds a run with other settings"):
         open_run(Config(seed=2), tmp_path, False, Team(), held)
     with Lock() as held:

@@ -13,7 +13,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prefixloss.rl import UsageError, checkpoint, start, task, trackers, train
+from prefixloss.io import checkpoint
+from prefixloss.rl import UsageError, start, task, trackers, train
 from prefixloss.rl.config import Config
 from prefixloss.rl.policy import Policy, load_policy
 from prefixloss.rl.report import Report

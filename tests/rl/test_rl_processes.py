@@ -19,9 +19,10 @@ from processes import group_of, in_processes
 from typer.testing import CliRunner
 
 from prefixloss import cli
-from prefixloss.rl import checkpoint, task, train
+from prefixloss.io import checkpoint
+from prefixloss.io.lock import Lock
+from prefixloss.rl import task, train
 from prefixloss.rl.config import Config
-from prefixloss.rl.lock import Lock
 from prefixloss.rl.optimise import State, Stepper
 from prefixloss.rl.policy import Policy, tiny_policy
 from prefixloss.rl.rollouts import Sampled

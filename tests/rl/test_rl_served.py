@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from prefixloss import cli
-from prefixloss.io import endpoint
+from prefixloss.io import checkpoint, endpoint
 from prefixloss.io.address import Address
 from prefixloss.io.endpoint import UnansweredError
-from prefixloss.rl import UsageError, checkpoint, train
+from prefixloss.rl import UsageError, train
 from prefixloss.rl.completions import Limits, Written, read, request
 from prefixloss.rl.config import Config
 from prefixloss.rl.engine import Engine, Place

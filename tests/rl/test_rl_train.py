@@ -15,8 +15,9 @@ from processes import process_context
 from rich.console import Console
 
 from prefixloss import TokenAdvantages, cli
+from prefixloss.io import checkpoint
 from prefixloss.io.files import write_whole, write_whole_directory
-from prefixloss.rl import UsageError, checkpoint, task, train
+from prefixloss.rl import UsageError, journal, task, train
 from prefixloss.rl.config import Config
 from prefixloss.rl.evaluate import evaluate, pass_at_k
 from prefixloss.rl.metrics import Learned, metrics_of
@@ -418,7 +419,7 @@ def held(run, update, line, stderr):
     """The command, which says when it has written the line of that update, and waits there to be told to go on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
-    append = checkpoint.append_metrics
+    append = journal.append_metrics
 
     def appended(path, metrics):
         append(path, metrics)
@@ -426,14 +427,14 @@ def held(run, update, line, stderr):
             line.send("here")
             line.recv()
 
-    checkpoint.append_metrics = appended
+    journal.append_metrics = appended
     sys.argv = ["prefixloss", "train", "--resume", str(run)]
     cli.main()
 
 
 def started(run, update):
     """The small run in a process of its own that waits at an update; the line to it, and where its stderr goes."""
-    checkpoint.open_run(run, Config(**SMALL).__dict__)
+    journal.open_run(run, Config(**SMALL).__dict__)
     context, stderr = process_context(), run.parent / "stderr"
     line, end = context.Pipe()
     process = context.Process(target=held, args=(run, update, end, stderr), daemon=True)
@@ -480,7 +481,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_the_run_ends_with_the_same_bits(who
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over_and_ends_with_the_same_bits(whole, tmp_path):
-    checkpoint.open_run(tmp_path, Config(**SMALL).__dict__)
+    journal.open_run(tmp_path, Config(**SMALL).__dict__)
     resume(tmp_path)
     assert files(tmp_path) == files(whole)
 

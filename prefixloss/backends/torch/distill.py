@@ -115,7 +115,8 @@ def _blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
     """Of rows that are worked on together."""
     if device.type != "cpu":
         return blocks(rows, columns)
-    step = max(1, _IN_CACHE // columns)
+    # torch.softmax gives a row to one thread
+    step = max(torch.get_num_threads(), _IN_CACHE // columns)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

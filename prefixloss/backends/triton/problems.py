@@ -78,13 +78,20 @@ def problem_of(
     ref = ref if config.exact_kl else None
     dtypes = (logits.dtype, grads) if ref is None else (logits.dtype, ref.dtype, grads)
     vector = launch.vector_of(*dtypes)
-    strides = [stride for x in (logits, ref) if x is not None for stride in x.stride()[:-1]]
-    if not work.get("indexed"):
-        strides.append(logits.shape[-1])  # rows of a new gradient, whatever lies between those of the logits
-    aligned = all(stride % vector == 0 for stride in strides)
+    strides = [x.stride()[:-1] for x in (logits, ref) if x is not None]
+    if not (indexed := work.get("indexed", False)):
+        strides.append(torch.empty(logits.shape, device="meta").stride()[:-1])  # of a new gradient
+    aligned = all(stride % vector == 0 for each in strides for stride in each)
+    starts = {
+        tuple(stride % vector for stride, size in zip(each, logits.shape[:-1], strict=True) if size > 1)
+        for each in strides
+    }
+    # which lane sums a column then depends on where in the batch its row lies
+    peeled = not aligned and not indexed and len(starts) == 1 and config.chunk_tokens is None
     penalty = config.entropy_coef != 0 or (config.exact_kl and config.penalises_kl)
     given: dict[str, Any] = {
         "aligned": aligned,
+        "peeled": peeled,
         "softcap": config.softcap is not None,
         "reference": ref is not None,
         "penalty": penalty,
@@ -97,7 +104,7 @@ def problem_of(
         options,
         Work(**{**given, **work}),
         kind,
-        launch.launch_for(logits.shape[-1], *dtypes, heavy=ref is not None, aligned=aligned),
+        launch.launch_for(logits.shape[-1], *dtypes, heavy=ref is not None, aligned=aligned or peeled),
     )
     return replace(problem, launch=tune.best_launch(problem, grads)) if tune.wanted() else problem
 

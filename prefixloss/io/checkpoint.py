@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import signal
@@ -19,38 +18,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from prefixloss.check import UsageError
 from prefixloss.io.files import write_whole
-from prefixloss.rl import UsageError
-from prefixloss.rl.lock import clear
 
 _MARK = b"\nsha256 "  # behind what torch wrote: its readers look for the end of their part
 _SIZE = len(_MARK) + 64
 _CHUNK = 1 << 20
-
-
-def open_run(run: Path, config: dict[str, Any], overwrite: bool = False) -> None:
-    """Make the run's directory with its config.json. UsageError where that is not possible."""
-    try:
-        if overwrite and run.exists():
-            clear(run)
-        run.mkdir(parents=True, exist_ok=True)
-        write_whole(run / "config.json", lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
-    except OSError as error:
-        raise UsageError(f"--out: cannot write to {run}: {error.strerror}") from None
-
-
-def metrics_line(metrics: dict[str, Any]) -> str:
-    return json.dumps(metrics) + "\n"
-
-
-def append_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(metrics_line(metrics))
-
-
-def rewrite_metrics(path: Path, history: list[dict[str, Any]]) -> None:
-    """Drop the lines of updates that came after the checkpoint, a torn last line included."""
-    write_whole(path, lambda file: file.write("".join(map(metrics_line, history)).encode()))
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -145,6 +118,18 @@ def _verify_parts(file: BinaryIO) -> None:
         raise _DamagedError("it is cut off or no checkpoint at all") from None
     if wrong is not None:
         raise _DamagedError(f"the checksum of its part {wrong!r} is another one")
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """What in it does not fit what was loaded is a UsageError. path: of the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"--resume: {path} does not fit the settings in config.json, put those back it was made with: {reason}"
+        ) from None
 
 
 class Stopped(KeyboardInterrupt):

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from prefixloss.rl import UsageError
+from prefixloss.check import UsageError
 
 NAME = ".lock"
 
