@@ -15,7 +15,7 @@ from prefixloss import LossConfig, LossOutput, linear_logps, linear_prefix_loss,
 from prefixloss.backends import memory
 
 N, D, V = 12, 8, 40
-ROW = 48  # numbers a row of logits takes: an odd number of tiles of 16, at least V
+ROW = 48  # numbers a row of logits takes: whole tiles of 16
 
 
 class Counter(TorchDispatchMode):
@@ -131,6 +131,16 @@ def test_no_tensor_of_all_the_logits_is_ever_made() -> None:
     # the chunk's rows come in whole tiles of 16
     tile = -(-N // 16) * 16
     assert counter.largest == max(tile * ROW, V * D, 4 * N * D) < 4 * N * V
+
+
+@pytest.mark.parametrize("vocabulary", [16, 1000, 1024, 32_768])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rows_of_logits_are_aligned_and_never_whole_pages_apart(vocabulary: int, dtype: torch.dtype) -> None:
+    made = memory.room(2, vocabulary, dtype, torch.device("cpu"))
+    assert made.shape == (2, vocabulary)
+    assert made.dtype == dtype
+    assert made.stride(0) % memory.ALIGNED == 0
+    assert made.stride(0) * dtype.itemsize % 4096
 
 
 # 64 bytes a token go to its statistics, the rest of the budget to rows of logits
