@@ -31,7 +31,9 @@ _ORDERS: dict[str, Callable[[Rational, Rational], bool]] = {
 }
 _APPLIED = words("half third quarter twice double triple root square cube reciprocal negative remainder average mean")
 _OF_BOTH = words("of between among")
-_WHOLE = words("value sum difference product quotient result total")  # "the sum of 3 + 4" is what 3 + 4 is
+_WHOLE = words(
+    "value sum difference product quotient result total factorization factorisation"
+)  # "the sum of 3 + 4" is what 3 + 4 is
 _LINKING = words("of than after before between above below")  # what stands before is told of, not the number
 _CLAIMING = words(
     "so then thus therefore hence and or that since because have get is are be gives give us yields leaves produces "

@@ -81,7 +81,10 @@ def _matters(name: str, equation: Equation) -> bool:
 
 
 def beside(before: Said, after: Equation, step: int, between: Collection[str]) -> bool:
-    """Whether an equation stands beside the one before it, as in a system of equations."""
+    """Whether an equation stands beside the one before it, as in a system of equations. Without a word between them,
+    those in one name are rewritten, line by line."""
+    if not between and len(_names(after)) == 1:
+        return False
     alike = before.step == step and _names(before.equation) == _names(after) and not defines(before.equation)
     return alike and {"and", "or"}.issuperset(between)
 

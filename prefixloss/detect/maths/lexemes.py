@@ -37,7 +37,7 @@ _VALUE_ENDS = frozenset(("value", "name", "close", "postfix"))
 _OPERANDS = frozenset(("number", "mixed", "open", "prefix", "pi"))
 _DECLARED = re.compile(
     r"(?<![A-Za-z\\\d])(?<!\d )([A-Za-z](?:_\w)?|[A-Z]{2,3})(?=\s?=)|\b(?:[Ll]et|where|call)\s{1,9}\$?([A-Za-z])\b"
-    r"|(?:\$|\\\()\s?([A-Za-z])\s?(?:\$|\\\))"
+    r"|(?:\$|\\\()\s?([A-Za-z])\s?(?:\$|\\\))|(?<![A-Za-z\\])([xyz])\s?\^"
 )
 _CALLED = re.compile(r"(?<![A-Za-z\\\d)])([A-Za-z])\((?:-?\d{1,9}|[a-z])\)\s?=")  # f(x) =, S(3) =
 
@@ -62,7 +62,7 @@ _EDGE = Token("other", "\n", True)
 
 
 def declared(text: str) -> frozenset[str]:
-    """The letters that a problem or response uses as names: "let x", "where A", "x = ", "$x$"; not for functions."""
+    """The letters that a problem or response uses as names: "let x", "where A", "x = ", "$x$", "x^2"; no functions."""
     found = {name for pair in _DECLARED.findall(text) for name in pair if name}
     return frozenset(found.difference(_CALLED.findall(text)))
 
@@ -192,7 +192,7 @@ class _Lexer:
         if text == "%":
             remains = following.kind == "number" and following.gap
             return Lexeme("operator", "mod") if remains else Lexeme("postfix", "%")
-        factorial = following.kind in ("operator", "relation", "close")
+        factorial = following.kind in ("operator", "relation", "close", "currency")
         return Lexeme("postfix", "!") if factorial and not gap else _OPAQUE  # "5!" may be a joyful 5
 
     # ---- words

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from prefixloss.detect.maths import functions, remainders, sums
+from prefixloss.detect.maths import bases, functions, remainders, sums
 
 MAX_TEXT = 20_000  # characters
 
@@ -67,6 +67,9 @@ _ROOT = re.compile(r"\\sqrt\s?\[(\d{1,2})\]")
 _REPEATING = re.compile(r"(?<![\d.,])(\d{0,9})\.(\d{0,9})\\(?:overline|bar|dot)\s?\{?(\d{1,20})\}?")
 _CLOCK = re.compile(r"(?<=\d)\s?([ap])\.m\b\.?", re.IGNORECASE)
 _NEXT_LINE = re.compile(r"(?:\\\\|\n)\s{0,40}&?\s?(?=(?:=|~=|\\approx)(?!>))")
+_NEXT_DISPLAY = re.compile(r"\$\s{0,40}\$\s{0,9}(?=(?:=|~=)(?!>))")  # "\[ a = b \] \[ = c \]"
+_FACTORED = re.compile(r"(prime factori[sz]ation of [^.,;\n]{1,40}\d\s?\$?) is:?(?=\s{0,9}\$?\s?\d)")
+_REMARKED = re.compile(r"\bis (?:also|actually|exactly|just|only|simply|then|therefore|thus) (?=\$?\s?\d)")
 _LINE_START = re.compile(
     r"""^[ \t]*(?:[-*+\#>\u2022]+[ \t]+)*(?:\*\*)?
     (?:step[ \t]?\d{1,3}(?:\*\*)?[ \t]?[-:.)]+(?:\*\*)?|\(?\d{1,3}[.)](?=\s))?""",
@@ -108,6 +111,11 @@ def plain(text: str) -> str:
         text = _BOLD.sub(r"\1", text)
     if "equal" in text:
         text = _EQUALS.sub("=", text)
+    if "factori" in text:
+        text = _FACTORED.sub(r"\1 = ", text)
+    text = _REMARKED.sub("is ", _NEXT_DISPLAY.sub(" ", text))
+    if "_" in text:
+        text = bases.spelled(text)
     text = functions.spelled(remainders.spelled(text))
     if "|" in text:
         text = _ROW.sub(lambda m: m[0].replace("|", " ; "), text)
