@@ -160,20 +160,19 @@ class Divergence:
         at_listed = at_listed.masked_fill_(teacher.ids < 0, -math.inf)
         others = place.put(scores.clone(), torch.full_like(at_listed, -math.inf))
         log_others = parts.logsumexp(others.logsumexp(1))[:, None]
-        classes = torch.cat([at_listed, log_others], 1)
-        a = classes - classes.logsumexp(1, keepdim=True)
-        b = torch.cat([teacher.logps, teacher.tail[:, None]], 1)
         # every process has all of the classes
-        value, gradient = self.rows(a, b, a.exp(), b.exp(), Parts())
+        a, p = _normalised(torch.cat([at_listed, log_others], 1), Parts())
+        b = torch.cat([teacher.logps, teacher.tail[:, None]], 1)
+        value, gradient = self.rows(a, b, p, b.exp(), Parts())
         shares = _shares(others, log_others).mul_(gradient[:, -1:])
         return value, place.put(shares, gradient[:, :-1])
 
     def shared(self, scores: Tensor, teacher_scores: Tensor, ids: Shared) -> tuple[Tensor, Tensor]:
         """From scores [n, V] and [n, V_t]: the divergence [n] over the ids that both have and one class for each side's
         rest, and d / d scores [n, V]."""
-        a, others, log_others = _with_rest(scores, ids.own)
-        b, _, _ = _with_rest(teacher_scores, ids.theirs)
-        value, gradient = self.rows(a, b, a.exp(), b.exp(), Parts())
+        (a, p), others, log_others = _with_rest(scores, ids.own)
+        (b, q), _, _ = _with_rest(teacher_scores, ids.theirs)
+        value, gradient = self.rows(a, b, p, q, Parts())
         shares = _shares(others, log_others).mul_(gradient[:, -1:])
         return value, shares.index_copy_(1, ids.own, gradient[:, :-1])
 
@@ -194,13 +193,12 @@ def _normalised(scores: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
     return scores - log_sums, p.mul_((here - log_sums).exp_().div_(total))
 
 
-def _with_rest(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The log-probs [n, K + 1] of the chosen columns [K] and of all others together; the others' scores, -inf at the
-    chosen, and log-sums [n, 1]."""
+def _with_rest(scores: Tensor, chosen: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """The log-probs and probabilities [n, K + 1] of the chosen columns [K] and of all others together; the others'
+    scores, -inf at the chosen, and log-sums [n, 1]."""
     others = scores.index_fill(1, chosen, -math.inf)
     log_others = others.logsumexp(1, keepdim=True)
-    classes = torch.cat([scores[:, chosen], log_others], 1)
-    return classes - classes.logsumexp(1, keepdim=True), others, log_others
+    return _normalised(torch.cat([scores[:, chosen], log_others], 1), Parts()), others, log_others
 
 
 def _shares(others: Tensor, log_others: Tensor) -> Tensor:
