@@ -32,6 +32,11 @@ class UsageError(ValueError):
     """An option of a command that cannot work, found before any work was done; the message names it."""
 
 
+def first_line(error: Exception) -> str:
+    """Of an error's text; its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def describe(value: Any) -> str:
     """A value as an error message shows it: short for tensors, cut where it is long."""
     if isinstance(value, Tensor):

@@ -64,7 +64,7 @@ def load_base(name: str, settings: Settings) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForTokenClassification.from_pretrained(name, num_labels=2, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = check.first_line(error)
         raise ValueError(f"model: cannot load {name!r} as a token classifier: {reason}") from None
     if len(Reader(tokenizer).known(settings.separator)) != 1:
         tokenizer.add_special_tokens({"additional_special_tokens": [settings.separator]})

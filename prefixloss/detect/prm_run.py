@@ -10,7 +10,7 @@ from typing import Any
 
 from prefixloss.check import UsageError
 from prefixloss.io import checkpoint
-from prefixloss.io.files import write_whole
+from prefixloss.io import settings as saved_settings
 from prefixloss.io.lock import Lock, clear, is_empty
 
 
@@ -23,13 +23,7 @@ def settings_of(out: Path) -> dict[str, Any]:
     path = part_of(out) / "config.json"
     if out.exists():
         raise UsageError(f"--resume: {out} has ended, there is nothing to go on with")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise UsageError(f"--resume: {out} is not a run that stopped, there is no readable {path}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"--resume: {path} holds no settings")
-    return values
+    return saved_settings.read(path, f"{out} is not a run that stopped, there is no readable {path}")
 
 
 class Run:
@@ -57,8 +51,7 @@ def opened(out: Path, settings: Mapping[str, Any], resume: bool) -> Iterator[Run
             lock.take(part)
             _check(out, part, settings, resume)
             try:
-                text = json.dumps(settings, indent=2) + "\n"
-                write_whole(part / "config.json", lambda file: file.write(text.encode()))
+                saved_settings.write(part / "config.json", settings)
                 yield Run(part, stop)
             finally:
                 if not (part / "checkpoint.pt").exists():

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from prefixloss.check import UsageError
+from prefixloss.check import UsageError, first_line
 from prefixloss.io.files import write_whole
 
 _MARK = b"\nsha256 "  # behind what torch wrote: its readers look for the end of their part
@@ -126,7 +126,7 @@ def fitting(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UsageError(
             f"--resume: {path} does not fit the settings in config.json, put those back it was made with: {reason}"
         ) from None

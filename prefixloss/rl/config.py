@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ from prefixloss import advantages
 from prefixloss.check import describe
 from prefixloss.detect.choose import by_name
 from prefixloss.detect.models.rollouts import Rollouts
+from prefixloss.io import settings
 from prefixloss.io.address import Address
 from prefixloss.maths.divergence import BY_NAME
 from prefixloss.rl import UsageError
@@ -247,13 +247,7 @@ class Config:
     def read(cls, run: Path) -> Config:
         """The settings of a run."""
         path = run / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            raise UsageError(f"--resume: {run} is not a run, it has no readable config.json") from None
-        if not isinstance(values, dict):
-            raise UsageError(f"--resume: {path} holds no settings")
-        return cls.of(values, str(path))
+        return cls.of(settings.read(path, f"{run} is not a run, it has no readable config.json"), str(path))
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:

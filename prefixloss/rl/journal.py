@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixloss.check import UsageError
+from prefixloss.io import settings
 from prefixloss.io.files import write_whole
 from prefixloss.io.lock import clear
 
@@ -17,7 +18,7 @@ def open_run(run: Path, config: dict[str, Any], overwrite: bool = False) -> None
         if overwrite and run.exists():
             clear(run)
         run.mkdir(parents=True, exist_ok=True)
-        write_whole(run / "config.json", lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
+        settings.write(run / "config.json", config)
     except OSError as error:
         raise UsageError(f"--out: cannot write to {run}: {error.strerror}") from None
 

@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from prefixloss import linear_logps
+from prefixloss.check import first_line
 from prefixloss.integrations.models.heads import LogitMap, refuse_quantised
 from prefixloss.rl import UsageError
 from prefixloss.rl.rollouts import Sampled
@@ -266,7 +267,7 @@ def load_policy(name: str, option: str = "--model") -> Policy:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(name, local_files_only=local, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UsageError(f"{option}: cannot load {name!r} as a causal language model: {reason}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

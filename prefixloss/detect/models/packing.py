@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prefixloss.check import first_line
 from prefixloss.detect.models.reading import Marked, padded
 
 _APART = 1e-3  # of the largest logit. Float32 rounds a thousand times finer; a token that sees others moves far more
@@ -83,7 +84,7 @@ def check_packing(model: Any, responses: Sequence[Marked]) -> None:
         far = float((together - alone).abs().max() / alone.abs().max())
         reason = f"its logits move by {far:.2g} of the largest" if not far <= _APART else None
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
     finally:
         model.train(trained)
     if reason is not None:
