@@ -15,21 +15,21 @@ from prefixloss.detect.maths.symbols import Equation, consistent
 from prefixloss.detect.maths.text import words
 
 ARROW = "->"
-_REWRITING = words(
+REWRITING = words(
     "add adding cancel canceling collecting combine combining cross-multiplying distribute distributing divide "
     "dividing equivalent expand expanded expanding expands factor factored factoring factors isolate isolating "
     "multiply multiplying rearrange rearranged rearranges rearranging reduces rewrite rewritten simplified simplifies "
     "simplify simplifying squaring subtract subtracting"
 )
-_CONCLUDING = words(
+CONCLUDING = words(
     "becomes get give gives hence implies means moving obtain so solve solving then therefore thus yields"
 )
-_LINKING = words(
+LINKING = words(
     "a above again all also and as be both by can common equation expression finally first following for from further "
     "hand have in is it left left-hand like move need next now of on one out result resulting results right right-hand "
     "side sides terms that the these this through to us we we'll which will"
 )
-_ALL = _REWRITING | _CONCLUDING | _LINKING | {ARROW}
+_ALL = REWRITING | CONCLUDING | LINKING | {ARROW}
 _SAMPLES = (17, 23, 31, 41, 53, 61, 71, 83)  # values of the other names: no small number that an equation has by chance
 _POINTS = (0, 1, 2, 5)
 MAX_PLACES = 12
@@ -56,7 +56,7 @@ def derives(before: Said, after: Said, between: Collection[str]) -> bool:
     near = len(used) == 1 and before.step == after.step
     if near and not between:  # right below it; "x - 1 = 0, x - 2 = 0" are two cases
         return (0,) not in before.equation
-    return bool((_REWRITING | {ARROW} | (_CONCLUDING if near else set())).intersection(between))
+    return bool((REWRITING | {ARROW} | (CONCLUDING if near else set())).intersection(between))
 
 
 def restates(before: Said, after: Said, between: Collection[str]) -> bool:
@@ -64,7 +64,7 @@ def restates(before: Said, after: Said, between: Collection[str]) -> bool:
     (name, calculation), (again, result) = before.equation, after.equation
     if not defines(before.equation) or name != again or names(calculation) or len(calculation) < MIN_CALCULATION:
         return False
-    said = (_CONCLUDING | _LINKING | {ARROW, "simplified", "simplifies", "simplifying"}).issuperset(between)
+    said = (CONCLUDING | LINKING | {ARROW, "simplified", "simplifies", "simplifying"}).issuperset(between)
     return before.step == after.step and said and len(result) == 1 and not names(result)
 
 

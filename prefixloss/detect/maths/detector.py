@@ -48,6 +48,7 @@ from prefixloss.detect.maths.lexemes import declared
 from prefixloss.detect.maths.names import Names, gaps
 from prefixloss.detect.maths.properties import wrong_property
 from prefixloss.detect.maths.reader import SUPPOSING, Chain, Reading, Run, read
+from prefixloss.detect.maths.rewriting import Rewriting
 from prefixloss.detect.maths.scope import RESTARTS, Scopes
 from prefixloss.detect.maths.task import Task, parts
 from prefixloss.detect.maths.text import MAX_TEXT, UnreadableError, words
@@ -114,6 +115,7 @@ class _Response:
         self.task = Task.of(problem, self.declared)
         self.bare = self.task.expression is not None and not any(map(str.isalpha, problem))
         self.names = Names(self.task.equations)
+        self.rewriting = Rewriting(problem, steps, self.declared)
         self.known = {*self.task.numbers, *_COMMON}  # numbers that have an origin
         self.steps = len(steps)
         self.step = 0
@@ -155,6 +157,8 @@ class _Response:
             self.last = None
         if reason := wrong_property(text) or wrong_time(text):
             raise WrongError(reason, "false")
+        if reason := self.rewriting.wrong(k, text):
+            raise WrongError(reason, "rewriting")
         if self.task.expression:
             self._copies(reading, before)
         self._answer(text, reading)

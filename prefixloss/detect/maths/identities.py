@@ -6,22 +6,24 @@ has most of its terms right.
 
 from __future__ import annotations
 
-from prefixloss.detect.maths.expressions import BINARY, UNARY, Expression, NoValueError
-from prefixloss.detect.maths.symbols import terms
+from prefixloss.detect.maths.expressions import BINARY, UNARY, Expression, NoValueError, names
+from prefixloss.detect.maths.polynomials import order, terms
 
 MIN_SHARED = 2  # terms, of those with names
 
 
 def misses(left: Expression, right: Expression) -> bool:
     """Whether one side is nearly the other, multiplied out; false where that is not decided."""
-    if _multiplies(left) == _multiplies(right):
+    product, flat = (left, right) if _multiplies(left) else (right, left)
+    if _multiplies(flat) or not _multiplies(product) or not names(flat) <= names(product):
         return False
     try:
-        terms_left, terms_right = terms(left), terms(right)
+        used = order(left, right)
+        terms_left, terms_right = terms(left, used), terms(right, used)
     except NoValueError:
         return False
     shared = [term for term, number in terms_left.items() if terms_right.get(term) == number]
-    named = sum(bool(term) for term in shared)
+    named = sum(any(term) for term in shared)
     return named >= MIN_SHARED and 2 * len(shared) > max(len(terms_left), len(terms_right))
 
 

@@ -70,23 +70,6 @@ def _numerator(equation: Equation) -> Any:
     return sympy.expand(sympy.fraction(sympy.together(difference))[0])
 
 
-def terms(expression: Expression) -> dict[str, Any]:
-    """The terms of a polynomial with their numbers, "" for the number alone.
-
-    NoValueError for what is no polynomial in at least one name, or a large one.
-    """
-    sympy = _sympy()
-    degree, under = _degrees(expression)
-    if under or not degree or math.comb(len(names(expression)) + degree, degree) > MAX_TERMS:
-        raise NoValueError("no polynomial, or one beyond the bounds")
-    symbols = sorted(names(expression))
-    polynomial = sympy.Poly(_built(expression, sympy), *map(sympy.Symbol, symbols))
-    return {
-        "*".join(f"{name}^{power}" for name, power in zip(symbols, powers, strict=True) if power): number
-        for powers, number in polynomial.terms()
-    }
-
-
 def _degrees(expression: Expression) -> tuple[int, int]:
     """Bounds on the degrees of numerator and denominator; NoValueError for what is no quotient of polynomials."""
     stack: list[tuple[int, int]] = []
