@@ -33,6 +33,12 @@ REWRITINGS = [
         "-",
     ),
     (r"It is $\sin 2\alpha$. By an identity, $\sin 2\alpha = {}\sin\alpha\cos\alpha$.", "3", "2"),
+    (r"Use the identity $\frac{{1}}{{\sin x}} = \cot \frac{{x}}{{2}} {} \cot x$.", "+", "-"),
+    ("So $x^3 - 4x^2 + 3 = 0$. The quotient is clear: $x^3 - 4x^2 + 3 = (x - 1)(x^2 - 3x {} 3)$.", "+", "-"),
+    ("Combining like terms, $x^2 + 2x - x^2 - x = {}$.", "2x", "x"),
+    # values of functions
+    ("Let $f(x) = x^3 + ax^2 + 1$. Notice $f(-x) = -x^3 {} ax^2 + 1$.", "-", "+"),
+    ("Let $f(x) = x^3 + ax^2 + a$. Notice $f(2) = 8 + {}a$.", "4", "5"),
     # sides of a chain
     ("Now $k = a(b + c) + a = ab + ac + a = a(b + c {} 1)$.", "-", "+"),
     (r"Then $k = \cos^2 x - \sin^2 x = 1 - {}\sin^2 x$.", "3", "2"),
@@ -43,7 +49,14 @@ REWRITINGS = [
     ("Now $a = a * c$. Factor out $a$ on the right-hand side: $a = {}$.", "a(c - 1)", "a(c)"),
     ("Let $f(x) = (x - a)(x - b)$. Expanding, $f(x) = x^2 - (a + b)x {} ab$.", "-", "+"),
     (r"$\sin^2 x = \cos x * 1 \implies \sin^2 x = {}$.", r"1 - \sin^2 x", r"\cos x"),
+    (
+        r"$\sqrt{{1 - \cos^2 y}} - 2\cos y = 1$. Squaring both sides, "
+        r"$1 - \cos^2 y {} 4\cos^2 y = 1$.",
+        "+",
+        r"- 4\cos y\sqrt{{1 - \cos^2 y}} +",
+    ),
     # an equation, but for one term
+    (r"\[ 1 - \sin^4 x - \cos^2 x = 2y \] \[ \sin^2 x - \sin^4 x = 2y {} \]", "+ 1", ""),
     (r"\[ 4a = k^2a - 3k^2 \] \[ 0 = (k^2 - 4)a {} 3k^2 \]", "+", "-"),
     ("$b^2 - 4c = b^2 - 4bc + 4c^2$. Rearranging terms gives $4c^2 - 4bc {} = 0$.", "", "+ 4c"),
     (r"\[ 2x + 3y + a_{{n+1}} = 7 \] \[ 2x + 3y = 7 {} a_{{n+1}} \]", "+", "-"),
@@ -67,6 +80,10 @@ def test_a_wrong_rewriting_is_accused_and_the_right_one_is_not(text: str, wrong:
         "$b = a + c$ or, by expanding, $b = a - c$",
         "$k = a(c + 1)$. Combining both equations, $k = a(c + 2)$.",
         r"Now $c = a\pi$. Multiplying by a factor, $c = 180$.",
+        "$f(x) = x + a$ for small $x$, $f(x) = 2x + a$ for others, and $f(b) = 2b + a$.",
+        "If $f(x) = x + a$, then with another $f$ also $f(a) = a$.",
+        r"As $\ln(e - 1) = \ln e - y = 1 - y$, all is well.",
+        r"Squaring both sides of $\sqrt{x + y} = x - 1$, $x + y = x^2 - 2x + 1$.",
         "$a - b - c = 4$ and $a - b + c = 4$",
         "$a - b = 4$\n$a - b = -4$",  # two equations in two terms and a number
         r"In vectors, $\vec{a} = \vec{b} + \vec{c}$, expanded $\vec{a} = \vec{b} - \vec{c}$.",

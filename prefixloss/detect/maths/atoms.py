@@ -38,6 +38,8 @@ _BARE = re.compile(
     r"|\\frac\s?\{[^{}]{1,40}\}\s?\{[^{}]{1,40}\}|\d{1,6}(?=\s?\^\s?\{?\s?\\circ)"
 )
 _DEGREES = re.compile(r"(?:(?<![\d.])(\d{1,6})\s?)?\^\s?(?:\{\s?\\circ\s?\}|\\circ(?![A-Za-z]))")
+_ARGUMENT = re.compile(r"\\F[a-z]{2,3}\(([^()]{1,40})\)")
+_LETTER = re.compile(r"(?<![A-Za-z\\{_])[b-zB-HJ-Z](?![A-Za-z_])")
 _MEANINGS = {
     **{name: rf"\F{name}({{}})" for name in ("sin", "cos", "tan", "ln")},
     "sec": r"(1/\Fcos({}))",
@@ -52,12 +54,20 @@ class Atoms:
     def __init__(self, response: str) -> None:
         self.functions = frozenset(_CALLED.findall(response)) | _USUAL
         self.names: dict[str, str] = {}
+        self.letters: set[str] = set()  # that functions are applied to
 
     def spelled(self, text: str) -> str:
         text = _SPACES.sub(" ", text)
         for pattern in _NAMES:
             text = pattern.sub(lambda found: self._name(found[0]), text)
-        return _applied(self._calls(text))
+        text = _applied(self._calls(text))
+        for argument in _ARGUMENT.findall(text):
+            self.letters.update(_LETTER.findall(argument))
+        return text
+
+    def spelling(self, name: str | None) -> str:
+        """What a name stands for; "" for any other."""
+        return next((spelling for spelling, given in self.names.items() if given == name), "")
 
     def _name(self, spelling: str) -> str:
         key = re.sub(r"[\s{}]", "", spelling)
@@ -70,8 +80,9 @@ class Atoms:
         """With names for calls of functions."""
         kept, place = [], 0
         for call in _CALL.finditer(text):
-            end = _closing(text, call.end() - 1)
-            if call.start() >= place and call["name"] in self.functions and end:
+            if call.start() < place or call["name"] not in self.functions:
+                continue
+            if end := _closing(text, call.end() - 1):
                 kept += [text[place : call.start()], self._name(text[call.start() : end])]
                 place = end
         return "".join((*kept, text[place:]))

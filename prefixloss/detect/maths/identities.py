@@ -27,6 +27,26 @@ def misses(left: Expression, right: Expression) -> bool:
     return named >= MIN_SHARED and 2 * len(shared) > max(len(terms_left), len(terms_right))
 
 
+def factors(left: Expression, right: Expression) -> bool:
+    """Whether the right side is a product with the degree and the first number of the left one, in one name."""
+    if len(names(left)) != 1 or names(left) != names(right) or _multiplies(left) or not _multiplies(right):
+        return False
+    try:
+        used = order(left, right)
+        first = [max(terms(side, used).items(), default=None) for side in (left, right)]
+    except NoValueError:
+        return False
+    return len(used) == 1 and first[0] == first[1]
+
+
+def repeats(expression: Expression) -> bool:
+    """Whether a sum has two terms alike, still to be added."""
+    try:
+        return sum(item in ("+", "-") for item in expression) >= len(terms(expression, order(expression)))
+    except NoValueError:
+        return False
+
+
 def _multiplies(expression: Expression) -> bool:
     """Whether a sum with a name in it is a factor, or raised to a power."""
     stack: list[tuple[bool, bool]] = []  # of each operand: whether it has names, and whether it is a sum

@@ -6,75 +6,23 @@ By a second reading of the text, with names for what has no value (`atoms`): not
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from fractions import Fraction
-from typing import NamedTuple
 
 from prefixloss.detect.maths.atoms import Atoms
-from prefixloss.detect.maths.derive import ARROW, CONCLUDING, LINKING, REWRITING
-from prefixloss.detect.maths.expressions import (
-    BINARY,
-    UNARY,
-    Expression,
-    NoValueError,
-    Rational,
-    close,
-    names,
-    value,
-)
-from prefixloss.detect.maths.identities import misses
-from prefixloss.detect.maths.polynomials import Terms, difference, order
-from prefixloss.detect.maths.reader import Chain, Run, read
+from prefixloss.detect.maths.calls import Functions
+from prefixloss.detect.maths.expressions import BINARY, UNARY, Expression, names
+from prefixloss.detect.maths.identities import factors, misses, repeats
+from prefixloss.detect.maths.neighbours import OTHERS, Claim, wrong_after
+from prefixloss.detect.maths.reader import SUPPOSING, Chain, Run, read
+from prefixloss.detect.maths.same import differ
 from prefixloss.detect.maths.text import UnreadableError, words
 
-MAX_CHECKS = 120  # of whether two sides are the same, in a response
-MAX_SLIPS = 40  # of whether two equations differ in one term
-MIN_TERMS = 3
-NEAR = 10  # words before a claim
+MAX_CLAIMS = 150  # that are compared, of a response
+NEAR = 10  # words before a claim that tell what it is
 _SAME = words(
     "identity identities rewrite rewritten write written factor factored factoring factors factorize factorized "
     "factorizing expand expanded expanding expands simplify simplifying simplified simplifies fractions like express "
     "expressed distribute distributing square"
 )
-_OTHER = words(
-    "equation equations set substitute substituting equate inequality case cases condition system solution solutions"
-)
-_ALL = REWRITING | CONCLUDING | LINKING | {ARROW}
-_JOINING = words("and or")
-_POINTS: tuple[tuple[Rational, ...], ...] = (
-    (7, 11, 13, 17, 19, 23),
-    (2, 3, 5, 4, 6, 9),
-    (3, 2, 7, 5, 11, 4),
-    (5, 9, 2, 3, 4, 8),
-    tuple(Fraction(1, n) for n in (7, 9, 4, 5, 11, 3)),
-    tuple(Fraction(2, n) for n in (7, 11, 9, 13, 5, 15)),
-)
-
-
-def differ(left: Expression, right: Expression) -> bool | None:
-    """Whether two sides have different values for most values of their names; None where they have none."""
-    free = sorted(names(left) | names(right))
-    found = []
-    for point in _POINTS:
-        at = {name: point[n % len(point)] + n // len(point) for n, name in enumerate(free)}
-        try:
-            found.append(not close(value(left, at), value(right, at)))
-        except NoValueError:
-            continue
-    return 2 * sum(found) > len(found) if len(found) > 1 else None
-
-
-class _Claim(NamedTuple):
-    """One equality of a chain, the place-th, in a step."""
-
-    left: Run
-    right: Run
-    chain: Chain
-    place: int
-    step: int
-
-    @property
-    def names(self) -> frozenset[str]:
-        return self.left.names | self.right.names
 
 
 class Rewriting:
@@ -83,127 +31,102 @@ class Rewriting:
     def __init__(self, problem: str, steps: Sequence[str], declared: Collection[str]) -> None:
         self.atoms = Atoms("\n".join((problem, *steps)))
         self.declared = declared
+        self.functions = Functions()
         self.alone: set[Expression] = set()  # expressions that nothing was said of but that they are there
         self.partners: dict[Expression, set[Expression]] = {}  # of a side: what it was said to be
         self.bound: list[frozenset[str]] = []  # the names of each equation that is no identity
-        self.before: _Claim | None = None  # the first equality of the chain right before
-        self.checks = self.slips = 0
+        self.before: Claim | None = None  # the first equality of the chain right before
+        self.claims = 0
         for chain in self._chains(problem):
-            for _ in self._claims(chain, -1):
-                pass
+            for claim in self._claims(chain, -1):
+                self._note(claim)
 
     def wrong(self, step: int, text: str) -> str | None:
         """The first thing in the next step that is not the same as what it is rewritten from, as a reason."""
         for chain in self._chains(text):
+            told = not SUPPOSING.intersection(chain.lead) and chain.tail != "?"
             for claim in self._claims(chain, step):
-                if not chain.supposed and chain.tail != "?" and (reason := self._wrong(claim)):
+                if told and (reason := self._wrong(claim)):
                     return reason
+                self._note(claim)
         return None
 
     def _chains(self, text: str) -> list[Chain]:
         spelled = self.atoms.spelled(text)
         try:
-            return read(spelled, {*self.declared, *self.atoms.names.values()}).chains
+            return read(spelled, {*self.declared, *self.atoms.letters, *self.atoms.names.values()}).chains
         except UnreadableError:
             return []
 
-    def _claims(self, chain: Chain, step: int) -> Iterator[_Claim]:
-        """The equalities of a chain that can be read; each is noted once it was looked at."""
+    def _claims(self, chain: Chain, step: int) -> Iterator[Claim]:
+        """The equalities of a chain that can be read."""
         runs = chain.runs
         if len(runs) == 1 and runs[0].names and not runs[0].partial and len(runs[0].expression) > 2:
             self.alone.add(runs[0].expression)
         for n, relation in enumerate(chain.relations):
-            claim = _Claim(runs[n], runs[n + 1], chain, n, step)
+            claim = Claim(runs[n], runs[n + 1], chain, n, step)
             if relation != "=" or runs[n].partial or runs[n + 1].partial:
                 self.before = None
-            elif claim.names and "i" not in claim.names:
+            elif claim.names and not _has_constants(claim) and self.claims < MAX_CLAIMS:
+                self.claims += 1
                 yield claim
-                self._note(claim)
 
-    def _note(self, claim: _Claim) -> None:
+    def _note(self, claim: Claim) -> None:
         left, right = claim.left, claim.right
         self.partners.setdefault(left.expression, set()).add(right.expression)
         self.partners.setdefault(right.expression, set()).add(left.expression)
         defines = claim.place == 0 and left.name and left.name not in right.names
-        if not defines and self._differ(left.expression, right.expression) is not False:
+        if not defines and differ(left.expression, right.expression) is not False:
             self.bound.append(claim.names)
         if claim.place == 0:
             self.before = claim
-
-    def _differ(self, left: Expression, right: Expression) -> bool | None:
-        self.checks += 1
-        return differ(left, right) if self.checks <= MAX_CHECKS else None
+            self.functions.define(self.atoms.spelling(left.name), right.expression)
 
     # ---- rules
 
-    def _wrong(self, claim: _Claim) -> str | None:
-        left, right, _, place, _ = claim
+    def _wrong(self, claim: Claim) -> str | None:
+        left, right = claim.left, claim.right
         alike = left.names == right.names and len(left.expression) > 1 and len(right.expression) > 1
-        if alike and self._differ(left.expression, right.expression):
-            if place == 0 and self._says_the_same(claim):
-                return "what is written in another way is not the same"
-            if place and not self._bound(claim.names) and _skeleton(left) != _skeleton(right):
-                return "two sides of a chain that are not the same"
-            if misses(left.expression, right.expression):
-                return "an expansion that is not the same"
-        if place == 0 and self.before and claim.step - self.before.step <= 1:
-            return self._rewritten(self.before, claim)
-        return None
+        if alike and differ(left.expression, right.expression) and (reason := self._not_the_same(claim)):
+            return reason
+        if claim.place:
+            return None
+        called = None if claim.chain.supposed else self.functions.value(self.atoms.spelling(left.name))
+        if called and names(called) == right.names and right.names and differ(called, right.expression):
+            return "not the value of the function"
+        near = self.before is not None and claim.step - self.before.step <= 1
+        return wrong_after(self.before, claim) if self.before and near else None
+
+    def _not_the_same(self, claim: Claim) -> str | None:
+        """Why two sides that are not the same have to be."""
+        left, right = claim.left, claim.right
+        if claim.place == 0 and self._says_the_same(claim):
+            return "what is written in another way is not the same"
+        if claim.place and not self._bound(claim.names) and _signs(left) != _signs(right):  # no two sums of one shape
+            return "two sides of a chain that are not the same"
+        return "an expansion that is not the same" if misses(left.expression, right.expression) else None
 
     def _bound(self, used: frozenset[str]) -> bool:
-        return any(names <= used for names in self.bound)
+        """Whether an equation holds between some of the names alone."""
+        return any(equation <= used for equation in self.bound)
 
-    def _says_the_same(self, claim: _Claim) -> bool:
+    def _says_the_same(self, claim: Claim) -> bool:
         """Whether a side is told to be another spelling of an expression that stands before."""
         left, right, near = claim.left.expression, claim.right.expression, claim.chain.between[-NEAR:]
+        partners = self.partners.get(left, set())
+        if claim.chain.supposed or right in partners or OTHERS.intersection(near):
+            return False
         known = left in self.alone or left in self.partners
-        if not known or right in self.partners.get(left, ()) or self._bound(claim.names):
-            return False
-        return bool(_SAME.intersection(near)) and not _OTHER.intersection(near)
-
-    def _rewritten(self, before: _Claim, claim: _Claim) -> str | None:
-        """Whether an equation is the one before it, written in another way, and is not."""
-        said, near = _rewrites(before, claim), before.step == claim.step and not claim.chain.between
-        right, new = before.right, claim.right
-        same_side = before.left.expression == claim.left.expression and right.names == new.names
-        if said and same_side and new.names and not new.name and self._differ(right.expression, new.expression):
-            return "the same side is rewritten into something else"
-        if (said or near) and before.names == claim.names and len(claim.names) > 1 and self._slips(before, claim):
-            return "this is the equation right before, but for one term"
-        return None
-
-    def _slips(self, before: _Claim, claim: _Claim) -> bool:
-        self.slips += 1
-        given = before.left, before.right
-        unchanged = any(old.expression == new.expression for old, new in zip(given, claim[:2], strict=True))
-        if self.slips > MAX_SLIPS or unchanged or any(side.name for side in given):
-            return False
-        sides = before.left.expression, before.right.expression, claim.left.expression, claim.right.expression
-        try:
-            used = order(*sides)
-            a, b = difference(*sides[:2], used), difference(*sides[2:], used)
-        except NoValueError:
-            return False
-        return _one_off(a, b)
+        if near[-1:] == ("identity",) or (known and partners <= {(0,)} and factors(left, right)):
+            return True
+        shortens = repeats(left) and len(right) < len(left)
+        return (known or shortens) and not self._bound(claim.names) and bool(_SAME.intersection(near))
 
 
-def _rewrites(before: _Claim, claim: _Claim) -> bool:
-    """Whether the words between two equations say that the one is the other, rewritten."""
-    between = claim.chain.between
-    listed = before.chain.between and _JOINING.issuperset(before.chain.between)  # it stands beside one before
-    if listed or "or" in between or _OTHER.intersection(between):
-        return False
-    only = before.step == claim.step and _ALL.issuperset(between) and not claim.left.name
-    return bool((REWRITING | {ARROW} | (CONCLUDING if only else set())).intersection(between))
+def _has_constants(claim: Claim) -> bool:
+    """Whether a name may be the imaginary unit, or the base of the natural logarithm."""
+    return "i" in claim.names or ("e" in claim.names and "ln" in claim.left.expression + claim.right.expression)
 
 
-def _skeleton(run: Run) -> list[str]:
+def _signs(run: Run) -> list[str]:
     return [str(item) for item in run.expression if item in BINARY or item in UNARY]
-
-
-def _one_off(a: Terms, b: Terms) -> bool:
-    """Whether one polynomial is a multiple of the other but for one of several terms."""
-    every = a.keys() | b.keys()
-    factors = {b[term] / a[term] for term in a.keys() & b.keys()}
-    off = [sum(a.get(term, 0) * factor != b.get(term, 0) for term in every) for factor in factors]
-    return len(every) >= MIN_TERMS and min(off, default=0) == 1

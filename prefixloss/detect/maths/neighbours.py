@@ -1,0 +1,97 @@
+"""An equation that is said to be the one right before it, written in another way, and is not: for any names and
+functions, without solving either."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from prefixloss.detect.maths.derive import ARROW, CONCLUDING, LINKING, REWRITING
+from prefixloss.detect.maths.expressions import NoValueError
+from prefixloss.detect.maths.polynomials import Terms, difference, order
+from prefixloss.detect.maths.reader import Chain, Run
+from prefixloss.detect.maths.same import differ
+from prefixloss.detect.maths.text import words
+
+MIN_TERMS = 3
+_ALL = REWRITING | CONCLUDING | LINKING | {ARROW}
+_JOINING = words("and or")
+_SQUARING = words("squaring square squared")
+_ON_BOTH_SIDES = words(
+    "add adding cross-multiplying divide dividing isolate isolating multiply multiplying squaring subtract subtracting"
+)
+_RESPELLING = REWRITING - _ON_BOTH_SIDES
+OTHERS = words(
+    "equation equations set substitute substituting equate inequality case cases condition system solution solutions"
+)  # what comes then takes more in
+
+
+class Claim(NamedTuple):
+    """One equality of a chain, the place-th, in a step."""
+
+    left: Run
+    right: Run
+    chain: Chain
+    place: int
+    step: int
+
+    @property
+    def names(self) -> frozenset[str]:
+        return self.left.names | self.right.names
+
+
+def wrong_after(before: Claim, claim: Claim) -> str | None:
+    """What is wrong with an equation as another spelling of the one before, as a reason."""
+    between, alike = claim.chain.between, before.names == claim.names
+    near = before.step == claim.step and not between
+    if not near and not _follows(before, claim):
+        return None
+    only = _ALL.issuperset(between)
+    if alike and _SQUARING.intersection(between) and _squares_wrongly(before, claim):
+        return "only one side is the square of what it was"
+    same = before.left.expression == claim.left.expression and not _ON_BOTH_SIDES.intersection(between)
+    if same and not near and (only or before.step == claim.step) and _changes(before.right, claim.right):
+        return "the same side is rewritten into something else"
+    if alike and (only or _RESPELLING.intersection(between)) and _slips(before, claim):
+        return "this is the equation right before, but for one term"
+    return None
+
+
+def _follows(before: Claim, claim: Claim) -> bool:
+    """Whether the words between two equations say that the one is the other, rewritten."""
+    between = claim.chain.between
+    listed = before.chain.between and _JOINING.issuperset(before.chain.between)  # it stands beside one before
+    if listed or "or" in between or OTHERS.intersection(between):
+        return False
+    concludes = before.step == claim.step and _ALL.issuperset(between) and not claim.left.name
+    return bool((REWRITING | {ARROW} | (CONCLUDING if concludes else set())).intersection(between))
+
+
+def _squares_wrongly(before: Claim, claim: Claim) -> bool:
+    sides = (before.left, claim.left), (before.right, claim.right)
+    return {differ((*old.expression, 2, "^"), new.expression) for old, new in sides} == {True, False}
+
+
+def _changes(old: Run, new: Run) -> bool:
+    plain = not new.names or new.name is not None
+    return old.names == new.names and not plain and differ(old.expression, new.expression) is True
+
+
+def _slips(before: Claim, claim: Claim) -> bool:
+    """Whether both sides were rewritten, and the equations are the same but for one term."""
+    pairs = (before.left, claim.left), (before.right, claim.right)
+    if any(old.name or old.expression == new.expression for old, new in pairs):
+        return False
+    (left, new_left), (right, new_right) = ((old.expression, new.expression) for old, new in pairs)
+    try:
+        used = order(left, right, new_left, new_right)
+        return len(used) > 1 and _one_off(difference(left, right, used), difference(new_left, new_right, used))
+    except NoValueError:
+        return False
+
+
+def _one_off(a: Terms, b: Terms) -> bool:
+    """Whether one polynomial is a multiple of the other but for one of several terms."""
+    every = a.keys() | b.keys()
+    factors = {b[term] / a[term] for term in a.keys() & b.keys()}
+    off = [sum(a.get(term, 0) * factor != b.get(term, 0) for term in every) for factor in factors]
+    return len(every) >= MIN_TERMS and min(off, default=0) == 1
