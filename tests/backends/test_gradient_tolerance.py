@@ -542,3 +542,28 @@ def test_what_the_heads_rows_have_in_common_is_not_lost(
         exact, plain = gradient(0.0), gradient(0.05)
     monkeypatch.setattr(rows.LinearRows, "_mean_row", MEAN_ROW)
     assert float((gradient(0.05) - exact).norm()) < 0.2 * float((plain - exact).norm())
+
+
+@pytest.mark.parametrize("tolerance", [1e-13, 1e-10, 1e-7])
+def test_a_small_bound_holds_beside_large_rows(tolerance: float) -> None:
+    """Sums over all rows have no digits for it."""
+    logits = -torch.linspace(0, 36, V, dtype=torch.float64) * torch.ones(64, 1)
+    tokens = torch.arange(64)[None] % V
+
+    def gradient(backend: str, tolerance: float) -> Tensor:
+        hidden, weight = leaf(logits, torch.float64), torch.eye(V, dtype=torch.float64)
+        config = LossConfig(objective="reinforce", gradient_tolerance=tolerance)
+        linear_prefix_loss(hidden[None], weight, tokens, torch.ones(1), config=config, backend=backend).loss.backward()
+        assert hidden.grad is not None
+        return hidden.grad
+
+    exact, got = gradient("reference", 0.0), gradient("torch", tolerance)
+    left = torch.where(got == 0, exact, 0.0).norm(dim=1)
+    assert 0 < float(left.max()) <= tolerance * float(exact.norm(dim=1).square().mean().sqrt())
+
+
+def test_all_of_a_chunk_may_be_left_out() -> None:
+    got = made("flat", LossConfig(gradient_tolerance=2.0, head_gradient_tolerance=2.0))
+    assert not got.hidden.any()
+    assert not got.bias.any()
+    assert got.left_out == pytest.approx(1.0)
