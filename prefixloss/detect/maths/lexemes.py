@@ -39,6 +39,7 @@ _DECLARED = re.compile(
     r"(?<![A-Za-z\\\d])(?<!\d )([A-Za-z](?:_\w)?|[A-Z]{2,3})(?=\s?=)|\b(?:[Ll]et|where|call)\s{1,9}\$?([A-Za-z])\b"
     r"|(?:\$|\\\()\s?([A-Za-z])\s?(?:\$|\\\))|(?<![A-Za-z\\])([xyz])\s?\^"
 )
+_PERIOD = re.compile(r"\..*(\d)\1\Z")  # 0.0013888... goes on as it ends
 _CALLED = re.compile(r"(?<![A-Za-z\\\d)])([A-Za-z])\((?:-?\d{1,9}|[a-z])\)\s?=")  # f(x) =, S(3) =
 
 
@@ -169,7 +170,11 @@ class _Lexer:
         if digits.isdigit() and not exponent:
             return Lexeme("value", int(digits), 0, unit)
         places = len(digits.partition(".")[2]) - text.endswith("...")  # 0.666... is cut off, not rounded
-        return Lexeme("value", Fraction(f"{digits}e{exponent or 0}"), max(places, 0), unit)
+        number = Fraction(f"{digits}e{exponent or 0}")
+        if text.endswith("...") and (period := _PERIOD.search(digits)):
+            number += Fraction(int(period[1]), 9 * 10 ** len(digits.partition(".")[2]))
+            places = 0
+        return Lexeme("value", number, max(places, 0), unit)
 
     def _operator(self, place: int, after_value: bool) -> Lexeme:
         _, text, gap = self.tokens[place]
