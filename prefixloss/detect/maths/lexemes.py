@@ -244,7 +244,7 @@ class _Lexer:
         if word.lower() in _CLOCK or (len(word) < 4 and word[1:2] == "'"):  # 9 am, 3n'
             self.found.append(_OPAQUE)
             return place + 1
-        if word in _COPULAS and self._operand(place + 1):
+        if word in _COPULAS and self._operand(place + 1) and not (word == "are" and self._listed(place + 1)):
             self.found.append(Lexeme("relation", "is"))
             return place + 1
         if word == "of" and self._share():
@@ -263,6 +263,10 @@ class _Lexer:
             self._product(names)
             return place + 1
         return self._unit(place)
+
+    def _listed(self, place: int) -> bool:
+        """Whether a number stands here that is the first of several: "the digits of these are 1, 4, 9"."""
+        return self._at(place).kind == "number" and self._at(place + 1).text == "," and self._at(place + 2).gap
 
     def _share(self) -> bool:
         """Whether a percentage or a fraction stands before: "20% of", "1/2 of"."""
