@@ -136,3 +136,38 @@ def test_a_problem_s_letters_with_spaces_are_one_name() -> None:
     problem = r"Let $T=67$. Rectangles lie in the plane with $A F=\frac{4 T}{3}$."
     assert step(r"\[AF = \frac{268}{3} \approx 89.33\]", problem=problem) is None
     assert step(r"\[AF = \frac{286}{3} \approx 95.33\]", problem=problem) == 0
+
+
+LISTS = [
+    (
+        r"\(a\) can be 0, 3, or 6 (since \(0 \leq a \leq 8\)).",
+        r"\(a\) can be 0, 3, 6, or 9 (since \(0 \leq a \leq 8\)).",
+    ),
+    (r"\(a\) can be 1, 3, or 6 (since \(0 < a\)).", r"\(a\) can be 0, 3, or 6 (since \(0 < a\))."),
+    (
+        r"So \(A \neq 8\). Possible values for \(A\) are 2, 5.",
+        r"So \(A \neq 8\). Possible values for \(A\) are 2, 5, 8.",
+    ),
+    (r"As \(A \equiv 2 \pmod{3}\), \(A = 2, 5, 8\)", r"As \(A \equiv 2 \pmod{3}\), \(A = 2, 5, 7\)"),
+    (r"So \(n \le 1\) or \(n \ge 9\). Values of n are 0, 1, 9, 10.", r"So \(n \ge 9\). Values of n are 8, 9."),
+    (r"Here \(2a \le 8\). Values of a are 2, 9, 5.", r"Here \(a \le 8\). Values of a are 2, 9, 5."),
+    (r"Here \(a \le 8\). So. Now. Values of a are 2, 9, 5.", r"Here \(a \le 8\). So. Values of a are 2, 9, 5."),
+    (r"Here \(a < 3\). \(a = 1, 2, 3, \ldots\)", r"Here \(a < 3\). \(a = 1, 2, 3\)"),
+    (
+        r"The values of \( k \) that make \( k(10 - k) \) a perfect square are \( k = 1, 2, 8, 9 \).",
+        r"The values of \( k \) that make \( k(10 - k) \) a perfect square are \( k = 1, 2, 3, 9 \).",
+    ),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong"), LISTS)
+def test_listed_values_keep_what_the_sentence_says_of_them(right: str, wrong: str) -> None:
+    assert step("1 + 1 = 2", right) is None
+    assert step("1 + 1 = 2", wrong) == 1
+
+
+def test_a_congruence_with_the_word_modulo_and_a_list_are_read() -> None:
+    assert step("1 + 1 = 2", r"It is \(738 - 360 = 378 - 360 = 18\) modulo \(360\).") is None
+    assert step("1 + 1 = 2", r"It is \(738 - 360 = 378 - 360 = 19\) modulo \(360\).") == 1
+    assert step("1 + 1 = 2", r"So the last digits of \(3^2, (2*3)^2\) are 9, 6.") is None
+    assert step("1 + 1 = 2", r"So there are \(3^2, (2*3)^2\) are 9.") == 1

@@ -26,7 +26,6 @@ from prefixloss.detect.maths.claims import (
     modulus,
     rounding,
 )
-from prefixloss.detect.maths.clocks import wrong_time
 from prefixloss.detect.maths.confidence import ALL_RIGHT, Kind, confidence
 from prefixloss.detect.maths.derive import Said, beside, contradicts, defines, derives, restates
 from prefixloss.detect.maths.expressions import (
@@ -160,7 +159,7 @@ class _Response:
             self._chain(chain)
         if not reading.ends:
             self.last = None
-        if reason := wrong_statement(text) or wrong_time(text) or (self.sought and self.sought.wrong(text)):
+        if reason := wrong_statement(text) or (self.sought and self.sought.wrong(text)):
             raise WrongError(reason, "false")
         if self.task.expression:
             self._copies(reading, before)

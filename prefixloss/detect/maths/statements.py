@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 
 from prefixloss.detect.maths import amounts, divisors, final_digits, properties
+from prefixloss.detect.maths.clocks import wrong_time
+from prefixloss.detect.maths.listed import wrong_list
 from prefixloss.detect.maths.properties import DOUBT, MARKS, Rule
 
 MAX_CLAIMS = 40  # of a text, by each rule
@@ -22,13 +24,13 @@ _TAKES_BACK = re.compile(
 
 def wrong_statement(text: str) -> str | None:
     """The first claim that is false, as a reason; None if there is none."""
-    text = " ".join(MARKS.sub("", text).split())
+    flat = " ".join(MARKS.sub("", text).split())
     for rule in RULES:
-        for claim, _ in zip(rule.pattern.finditer(text), range(MAX_CLAIMS), strict=False):
-            begin = text.rfind(". ", 0, claim.start()) + 1
-            if not DOUBT.search(text[begin : claim.start()]) and not rule.is_true(claim):
+        for claim, _ in zip(rule.pattern.finditer(flat), range(MAX_CLAIMS), strict=False):
+            begin = flat.rfind(". ", 0, claim.start()) + 1
+            if not DOUBT.search(flat[begin : claim.start()]) and not rule.is_true(claim):
                 return f"{claim[0]} is false"
-    return None
+    return wrong_time(text) or wrong_list(text)
 
 
 def takes_back(text: str) -> bool:
