@@ -187,8 +187,8 @@ class _Response:
             or chain.tail in _MENTIONED_BEFORE
             or bool(_MENTIONED_BEHIND.intersection(chain.lead[-1:]))
         )
-        if (name := runs[0].name) and RESTARTS.intersection(chain.lead):
-            self.names.forget(name)
+        if len(runs[0].names) == 1 and RESTARTS.intersection(chain.lead):
+            self.names.forget(*runs[0].names)
         self.asserts = claims(chain.lead)
         for n in range(len(chain.relations)):
             try:
