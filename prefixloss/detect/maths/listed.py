@@ -16,6 +16,8 @@ from prefixloss.detect.maths.reader import read
 
 MAX_LINES = 200  # of a text
 MAX_VALUES = 30
+MAX_WINDOW = 400  # characters beside a list
+MAX_LISTS = 40  # of a line
 _INTEGER = r"-?\d{1,6}"
 _LIST = (
     rf"(?P<list>{_INTEGER}(?:(?:,? (?:and|or) |, ?){_INTEGER}){{1,{MAX_VALUES}}})"
@@ -34,7 +36,9 @@ _SIGN = r"(\\ne|\\le|\\ge|<|>)"
 _SIGNS = re.compile(r"\\(?:leqslant|leq)\b|\\(?:geqslant|geq)\b|\\neq\b|\u2264|\u2265|\u2260")
 _PLAIN = {"\\leqslant": "\\le", "\\leq": "\\le", "\u2264": "\\le ", "\\geqslant": "\\ge", "\\geq": "\\ge"}
 _PLAIN |= {"\u2265": "\\ge ", "\\neq": "\\ne", "\u2260": "\\ne "}
-_ALTERNATIVES = re.compile(r"\b(?:or|if|when|not|case|otherwise|unless)\b|\?")
+_ALTERNATIVES = re.compile(
+    r"\b(?:or|if|when|not|no|case|otherwise|unless|suppose|assume|impossible|cannot|contradict\w*|fails?|invalid)\b|\?"
+)
 _COMPARE: dict[str, Callable[[int, int], bool]] = {
     "\\ne": operator.ne,
     "\\le": operator.le,
@@ -49,10 +53,12 @@ def wrong_list(text: str) -> str | None:
     """The first listed value that the sentence's own conditions rule out, as a reason; None if there is none."""
     text = _SIGNS.sub(lambda sign: _PLAIN[sign[0]], MARKS.sub("", text))
     for line in (" ".join(line.split()) for line in text.split("\n")[:MAX_LINES]):
-        for found in _LISTED.finditer(line):
+        for found, _ in zip(_LISTED.finditer(line), range(MAX_LISTS), strict=False):
             name = found["of"] or found["can"] or found["equals"]
+            beside = line[: found.start()][-MAX_WINDOW:], line[found.end() :][:MAX_WINDOW]
+            conditions = list(_conditions(name, *beside))
             for number in map(int, re.findall(_INTEGER, found["list"])):
-                for condition, holds in _conditions(name, line[: found.start()], line[found.end() :]):
+                for condition, holds in conditions:
                     if not holds(number):
                         return f"{name} = {number} is ruled out by {condition}"
         if (made := _SQUARES.search(line)) and (wrong := _no_square(made)) is not None:

@@ -12,7 +12,6 @@ from prefixloss.detect.maths.properties import MARKS
 MAX_POINTS = 26
 _NUMBER = r"-?\d{1,6}(?:\.\d{1,6}|/[1-9]\d{0,5})?"
 _POINT = re.compile(rf"(?<![A-Za-z\\])([A-Z])\s?=?\s?\(\s?({_NUMBER})\s?,\s?({_NUMBER})\s?\)")
-_DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
 
 Points = Mapping[str, tuple[Rational, Rational]]
 
@@ -21,7 +20,9 @@ def given(problem: str) -> Points:
     """The points of a problem with their coordinates; those that have several are left out."""
     found: dict[str, tuple[Rational, Rational]] = {}
     several: set[str] = set()
-    text = MARKS.sub("", _DRAWING.sub("", problem)).replace("\\left", "").replace("\\right", "")
+    before, *drawings = problem.split("[asy]")
+    text = before + "".join(drawing.partition("[/asy]")[2] for drawing in drawings)
+    text = MARKS.sub("", text).replace("\\left", "").replace("\\right", "")
     for name, x, y in _POINT.findall(text)[:MAX_POINTS]:
         point = _number(x), _number(y)
         if found.setdefault(name, point) != point:
