@@ -26,7 +26,10 @@ SAID = [
     ("3 + 2^{12} has a units digit of 9", "3, 2^{12} has a units digit of 9"),
     ("The last digit of 3^4 is 7 times that", "The last digit of 3^4 is 7"),
     ("Either the last digit of 3^4 is 7 or 1.", "Now the last digit of 3^4 is 7."),
+    ("The last digit of 3^4 is 7 or 1.", "The last digit of 3^4 is 7, I see."),
+    ("The last two digits of 7^2 are 49.", "The last two digits of 7^2 are 9."),
     # which number divides which
+    (r"\(7 \mid 9 - 2\)", r"\(7 \mid 9 - 3\)"),
     (r"\(7 \mid 91\)", r"\(7 \mid 92\)"),
     (r"\(5 \nmid 3 + 1 = 4\)", r"\(4 \nmid 3 + 1 = 4\)"),
     ("So 8 does not divide 28.", "So 8 does not divide 24."),
@@ -47,6 +50,10 @@ SAID = [
     ("So, there are 30 multiples of 10 less than or equal to 300.", "So, there are 31 multiples of 10 less than 300."),
     ("There are 13 primes less than 42.", "There are 14 primes less than 42."),
     ("There are 10 perfect squares from 1 to 100.", "There are 12 perfect squares from 1 to 100."),
+    ("There are 9 perfect squares from 1 to 100.", "There are 11 perfect squares from 1 to 100."),
+    ("There are 50 even numbers from 1 to 100.", "There are 48 even numbers from 1 to 100."),
+    ("There are 4 primes up to 7.", "There are 4 primes less than 7."),
+    ("There are 31 multiples of 10 up to 300.", "There are 32 multiples of 10 up to 300."),
     ("There are 4 perfect cubes from 1 to 100.", "There are 5 perfect cubes from 1 to 100."),
     ("There are 50 odd numbers from 1 to 99.", "There are 47 odd numbers from 1 to 99."),
     ("There are 6 multiples of 7 up to 30 that are even.", "There are 6 multiples of 7 up to 30."),
@@ -63,6 +70,7 @@ SAID = [
     (r"0.971 \times 1.164231 \approx 1.1305", r"0.971 \times 1.164231 \approx 1.1358"),
     (r"0.971 \times 1.164231 \approx 1.14", r"0.971 \times 1.164231 \approx 1.15"),
     (r"\sqrt{2} \approx 1.4", r"\sqrt{2} \approx 1.422"),
+    (r"\sqrt{960000} \approx 985", r"\sqrt{960000} \approx 985.1"),
     (r"1999 \div 31 \approx 64.1613, which is not an integer", r"1999 \div 31 \approx 64.1613, which is not small"),
     # what is taken back
     (
@@ -95,6 +103,7 @@ SOLUTIONS = [
     (TWO, "(2, 3) and (3, 2) are solutions.", "(2, 3) and (3, 3) are solutions."),
     (TWO, "(1, 4) satisfies the first equation.", "(1, 4) satisfies the equations."),
     (TWO, "f(1, 4) and (2, 3) are solutions.", "(1, 4) and (2, 3) are solutions."),
+    ("One pair $(x, y)$ has $x + y = 5$.", "(1, 1) is a solution of a riddle.", "1 + 4 = 6"),
     ("Find the pairs $(x, y)$ such that $x + y = z$.", "(1, 4) is a solution.", "1 + 4 = 6"),
     ("Let $y = x^2$. Find the pairs $(x, y)$ such that it is odd.", "(2, 3) is a solution.", "1 + 4 = 6"),
 ]

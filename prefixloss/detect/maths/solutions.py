@@ -52,7 +52,7 @@ class Sought(NamedTuple):
 
     @classmethod
     def of(cls, problem: str, declared: Collection[str]) -> Sought | None:
-        """None where the problem does not seek solutions, or its equations have other names, too."""
+        """None where the problem does not seek solutions. An equation with other names rules nothing out."""
         if not _SEEKS.search(problem):
             return None
         found = _SOUGHT.search(MARKS.sub("", problem).replace("\\left", "").replace("\\right", ""))
@@ -61,9 +61,7 @@ class Sought(NamedTuple):
         used = set().union(*(names(side) for equation in equations for side in equation))
         if not order and len(used) == 1:
             order = tuple(used)
-        if not used or not used <= set(order):
-            return None
-        return cls(order, equations)
+        return cls(order, equations) if used and order else None
 
     def wrong(self, text: str) -> str | None:
         """The first stated solution in a step that is none, as a reason; None if there is none."""
