@@ -3,6 +3,7 @@
 import pytest
 
 from prefixloss.detect.maths.detector import Maths
+from prefixloss.detect.maths.systems import wrong_common_solution
 
 MATHS = Maths(seconds=60)
 
@@ -180,3 +181,26 @@ def test_a_congruence_with_the_word_modulo_and_a_list_are_read() -> None:
     assert step("1 + 1 = 2", r"It is \(738 - 360 = 378 - 360 = 19\) modulo \(360\).") == 1
     assert step("1 + 1 = 2", r"So the last digits of \(3^2, (2*3)^2\) are 9, 6.") is None
     assert step("1 + 1 = 2", r"So there are \(3^2, (2*3)^2\) are 9.") == 1
+
+
+SYSTEMS = [
+    ("and x - y = 1, x = 3, y = 2.", "and x - y = 1, x = 3, y = 1."),
+    ("and x = y: x = 2.5 and y = 2.5", "and x = y: x = 2 and y = 3"),
+    ("and x - y = 1 if x = 3, y = 1.", "and x - y = 1 so x = 3, y = 1."),
+    ("and x + y = z: x = 3, y = 1.", "and x + y = 4: x = 3, y = 1."),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong"), SYSTEMS)
+def test_a_common_solution_solves_the_equations_of_its_sentence(right: str, wrong: str) -> None:
+    again = ["Now x = 7 and y = 8.", "Next x = 9 and y = 7."]  # the names stand for several things
+    assert step(*again, f"Solving x + y = 5 {right}") is None
+    assert step(*again, f"Solving x + y = 5 {wrong}") == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["and x - y = 1 is short. x = 3, y = 1.", "alone: x = 3, y = 1.", "and 2x = y: x = 3."]
+)
+def test_equations_of_another_sentence_or_without_all_values_say_nothing(text: str) -> None:
+    assert wrong_common_solution(f"Solving x + y = 5 {text}", frozenset("xy")) is None
+    assert wrong_common_solution("Solving x + y = 5 and x - y = 1: x = 3, y = 1.", frozenset("xy"))

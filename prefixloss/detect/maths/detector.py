@@ -50,6 +50,7 @@ from prefixloss.detect.maths.reader import SUPPOSING, Chain, Reading, Run, read
 from prefixloss.detect.maths.scope import RESTARTS, Scopes
 from prefixloss.detect.maths.solutions import Sought
 from prefixloss.detect.maths.statements import takes_back, wrong_statement
+from prefixloss.detect.maths.systems import wrong_common_solution
 from prefixloss.detect.maths.task import Task, parts
 from prefixloss.detect.maths.text import MAX_TEXT, UnreadableError, words
 
@@ -159,7 +160,8 @@ class _Response:
             self._chain(chain)
         if not reading.ends:
             self.last = None
-        if reason := wrong_statement(text) or (self.sought and self.sought.wrong(text)):
+        solves = wrong_common_solution(text, self.declared) or (self.sought and self.sought.wrong(text))
+        if reason := wrong_statement(text) or solves:
             raise WrongError(reason, "false")
         if self.task.expression:
             self._copies(reading, before)
