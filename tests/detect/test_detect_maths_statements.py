@@ -199,7 +199,13 @@ def test_a_common_solution_solves_the_equations_of_its_sentence(right: str, wron
 
 
 @pytest.mark.parametrize(
-    "text", ["and x - y = 1 is short. x = 3, y = 1.", "alone: x = 3, y = 1.", "and 2x = y: x = 3."]
+    "text",
+    [
+        "and x - y = 1 is short. x = 3, y = 1.",
+        "alone: x = 3, y = 1.",
+        "and 2x = y: x = 3.",
+        "and 3x = 6: x = 3, y = 2.",
+    ],
 )
 def test_equations_of_another_sentence_or_without_all_values_say_nothing(text: str) -> None:
     assert wrong_common_solution(f"Solving x + y = 5 {text}", frozenset("xy")) is None

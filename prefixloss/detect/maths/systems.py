@@ -1,6 +1,6 @@
 """A common solution that a sentence states of the equations in it: "solving x + y = 5 and x - y = 1: x = 3, y = 1".
 
-Only equations between several names count: what is said of one name alone is the solution.
+Only equations between several names count: those in one name are cases, or the solution.
 """
 
 from __future__ import annotations
