@@ -23,20 +23,23 @@ from prefixloss.backends.columns import Shard
 from prefixloss.backends.tolerance import MARGIN, of_products, smallest_usable
 from prefixloss.backends.triton.chunks import Chunk, HeadChunks
 from prefixloss.config import LossConfig
+from prefixloss.maths.precision import storage_dtype
 
 # a dense product takes so many entries in the time of one by itself, which reads a row of the other matrix
 _DENSE = 250
 # of a chunk's rows, one in so many may have no room for their lists before all of them are multiplied
 _OVERFLOWS = 8
+# entries, of 16 bytes, that wait for those of other chunks
+_KEPT = 2**23
 
 
 class Lists(NamedTuple):
-    """What `launch_select` made: columns int32 and values float32 [n, CAPACITY], counts int32 [n], squares [2, n]."""
+    """What `launch_select` made: columns int32 and values float32 [n, CAPACITY], counts int32 [n], sums [3, n]."""
 
     columns: Tensor
     values: Tensor
     counts: Tensor
-    squares: Tensor
+    sums: Tensor
 
 
 class Chosen(NamedTuple):
@@ -54,6 +57,9 @@ class SparseProducts:
     def __init__(self, chunks: HeadChunks, tolerances: tuple[float, float]) -> None:
         self.chunks, self.tolerances = chunks, tolerances
         self.left: list[Tensor] = []  # a chunk and product each, [2]: the squares left out, and of all there is
+        self.mean_row: Tensor | None = None
+        self.few: list[tuple[Tensor, Tensor, Tensor]] = []  # for the head, by chunk: column, token, value [m]
+        self.kept = 0
 
     @classmethod
     def wanted(cls, chunks: HeadChunks, config: LossConfig, needs: list[bool], waits: bool) -> SparseProducts | None:
@@ -75,22 +81,23 @@ class SparseProducts:
         for_hidden, for_head = (chosen.get(t) for t in self.tolerances)
         for some in (for_hidden, for_head):
             if some is not None:
-                self.left.append(some.lists.squares.sum(1))
+                self.left.append(some.lists.sums[:2].sum(1))
         if for_hidden is not None and self.chunks.d_hidden is not None:
             out = self._hidden_gradient(for_hidden)
             for at, dense in self._overflow(for_hidden, problem, stats, coefficients):
                 out[at] = self.chunks.hidden_gradient(dense, len(at), None)
             self.chunks.put_summed(self.chunks.d_hidden, chunk.rows, out)
         if for_head is not None:
-            self._add_head_gradient(for_head, chunk.room.hidden)
+            self._keep(for_head, chunk.rows)
             for at, dense in self._overflow(for_head, problem, stats, coefficients):
                 self.chunks.add_head_gradient(dense, chunk.room.hidden[at], None)
         if for_hidden is None or for_head is None:
             rows.launch_gradient(problem, stats, coefficients, grads[: problem.rows], stats, splits)
             self.chunks.add_gradient(chunk, grads, for_hidden is None, for_head is None)
 
-    def left_out(self) -> Tensor:
-        """|dG| / |G|, the largest of the chunks and of the two products, 0-d."""
+    def finish(self) -> Tensor:
+        """Adds what waits to the head's gradient; |dG| / |G|, the largest of the chunks and of both products, 0-d."""
+        self._add_few(last=True)
         if not self.left:
             return torch.zeros((), device=self.chunks.device)
         left, of_all = torch.stack(self.left).unbind(1)
@@ -118,9 +125,16 @@ class SparseProducts:
         weight = self.chunks.head.weight
         out = torch.empty(len(chosen.lists.counts), weight.shape[1], device=weight.device)
         entries.launch_gather(*chosen.lists[:3], weight, out)
-        return out
+        return out.addmm_(chosen.lists.sums[2, :, None], self._mean_row())
 
-    def _add_head_gradient(self, chosen: Chosen, hidden: Tensor) -> None:
+    def _mean_row(self) -> Tensor:
+        """float32 [1, D]: of the head, in whose place the rows of left out entries are taken."""
+        if self.mean_row is None:
+            self.mean_row = self.chunks.head.weight.mean(0, keepdim=True, dtype=torch.float32)
+        return self.mean_row
+
+    def _keep(self, chosen: Chosen, tokens: Tensor) -> None:
+        """A chunk's entries wait for those of the others, up to a limit: the head's gradient is then made at once."""
         lists, count, _ = chosen
         if count == 0:
             return
@@ -128,11 +142,24 @@ class SparseProducts:
         at = torch.arange(count, device=lengths.device)
         row = torch.repeat_interleave(lengths, output_size=count)
         slot = at - (lengths.cumsum(0) - lengths)[row]
-        columns, order = torch.sort(lists.columns[row, slot], stable=True)
-        row, values = row[order], lists.values[row, slot][order]
+        self.few.append((lists.columns[row, slot], tokens[row], lists.values[row, slot]))
+        self.kept += count
+        if self.kept > _KEPT:
+            self._add_few(last=False)
+
+    def _add_few(self, last: bool) -> None:
+        """last: nothing comes behind it, so that a sum that has nothing in it needs no float32."""
+        if not self.few:
+            return
+        columns, token, values = (torch.cat(x) for x in zip(*self.few, strict=True))
+        self.few, self.kept = [], 0
+        columns, order = torch.sort(columns, stable=True)
         ends = torch.searchsorted(columns, columns, right=True)
-        for total, matrix in self.chunks.head_sums(hidden):
-            entries.launch_scatter(columns, ends, row, values, matrix, total.value)
+        hidden, weight, _ = self.chunks.head
+        for total, matrix in self.chunks.head_sums(hidden if hidden.stride(1) == 1 else hidden.contiguous()):
+            if last and total is self.chunks.d_weight and not total.begun:
+                total.put(torch.zeros(weight.shape, dtype=storage_dtype(weight.dtype), device=weight.device))
+            entries.launch_scatter(columns, ends, token[order], values[order], matrix, total.value)
 
     def _overflow(
         self, chosen: Chosen, problem: Problem, stats: Tensor, coefficients: Tensor
@@ -166,7 +193,7 @@ def _select(problem: Problem, stats: Tensor, coefficients: Tensor, budget: Tenso
         columns,
         stats.new_empty(shape),
         columns.new_empty(problem.rows),
-        stats.new_empty(2, problem.rows),
+        stats.new_empty(3, problem.rows),
     )
     entries.launch_select(problem, stats, coefficients, budget, *lists)
     return lists
