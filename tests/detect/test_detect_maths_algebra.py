@@ -74,18 +74,30 @@ def test_a_wrong_rewriting_is_accused_and_the_right_one_is_not(text: str, wrong:
     [
         "It is $x^2 + y^2$, and by the condition $x^2 + y^2 = 2xy + 1$.",  # an equation
         "It is $x^2 + y^2$. We know that $xy = x + y$. Simplifying, $x^2 + y^2 = x^2y^2 - 2x - 2y$.",  # by another
+        "It is $x^2 + y^2$. Here $x^2 + y^2 = 2xy + 1$.",
+        r"By the identity $\sqrt{x - 6} = x - 5$ for some.",  # it has too few values
+        "As $f(-x) = x^2 - ax$, $f(b) = b^2 + ab$.",
+        "Since $xy = x + y$, we have $k = (x + y)^2 = x^2y^2$.",
         "It is $5x + 10$. It can be written as an equation, $5x + 10 = 10x + 5$.",
         "It is $x^2 - 2x$. If it can be written as $x^2 - 2x = 3x$, then all is well.",
-        "The distances are $k = n^2 + 2 = (n - 2)^2 + m^2 = (n - 4)^2 + m^2$.",  # two sides of one shape
+        "We have $x^2 - 5x + 4 = 0$. It is $x^2 - 5x + 4 = (x - 1)^2 - 3(x - 1)$.",  # factors, or not
+        "We have $x^2 - 5x + 4 = 0$ and $x^2 - 5x + 4 = 2(x - 1)(x + 2)$ for others.",
+        "Comparing, $(x + a)(x + b) = x^2 + ax + bx + c$.",
+        "The distances are $k = (n - 2)^2 + m^2 = (n - 4)^2 + m^2$.",  # two sides of one shape
         "$b = a + c$ or, by expanding, $b = a - c$",
         "$k = a(c + 1)$. Combining both equations, $k = a(c + 2)$.",
+        "$x + 1 = 2a + b$ here. Multiplying it by a factor, $x + 1 = 3a + b$.",
+        "$ab + c = 7k$. Subtracting it from what is known, $ab + c - 1 = 9k - 1$.",
         r"Now $c = a\pi$. Multiplying by a factor, $c = 180$.",
-        "$f(x) = x + a$ for small $x$, $f(x) = 2x + a$ for others, and $f(b) = 2b + a$.",
+        "$f(x) = x + a$ for small $x$, $f(x) = 2x + a$ for others, and $f(b) = b + a$.",
         "If $f(x) = x + a$, then with another $f$ also $f(a) = a$.",
-        r"As $\ln(e - 1) = \ln e - y = 1 - y$, all is well.",
+        "Let $f(x) = x^3 + x$. We want $f(2) = 2a$, and $f(a) = 10$.",
+        r"As $k = \ln((e - 1)y) - \ln e = \ln(e - 1) + \ln y - 1$, all is well.",
+        "As $k = (1 + i)(1 - i) = 1 + 1 = 2i/i$, all is well.",
         r"Squaring both sides of $\sqrt{x + y} = x - 1$, $x + y = x^2 - 2x + 1$.",
         "$a - b - c = 4$ and $a - b + c = 4$",
-        "$a - b = 4$\n$a - b = -4$",  # two equations in two terms and a number
+        "$a - b = 4$\n$a - b = -4$",
+        "$2a = 4b$\n$3a = 5b$",
         r"In vectors, $\vec{a} = \vec{b} + \vec{c}$, expanded $\vec{a} = \vec{b} - \vec{c}$.",
     ],
 )
@@ -97,6 +109,15 @@ def test_what_was_said_in_the_problem_counts() -> None:
     text = "Factoring, $x^4 + x^2 + 1 = (x^2 + x + 1)(x^2 + x + 1)$."
     assert step(text, problem="Find all primes among the $x^4 + x^2 + 1$.") == 0
     assert step(text) is None
+
+
+def test_equations_in_one_name_may_be_cases() -> None:
+    assert step("First, take $x = 1$. First, take $x = 2$.", "$x^2 - 5x + 6 = 0$\n$-12 = 10x - 2x^2$") is None
+
+
+def test_the_next_step_may_go_on_with_something_else() -> None:
+    assert step(NAMES, "Now $b = a + c$", "From what we factored out before, $b = a - c$") is None
+    assert step(NAMES, "Now $b = a + c$", "Expanded, $b = a - c$") == 2
 
 
 @pytest.mark.parametrize(
@@ -112,6 +133,7 @@ def test_what_was_said_in_the_problem_counts() -> None:
         (r"\theta_1 + \theta_{1} + a_{n+1}", " Q_{1} +  Q_{1} +  Q_{0}"),
         ("xf(x)", "x Q_{0}"),
         (r"\sin(x", r"\sin(x"),
+        (r"\sin x!", r"\sin x!"),
         ("a(x) and x_1", "a(x) and x_1"),
     ],
 )

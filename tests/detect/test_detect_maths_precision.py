@@ -147,9 +147,9 @@ def test_an_answer_is_accused_only_if_it_stands_nowhere_before(steps: list[str],
 @pytest.mark.parametrize(
     ("steps", "sure", "unsure"),
     [
-        (["1 + 1 = 3"], 0.66, 0.32),
-        (["2x + 3 = 7", "x = 3"], 0.40, 0.25),
-        (["x^2 + x = 7, simplified: x^2 + x - 6 = 0"], 0.79, 0.62),
+        (["1 + 1 = 3"], 0.68, 0.40),
+        (["2x + 3 = 7", "x = 3"], 0.50, 0.23),
+        (["x^2 + x = 7, simplified: x^2 + x - 6 = 0"], 0.86, 0.68),
     ],
 )
 def test_confidence_is_the_measured_share_of_right_finds(steps: list[str], sure: float, unsure: float) -> None:

@@ -297,10 +297,10 @@ def test_a_detector_names_the_first_token_of_the_first_wrong_step() -> None:
 
 
 def test_a_find_below_the_threshold_splits_no_credit() -> None:
-    """WRONG's error is found with a confidence of 0.66. Below the threshold it is a wrong response without a known
+    """WRONG's error is found with a confidence of 0.68. Below the threshold it is a wrong response without a known
     first error: one advantage for all of its tokens, in every trainer that takes signed scores."""
     ids = [ord(c) for c in WRONG]
-    firsts = [token_loss.first_error_of(Characters(), ids, "", None, "maths", threshold=t) for t in (0.0, 0.66, 0.67)]
+    firsts = [token_loss.first_error_of(Characters(), ids, "", None, "maths", threshold=t) for t in (0.0, 0.68, 0.69)]
     assert firsts == [WRONG.index("Step 2"), WRONG.index("Step 2"), -1]
     scores = torch.tensor([token_loss.signed_score(False, first) for first in firsts] + [1.0])
     spread = token_loss.token_advantages(scores, torch.full((4,), len(ids)), [0] * 4)
