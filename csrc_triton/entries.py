@@ -61,17 +61,18 @@ def launch_select(
     columns: torch.Tensor,
     values: torch.Tensor,
     counts: torch.Tensor,
-    squares: torch.Tensor,
+    sums: torch.Tensor,
 ) -> None:
     """budget: 0-d, the squares that may leave a row. columns (int32) and values (float32) [rows, CAPACITY], of which
     the first counts [rows] (int32) are written, in the order of the columns; a count above CAPACITY says that there
-    were too many, or that the budget is not above 0. squares [2, rows]: what leaves, and all there is."""
+    were too many, or that the budget is not above 0. sums [3, rows]: the squares of what leaves, the squares of all
+    there is, and what leaves."""
     # half of what other kernels have in registers: the places of a block's entries are there too
     lanes, vector = max(32, problem.launch.lanes // 2), problem.launch.vector
     num_warps = min(problem.launch.num_warps, max(1, lanes // 64))
     select_kernel[(problem.rows,)](
         problem.matrix(problem.logits), problem.matrix(problem.ref), problem.tokens, stats, coefficients, budget,
-        columns, values, counts, squares, problem.count, problem.length, problem.vocabulary, problem.rows,
+        columns, values, counts, sums, problem.count, problem.length, problem.vocabulary, problem.rows,
         problem.transform, problem.work, columns.shape[1], lanes, vector, **options(num_warps),
     )  # fmt: skip
 
@@ -210,7 +211,7 @@ def list_block(grads, above, at, found, columns_row, values_row, ROOM: tl.conste
 @triton.jit
 def shorten_list(columns_row, values_row, found, rest, budget, ROOM: tl.constexpr):
     """The smallest entries of the list leave, as many as the budget allows beside the squares of the `rest`; how many
-    stay, and the squares of all that leaves."""
+    stay, the squares of all that leaves, and the sum of what leaves the list."""
     slots = tl.arange(0, ROOM)
     used = slots < found
     # what other threads have written
@@ -230,12 +231,13 @@ def shorten_list(columns_row, values_row, found, rest, budget, ROOM: tl.constexp
     place = tl.cumsum(stays, 0) - stays
     tl.store(columns_row + place, columns, mask=stays != 0)
     tl.store(values_row + place, values, mask=stays != 0)
-    return tl.sum(stays, 0), rest + tl.sum(tl.where(stays != 0, 0.0, squares), 0)
+    leaving = tl.where(stays != 0, 0.0, values)
+    return tl.sum(stays, 0), rest + tl.sum(leaving * leaving, 0), tl.sum(leaving, 0)
 
 
 @triton.jit(do_not_specialize=["count", "length", "rows"], do_not_specialize_on_alignment=PER_TOKEN)
 def select_kernel(
-    logits, ref, tokens, stats_ptr, coefficients_ptr, budget_ptr, columns_ptr, values_ptr, counts_ptr, squares_ptr,
+    logits, ref, tokens, stats_ptr, coefficients_ptr, budget_ptr, columns_ptr, values_ptr, counts_ptr, sums_ptr,
     count, length, vocabulary, rows, transform,
     WORK: tl.constexpr, ROOM: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -255,7 +257,7 @@ def select_kernel(
     entries = tl.zeros([], tl.float32) + vocabulary
     bound = tl.maximum(tl.minimum(budget / tail, root), root / tl.sqrt(entries))
     found = tl.where(live & (budget > 0), 0, tl.where(live, ROOM + 1, 0))
-    rest, whole = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+    rest, whole, small = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
     at = 0
     for _ in range(0, tl.cdiv(stop, LANES * VECTOR)):
         grads = load_gradient(
@@ -263,20 +265,23 @@ def select_kernel(
         )
         # NaN stays
         above = ((tl.abs(grads) < bound) == 0) | (block_columns(LANES, VECTOR) == target - at)
-        squares = grads * grads
-        rest += tl.sum(tl.where(above, 0.0, squares), 1)
-        whole += tl.sum(squares, 1)
+        low = tl.where(above, 0.0, grads)
+        rest += tl.sum(low * low, 1)
+        small += tl.sum(low, 1)
+        whole += tl.sum(grads * grads, 1)
         if tl.sum(tl.sum(above.to(tl.int32), 1), 0) > 0:
             found = list_block(grads, above, at, found, columns_row, values_row, ROOM, LANES, VECTOR)
         at += LANES * VECTOR
-    left = tl.sum(rest, 0)
+    left, left_sum = tl.sum(rest, 0), tl.sum(small, 0)
     if found > ROOM:
-        left = tl.full([], 0.0, tl.float32)
+        left, left_sum = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
     elif usable:
-        found, left = shorten_list(columns_row, values_row, found, left, budget, ROOM)
+        found, left, shortened = shorten_list(columns_row, values_row, found, left, budget, ROOM)
+        left_sum += shortened
     tl.store(counts_ptr + row, found)
-    tl.store(squares_ptr + row, left)
-    tl.store(squares_ptr + rows + row, tl.sum(whole, 0))
+    tl.store(sums_ptr + row, left)
+    tl.store(sums_ptr + rows + row, tl.sum(whole, 0))
+    tl.store(sums_ptr + 2 * rows + row, left_sum)
 
 
 @triton.jit

@@ -152,11 +152,11 @@ def chosen() -> list[Tensor]:
     stats, terms = torch.full((7, 5), 9.0), torch.full((6, 5), -0.0)
     rows.launch_rows(replace(problem, work=problem.work._replace(gradient=False)), stats, terms, logits, stats)
     EMULATOR.fenced += [logits[0], *(statistic[0] for statistic in stats)]
-    sizes, squares, counts = torch.full((2, 5), 9.0), torch.full((2, 5), 9.0), torch.full((5,), 9, dtype=torch.int32)
+    sizes, sums, counts = torch.full((2, 5), 9.0), torch.full((3, 5), 9.0), torch.full((5,), 9, dtype=torch.int32)
     columns, values = torch.full((5, 128), 9, dtype=torch.int32), random(5, 128, seed=4)
     entries.launch_measure(problem, stats, terms[3:], sizes)
-    entries.launch_select(problem, stats, terms[3:], torch.tensor(1.8e-5), columns, values, counts, squares)
-    return [sizes, columns, values, counts, squares]
+    entries.launch_select(problem, stats, terms[3:], torch.tensor(1.8e-5), columns, values, counts, sums)
+    return [sizes, columns, values, counts, sums]
 
 
 def apart(rows: int, width: int, seed: int) -> Tensor:

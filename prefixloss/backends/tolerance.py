@@ -17,11 +17,10 @@ its gradient as dG beside G, that of the hidden states twice as large with a voc
 been seen in a narrow model (D = 64) that is unsure of its tokens; where that matters, ask for less. With
 `row_tolerance`, which leaves out whole rows before their logits are made again, both bounds hold, each for its part.
 
-What is put in its place. In the hidden states' gradient backend="torch" adds, for each row, the sum of what was left
-out times the head's mean row, a product with one row. Where a head's rows share a direction the tail, which has one
+What is put in its place. In the hidden states' gradient the sum of what was left out of a row, times the head's mean
+row, is added: a product with one row. Where a head's rows share a direction the tail, which has one
 sign, adds up along it: with a shared part half as large as a row the error was 2.3e-3 without and 3.0e-4 with it, and
-3.0e-4 either way where there is none. For the head nothing of the kind paid (`bench/NOTES.md`). The kernels put nothing
-in its place.
+3.0e-4 either way where there is none. For the head nothing of the kind paid (`bench/NOTES.md`).
 
 What it costs. A gradient of the head has rows that are exactly 0: of tokens that were too improbable everywhere. An
 optimiser that divides by the gradient's size, as Adam does, would have moved these as far as any other row for the

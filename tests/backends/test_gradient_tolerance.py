@@ -25,9 +25,11 @@ from prefixloss.backends.columns import Columns
 from prefixloss.backends.tolerance import of_products, resolved
 from prefixloss.backends.torch import entries, rows
 from prefixloss.backends.torch.entries import Tolerance
+from prefixloss.backends.triton import sparse as triton_sparse
 
 V = 40
 BANNED = 7
+MEAN_ROW = rows.LinearRows._mean_row
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +42,10 @@ def never_dense(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def no_mean_row(self: rows.LinearRows) -> Tensor:
     return torch.zeros(1, self.weight.shape[1], dtype=self.dtype)
+
+
+def no_mean_row_of_kernels(self: triton_sparse.SparseProducts) -> Tensor:
+    return torch.zeros(1, self.chunks.head.weight.shape[1])
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -497,14 +503,16 @@ def test_a_bad_guess_is_made_good() -> None:
 
 
 @pytest.mark.parametrize("options", ["plain", "softcap", "exact KL"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("torch", torch.float64), ("torch", torch.bfloat16), ("triton", torch.float32)]
+)
 def test_what_the_heads_rows_have_in_common_is_not_lost(
-    options: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    options: str, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A row's left out entries stand for their sum times the head's mean row: all there is of a direction that all
     rows share."""
-    width, vocabulary = 16, 300
-    hidden = 4 * random(24, width, seed=5)
+    count, width, vocabulary = 12, 16, 300
+    hidden = 4 * random(count, width, seed=5)
     weight = random(vocabulary, width, seed=6) / 4 + 10 * random(1, width, seed=7)
     more = {"ref_hidden": hidden[None] + 0.1, "ref_lm_head_weight": weight} if options == "exact KL" else {}
 
@@ -512,16 +520,50 @@ def test_what_the_heads_rows_have_in_common_is_not_lost(
         of = leaf(hidden[None], dtype), weight.to(dtype)
         config = LossConfig(**OPTIONS[options], gradient_tolerance=tolerance)
         given = {name: x.to(dtype) for name, x in more.items()}
-        tokens = torch.arange(24)[None]
-        old = torch.full((1, 24), -3.0, dtype=dtype)
-        out = linear_prefix_loss(*of, tokens, torch.ones(1), old_logps=old, config=config, **given)  # type: ignore[arg-type]
+        tokens = torch.arange(count)[None]
+        old = torch.full((1, count), -3.0, dtype=dtype)
+        out = linear_prefix_loss(
+            *of,
+            tokens,
+            torch.ones(1),
+            old_logps=old,
+            config=config,
+            backend=backend,
+            **given,  # type: ignore[arg-type]
+        )
         out.loss.backward()
         assert (float(out.metrics["gradient_left_out"]) > 0) == (tolerance > 0)
         assert of[0].grad is not None
         return of[0].grad.double()
 
-    exact, plain = gradient(0.0), gradient(0.05)
-    monkeypatch.undo()
-    monkeypatch.setattr(entries, "_DENSE", 1)
-    monkeypatch.setattr(entries, "_LOOKED_AT", 1)
+    monkeypatch.setattr(triton_sparse, "_DENSE", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_sparse.SparseProducts, "_mean_row", no_mean_row_of_kernels)
+        exact, plain = gradient(0.0), gradient(0.05)
+    monkeypatch.setattr(rows.LinearRows, "_mean_row", MEAN_ROW)
     assert float((gradient(0.05) - exact).norm()) < 0.2 * float((plain - exact).norm())
+
+
+@pytest.mark.parametrize("tolerance", [1e-13, 1e-10, 1e-7])
+def test_a_small_bound_holds_beside_large_rows(tolerance: float) -> None:
+    """Sums over all rows have no digits for it."""
+    logits = -torch.linspace(0, 36, V, dtype=torch.float64) * torch.ones(64, 1)
+    tokens = torch.arange(64)[None] % V
+
+    def gradient(backend: str, tolerance: float) -> Tensor:
+        hidden, weight = leaf(logits, torch.float64), torch.eye(V, dtype=torch.float64)
+        config = LossConfig(objective="reinforce", gradient_tolerance=tolerance)
+        linear_prefix_loss(hidden[None], weight, tokens, torch.ones(1), config=config, backend=backend).loss.backward()
+        assert hidden.grad is not None
+        return hidden.grad
+
+    exact, got = gradient("reference", 0.0), gradient("torch", tolerance)
+    left = torch.where(got == 0, exact, 0.0).norm(dim=1)
+    assert 0 < float(left.max()) <= tolerance * float(exact.norm(dim=1).square().mean().sqrt())
+
+
+def test_all_of_a_chunk_may_be_left_out() -> None:
+    got = made("flat", LossConfig(gradient_tolerance=2.0, head_gradient_tolerance=2.0))
+    assert not got.hidden.any()
+    assert not got.bias.any()
+    assert got.left_out == pytest.approx(1.0)

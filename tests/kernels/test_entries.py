@@ -23,7 +23,7 @@ class Selected(NamedTuple):
     columns: Tensor
     values: Tensor
     counts: Tensor
-    squares: Tensor
+    sums: Tensor
     dense: Tensor
 
 
@@ -44,11 +44,11 @@ def select(problem: Problem, budget: float, room: int = 64, coefficients: Tensor
     count = problem.rows
     columns = on_device(torch.full((count, room), -7), torch.int32)
     values = on_device(torch.full((count, room), NAN))
-    counts, squares = on_device(torch.full((count,), -1), torch.int32), on_device(torch.full((2, count), NAN))
-    entries.launch_select(problem, stats, coefficients, on_device(budget), columns, values, counts, squares)
+    counts, sums = on_device(torch.full((count,), -1), torch.int32), on_device(torch.full((3, count), NAN))
+    entries.launch_select(problem, stats, coefficients, on_device(budget), columns, values, counts, sums)
     dense = torch.zeros_like(problem.logits)
     rows.launch_gradient(problem, stats, coefficients, dense, stats, 1)
-    return Selected(*(x.cpu() for x in (columns, values, counts, squares, dense)))
+    return Selected(*(x.cpu() for x in (columns, values, counts, sums, dense)))
 
 
 def kept(made: Selected, row: int) -> Tensor:
@@ -75,8 +75,10 @@ def test_what_leaves_a_row_is_the_smallest_and_all_that_the_budget_allows(config
             left = torch.where(stays == 0, of_all, 0.0).double()
             # of float32 sums over the row
             assert float(left.square().sum()) <= budget * (1 + 1e-5)
-            assert float(made.squares[0, row]) == pytest.approx(float(left.square().sum()), rel=1e-5, abs=1e-30)
-            assert float(made.squares[1, row]) == pytest.approx(float(of_all.double().square().sum()), rel=1e-5)
+            assert float(made.sums[0, row]) == pytest.approx(float(left.square().sum()), rel=1e-5, abs=1e-30)
+            assert float(made.sums[1, row]) == pytest.approx(float(of_all.double().square().sum()), rel=1e-5)
+            # each of V float32 terms may be off by a few units of its own
+            assert float(made.sums[2, row]) == pytest.approx(float(left.sum()), abs=1e-5 * float(left.abs().sum()))
             if int(made.counts[row]) > 0:
                 smallest = float(stays[stays != 0].abs().min())
                 assert float(left.abs().max()) <= smallest
@@ -95,7 +97,7 @@ def test_a_list_without_room_says_so_and_writes_nothing_behind_its_own() -> None
     problem = make(on_device(torch.stack([torch.zeros(300), 30.0 * (torch.arange(300) == 7)])), ids=[5, 9])
     made = select(problem, 1e-8, 16)
     assert int(made.counts[0]) > 16
-    assert float(made.squares[0, 0]) == 0  # all of it stays
+    assert made.sums[::2, 0].tolist() == [0.0, 0.0]  # all of it stays
     assert made.counts[1] == 2
     assert made.columns[1, :2].tolist() == [7, 9]
     assert made.columns[1, 2:].tolist() == [-7] * 14
@@ -105,7 +107,7 @@ def test_a_list_without_room_says_so_and_writes_nothing_behind_its_own() -> None
 def test_without_a_budget_every_list_is_too_long(budget: float) -> None:
     made = select(make(random_logits(2, 130)), budget)
     assert bool((made.counts > 64).all())
-    assert made.squares[0].tolist() == [0.0, 0.0]
+    assert made.sums[0].tolist() == made.sums[2].tolist() == [0.0, 0.0]
     assert bool((made.columns == -7).all())
 
 
@@ -123,7 +125,7 @@ def test_rows_without_coefficients_are_never_read_and_have_no_entries() -> None:
     made = select(problem, 1e-6, 256, coefficients)
     assert made.counts[:2].tolist() == [0, 0]
     assert int(made.counts[2]) > 0
-    assert made.squares[:, :2].tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert made.sums[:, :2].tolist() == [[0.0, 0.0]] * 3
 
 
 @pytest.mark.parametrize("config", [PLAIN, ALL], ids=name_of)

@@ -159,18 +159,18 @@ def _split(gradient: Tensor, budget: float) -> tuple[Tensor, Tensor, Tensor]:
 def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column, int64 [m], of what is set in mask [n, V], of which it is little; V is a multiple of 8."""
     row, word = mask.view(torch.int64).nonzero().unbind(1)
-    at, byte = mask.view(len(mask), -1, 8)[row, word].nonzero().unbind(1)
+    at, byte = mask.view(len(mask), mask.shape[1] // 8, 8)[row, word].nonzero().unbind(1)
     return row[at], word[at] * 8 + byte
 
 
 class _Sums(NamedTuple):
-    """Entries, and in the `order` of their rows and there of their sizes, the smallest first: their squares, and the
-    sums of these within a row, on top of the `rest` of it. float64 [m]; rest [n]."""
+    """Entries, and in the `order` of their rows and there of their sizes, the smallest first: their squares, float64
+    [m]; `first`: where each row of them begins, and the squares of the `rest` of it, [n]."""
 
     entries: Entries
     order: Tensor
     squares: Tensor
-    up_to: Tensor
+    first: Tensor
     rest: Tensor
 
     @classmethod
@@ -178,17 +178,17 @@ class _Sums(NamedTuple):
         # the bits of numbers that are not negative have their order, and whole numbers are sorted several times faster
         size = entries.value.abs().float().view(torch.int32)
         order = torch.sort(entries.row * 2**32 + size, stable=True).indices
-        squares = entries.value[order].double().square_()
-        up_to = squares.cumsum(0)
-        # the sums begin anew with each row
         first = torch.searchsorted(entries.row, torch.arange(len(rest), device=rest.device))
-        before = torch.nn.functional.pad(up_to, (1, 0))[first]
-        return cls(entries, order, squares, up_to + (rest - before)[entries.row], rest)
+        return cls(entries, order, entries.value[order].double().square_(), first, rest)
 
     def largest(self, budget: float) -> tuple[Entries, Tensor]:
         """Without the smallest entries of each row, as many as with the `rest` of the row stay within the budget; and
         the squares of all that is left out."""
-        leaves = self.up_to <= budget
+        # one above the budget stays in any case: within a sum over all rows it would cost the small ones their digits
+        leaves = self.squares <= budget
+        up_to = torch.where(leaves, self.squares, 0.0).cumsum(0)
+        before = torch.nn.functional.pad(up_to, (1, 0))[self.first]
+        leaves &= up_to + (self.rest - before)[self.entries.row] <= budget
         stays = torch.empty_like(leaves)
         stays[self.order] = ~leaves
         return self.entries.where(stays), self.rest.sum() + self.squares[leaves].sum()

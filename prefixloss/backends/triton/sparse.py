@@ -31,12 +31,12 @@ _OVERFLOWS = 8
 
 
 class Lists(NamedTuple):
-    """What `launch_select` made: columns int32 and values float32 [n, CAPACITY], counts int32 [n], squares [2, n]."""
+    """What `launch_select` made: columns int32 and values float32 [n, CAPACITY], counts int32 [n], sums [3, n]."""
 
     columns: Tensor
     values: Tensor
     counts: Tensor
-    squares: Tensor
+    sums: Tensor
 
 
 class Chosen(NamedTuple):
@@ -54,6 +54,7 @@ class SparseProducts:
     def __init__(self, chunks: HeadChunks, tolerances: tuple[float, float]) -> None:
         self.chunks, self.tolerances = chunks, tolerances
         self.left: list[Tensor] = []  # a chunk and product each, [2]: the squares left out, and of all there is
+        self.mean_row: Tensor | None = None
 
     @classmethod
     def wanted(cls, chunks: HeadChunks, config: LossConfig, needs: list[bool], waits: bool) -> SparseProducts | None:
@@ -75,7 +76,7 @@ class SparseProducts:
         for_hidden, for_head = (chosen.get(t) for t in self.tolerances)
         for some in (for_hidden, for_head):
             if some is not None:
-                self.left.append(some.lists.squares.sum(1))
+                self.left.append(some.lists.sums[:2].sum(1))
         if for_hidden is not None and self.chunks.d_hidden is not None:
             out = self._hidden_gradient(for_hidden)
             for at, dense in self._overflow(for_hidden, problem, stats, coefficients):
@@ -118,7 +119,13 @@ class SparseProducts:
         weight = self.chunks.head.weight
         out = torch.empty(len(chosen.lists.counts), weight.shape[1], device=weight.device)
         entries.launch_gather(*chosen.lists[:3], weight, out)
-        return out
+        return out.addmm_(chosen.lists.sums[2, :, None], self._mean_row())
+
+    def _mean_row(self) -> Tensor:
+        """float32 [1, D]: of the head, in whose place the rows of left out entries are taken."""
+        if self.mean_row is None:
+            self.mean_row = self.chunks.head.weight.mean(0, keepdim=True, dtype=torch.float32)
+        return self.mean_row
 
     def _add_head_gradient(self, chosen: Chosen, hidden: Tensor) -> None:
         lists, count, _ = chosen
@@ -166,7 +173,7 @@ def _select(problem: Problem, stats: Tensor, coefficients: Tensor, budget: Tenso
         columns,
         stats.new_empty(shape),
         columns.new_empty(problem.rows),
-        stats.new_empty(2, problem.rows),
+        stats.new_empty(3, problem.rows),
     )
     entries.launch_select(problem, stats, coefficients, budget, *lists)
     return lists
