@@ -99,7 +99,7 @@ def launch_scatter(
     matrix: torch.Tensor,
     total: torch.Tensor,
 ) -> None:
-    """total [V, D], float32 += the entries' values times their rows of matrix [n, D].
+    """total [V, D] += the entries' values times their rows of matrix [n, D], summed in float32 and rounded once.
 
     The entries [m] are in the order of their columns; ends: where the entries of the same column end."""
     width = total.shape[1]
@@ -314,7 +314,7 @@ def scatter_kernel(
     if before != column:
         cols = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         at_total = total_ptr + column * total_per_row + cols
-        total = tl.load(at_total, mask=cols < width, other=0.0)
+        total = tl.load(at_total, mask=cols < width, other=0.0).to(tl.float32)
         for at in range(first, tl.load(ends_ptr + first).to(tl.int32)):
             row = tl.load(rows_ptr + at).to(tl.int64)
             part = tl.load(matrix_ptr + row * per_row + cols, mask=cols < width, other=0.0)

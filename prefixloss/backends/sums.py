@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,12 @@ class Sum:
     """Of products [n, V].T @ [n, D]: [V, D], in dtype."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self._room = memory.empty(shape, dtype, device)
+        self.shape, self.dtype, self.device = shape, dtype, device
         self.begun = False
+
+    @cached_property
+    def _room(self) -> Tensor:
+        return memory.empty(self.shape, self.dtype, self.device)
 
     @property
     def value(self) -> Tensor:
@@ -22,6 +28,10 @@ class Sum:
             self._room.zero_()
             self.begun = True
         return self._room
+
+    def put(self, made: Tensor) -> None:
+        """What was made at once, and may have a dtype of its own, is all there is."""
+        self._room, self.begun = made, True
 
     def add_product(self, a: Tensor, b: Tensor, alpha: float) -> None:
         """alpha * a [V, n] @ b [n, D], all of the sum's dtype."""

@@ -20,6 +20,7 @@ from test_gradient_tolerance import (
     leaves,
     made,
     no_mean_row_of_kernels,
+    random,
     rows_of,
 )  # fmt: skip
 from torch import Tensor
@@ -142,6 +143,36 @@ def test_chunks_are_measured_by_themselves_and_results_do_not_change(monkeypatch
     left = torch.where(mine[0].grad == 0, exact, 0.0)
     for part, of_all in zip(left, exact, strict=True):
         assert float(part.norm(dim=1).max()) <= 0.05 * float(of_all.norm(dim=1).square().mean().sqrt()) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("kept", [0, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_heads_gradient_is_made_of_all_chunks_at_once(
+    kept: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to a limit, and then without a float32 sum, also beside a bias and hidden states that lie by columns."""
+    totals: list[torch.dtype] = []
+    launch = entries.launch_scatter
+    monkeypatch.setattr(entries, "launch_scatter", lambda *of: (totals.append(of[-1].dtype), launch(*of)))
+
+    def gradient(backend: str, options: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
+        logits, weight = leaves()
+        hidden, of = logits.detach()[0].T.contiguous().T[None].to(dtype), leaf(weight, dtype)
+        bias = leaf(random(V, seed=4), torch.float32 if backend == "triton" else dtype)
+        config = LossConfig(chunk_tokens=2, **options)
+        arguments = TOKENS[:1], ADVANTAGES[:1].to(bias.dtype)
+        linear_prefix_loss(hidden, of, *arguments, lm_head_bias=bias, config=config, backend=backend).loss.backward()
+        assert of.grad is not None
+        assert bias.grad is not None
+        return [of.grad.double(), bias.grad.double()]
+
+    monkeypatch.setattr(sparse, "_KEPT", kept)
+    tolerances = {"gradient_tolerance": 0.0, "head_gradient_tolerance": 1e-4}
+    want, got = gradient("reference", {}, torch.float64), gradient("triton", tolerances, dtype)
+    for x, y in zip(got, want, strict=True):
+        # inputs and the result are rounded; 1e-4 of the logits' gradient is left out
+        assert float((x - y).norm()) <= (1e-3 + 4 * torch.finfo(dtype).eps) * float(y.norm())
+    assert totals == ([torch.float32] * 4 if kept == 0 else [dtype, torch.float32])
 
 
 def test_where_nothing_may_wait_nothing_is_left_out() -> None:

@@ -399,6 +399,14 @@ ADVERSARIAL = {
     "nested powers": "((((x^8)^8)^8)^8)^8 = 1, (a+b+c+d+f+1)^8 = a",
     "boxes": "\\boxed{" * 2_500,
     "answers": "the answer is " * 1_300,
+    "drawings": "[asy] " * 3_000,
+    "lists": "a can be " + "1, 2 and " * 2_000,
+    "listed values": "a < 3 and a = 1, 2 " * 1_000,
+    "squares": "values of k for which " * 900,
+    "amounts": "there are 3 primes from 1 to " * 650,
+    "last digits": "7^{999999999} ends in 3 " * 800,
+    "divisors": "3 \\mid " * 2_500,
+    "pairs": "find pairs of " * 700 + "(a, b) such that a + b = 3 " + "(1, 1) " * 700,
     "control characters": "\x00\ud800\u202e" * 5_000,
 }
 

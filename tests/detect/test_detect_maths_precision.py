@@ -164,3 +164,9 @@ def test_in_the_calculation_of_an_expression_finds_are_nearly_always_right() -> 
     bare, asked = (MATHS.detect(problem, steps) for problem in ("(7+5)*3-4=?", "What is (7+5)*3-4?"))
     assert bare.step == asked.step == 1
     assert bare.confidence > 0.9 > asked.confidence
+
+
+def test_a_name_that_is_set_in_an_equation_begins_a_new_life() -> None:
+    pytest.importorskip("sympy")
+    assert step("It is 400N = 4800.", "We set 225N = 4800.", "Hence N = 21.33.") is None
+    assert step("It is 400N = 4800.", "We use 225N = 4800.", "Hence N = 21.33.") == 2

@@ -124,7 +124,7 @@ def fused_loss(
                 if not known:
                     rows.launch_gradient(problem, stats, terms[3:], grads[: problem.rows], scales, splits)
                 chunks.add_gradient(chunk, grads)
-        return chunks, given.new_zeros(()) if sparse is None else sparse.left_out()
+        return chunks, given.new_zeros(()) if sparse is None else sparse.finish()
 
     if most >= 0:
         which = Wanted.where(flags != 0, most)
@@ -181,8 +181,9 @@ def gradient_of(
             continue
         rows.launch_gradient(problem, stats, coefficients, grads[: problem.rows], scales, splits)
         chunks.add_gradient(chunk, grads)
+    left_out = stats.new_zeros(()) if sparse is None else sparse.finish()
     d_hidden, d_weight, d_bias = (_or(g, head.hidden.new_empty(0)) for g in chunks.gradients())
-    return d_hidden, d_weight, d_bias, stats.new_zeros(()) if sparse is None else sparse.left_out()
+    return d_hidden, d_weight, d_bias, left_out
 
 
 @linear_gradient.register_fake

@@ -23,11 +23,14 @@ from prefixloss.backends.columns import Shard
 from prefixloss.backends.tolerance import MARGIN, of_products, smallest_usable
 from prefixloss.backends.triton.chunks import Chunk, HeadChunks
 from prefixloss.config import LossConfig
+from prefixloss.maths.precision import storage_dtype
 
 # a dense product takes so many entries in the time of one by itself, which reads a row of the other matrix
 _DENSE = 250
 # of a chunk's rows, one in so many may have no room for their lists before all of them are multiplied
 _OVERFLOWS = 8
+# entries, of 16 bytes, that wait for those of other chunks
+_KEPT = 2**23
 
 
 class Lists(NamedTuple):
@@ -55,6 +58,8 @@ class SparseProducts:
         self.chunks, self.tolerances = chunks, tolerances
         self.left: list[Tensor] = []  # a chunk and product each, [2]: the squares left out, and of all there is
         self.mean_row: Tensor | None = None
+        self.few: list[tuple[Tensor, Tensor, Tensor]] = []  # for the head, by chunk: column, token, value [m]
+        self.kept = 0
 
     @classmethod
     def wanted(cls, chunks: HeadChunks, config: LossConfig, needs: list[bool], waits: bool) -> SparseProducts | None:
@@ -83,15 +88,16 @@ class SparseProducts:
                 out[at] = self.chunks.hidden_gradient(dense, len(at), None)
             self.chunks.put_summed(self.chunks.d_hidden, chunk.rows, out)
         if for_head is not None:
-            self._add_head_gradient(for_head, chunk.room.hidden)
+            self._keep(for_head, chunk.rows)
             for at, dense in self._overflow(for_head, problem, stats, coefficients):
                 self.chunks.add_head_gradient(dense, chunk.room.hidden[at], None)
         if for_hidden is None or for_head is None:
             rows.launch_gradient(problem, stats, coefficients, grads[: problem.rows], stats, splits)
             self.chunks.add_gradient(chunk, grads, for_hidden is None, for_head is None)
 
-    def left_out(self) -> Tensor:
-        """|dG| / |G|, the largest of the chunks and of the two products, 0-d."""
+    def finish(self) -> Tensor:
+        """Adds what waits to the head's gradient; |dG| / |G|, the largest of the chunks and of both products, 0-d."""
+        self._add_few(last=True)
         if not self.left:
             return torch.zeros((), device=self.chunks.device)
         left, of_all = torch.stack(self.left).unbind(1)
@@ -127,7 +133,8 @@ class SparseProducts:
             self.mean_row = self.chunks.head.weight.mean(0, keepdim=True, dtype=torch.float32)
         return self.mean_row
 
-    def _add_head_gradient(self, chosen: Chosen, hidden: Tensor) -> None:
+    def _keep(self, chosen: Chosen, tokens: Tensor) -> None:
+        """A chunk's entries wait for those of the others, up to a limit: the head's gradient is then made at once."""
         lists, count, _ = chosen
         if count == 0:
             return
@@ -135,11 +142,24 @@ class SparseProducts:
         at = torch.arange(count, device=lengths.device)
         row = torch.repeat_interleave(lengths, output_size=count)
         slot = at - (lengths.cumsum(0) - lengths)[row]
-        columns, order = torch.sort(lists.columns[row, slot], stable=True)
-        row, values = row[order], lists.values[row, slot][order]
+        self.few.append((lists.columns[row, slot], tokens[row], lists.values[row, slot]))
+        self.kept += count
+        if self.kept > _KEPT:
+            self._add_few(last=False)
+
+    def _add_few(self, last: bool) -> None:
+        """last: nothing comes behind it, so that a sum that has nothing in it needs no float32."""
+        if not self.few:
+            return
+        columns, token, values = (torch.cat(x) for x in zip(*self.few, strict=True))
+        self.few, self.kept = [], 0
+        columns, order = torch.sort(columns, stable=True)
         ends = torch.searchsorted(columns, columns, right=True)
-        for total, matrix in self.chunks.head_sums(hidden):
-            entries.launch_scatter(columns, ends, row, values, matrix, total.value)
+        hidden, weight, _ = self.chunks.head
+        for total, matrix in self.chunks.head_sums(hidden if hidden.stride(1) == 1 else hidden.contiguous()):
+            if last and total is self.chunks.d_weight and not total.begun:
+                total.put(torch.zeros(weight.shape, dtype=storage_dtype(weight.dtype), device=weight.device))
+            entries.launch_scatter(columns, ends, token[order], values[order], matrix, total.value)
 
     def _overflow(
         self, chosen: Chosen, problem: Problem, stats: Tensor, coefficients: Tensor

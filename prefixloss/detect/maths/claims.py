@@ -20,6 +20,8 @@ from prefixloss.detect.maths.expressions import (
 from prefixloss.detect.maths.reader import Run
 from prefixloss.detect.maths.text import words
 
+MANY_DIGITS = 4
+ROUGHLY, CLOSELY = 100, 250  # "about 12" may be one part of so many off, "about 12.34" of so many
 CONGRUENT = "\\equiv"
 EQUALITIES = frozenset(("=", "is", "~="))
 _ORDERS: dict[str, Callable[[Rational, Rational], bool]] = {
@@ -46,7 +48,8 @@ def holds(left: Run, right: Run, relation: str, values: Mapping[str, Rational], 
 
     bases: what a percentage on its own may be a share of. NoValueError where a side has no value.
     """
-    allowed = max(rounding(left, relation), rounding(right, relation))
+    rounded = [run for run in (left, right) if run.places is not None] if relation == "~=" else []
+    allowed = max(rounding(run, relation) for run in rounded or (left, right))
     try:
         if any(_true(a, b, relation, values, allowed) for a, b in readings(left, right)):
             return True
@@ -95,7 +98,8 @@ def rounding(run: Run, relation: str = "=") -> Fraction:
     """How far a value may be from the number that a run is, by the digits it is written with.
 
     Half a unit of the last decimal (of a percentage: of the last digit); other integers are exact. For "about equal" a
-    whole unit of the last decimal, half a unit of the last digit that is not 0 of an integer, or 1 %.
+    whole unit of the last decimal, half a unit of the last digit that is not 0 of an integer, or 1 %; 0.4 % where
+    `MANY_DIGITS` are written.
     """
     if run.places is None:
         return abs(Fraction(value(run.expression, {}))) / 100 if relation == "~=" and not run.names else Fraction(0)
@@ -106,7 +110,8 @@ def rounding(run: Run, relation: str = "=") -> Fraction:
     number = magnitude(evaluate(run.expression, {}))
     while number and not run.places and number % (unit * 10) == 0:
         unit *= 10
-    return max(unit / 2 if unit > 1 else unit, Fraction(number) / 100)
+    share = ROUGHLY if number < unit * 10 ** (MANY_DIGITS - 1) else CLOSELY
+    return max(unit / 2 if unit > 1 else unit, Fraction(number) / share)
 
 
 def readings(left: Run, right: Run) -> Iterator[tuple[Expression, Expression]]:
@@ -147,7 +152,8 @@ def describes(lead: Sequence[str], between: Sequence[str], left: Run, right: Run
     """
     if "than" in lead or (lead[-1:] == ("and",) and _OF_BOTH.intersection(between)):
         return True  # "the smallest integer greater than or equal to 7/2 is 4", "the multiple of 3! and 4! is 24"
-    if _APPLIED.intersection(lead[-2:]) or (_LINKING.intersection(lead[-1:]) and not _WHOLE.intersection(lead[-2:])):
+    applied = lead[-2:] if lead[-1:] == ("of",) else lead[-1:]
+    if _APPLIED.intersection(applied) or (_LINKING.intersection(lead[-1:]) and not _WHOLE.intersection(lead[-2:])):
         return True  # "the square root of 16 + 9 is 5", "the last digit of 2^4 is 6", "the next after 9 * 8 is 9 * 9"
     calculates = not is_number(right.expression)
     if _is_share(left) and not _is_share(right) and (right.worded or calculates):

@@ -26,7 +26,6 @@ from prefixloss.detect.maths.claims import (
     modulus,
     rounding,
 )
-from prefixloss.detect.maths.clocks import wrong_time
 from prefixloss.detect.maths.confidence import ALL_RIGHT, Kind, confidence
 from prefixloss.detect.maths.derive import Said, beside, contradicts, defines, derives, restates
 from prefixloss.detect.maths.expressions import (
@@ -46,9 +45,12 @@ from prefixloss.detect.maths.expressions import (
 from prefixloss.detect.maths.identities import misses
 from prefixloss.detect.maths.lexemes import declared
 from prefixloss.detect.maths.names import Names, gaps
-from prefixloss.detect.maths.properties import wrong_property
+from prefixloss.detect.maths.points import given, length
 from prefixloss.detect.maths.reader import SUPPOSING, Chain, Reading, Run, read
 from prefixloss.detect.maths.scope import RESTARTS, Scopes
+from prefixloss.detect.maths.solutions import Sought
+from prefixloss.detect.maths.statements import takes_back, wrong_statement
+from prefixloss.detect.maths.systems import wrong_common_solution
 from prefixloss.detect.maths.task import Task, parts
 from prefixloss.detect.maths.text import MAX_TEXT, UnreadableError, words
 
@@ -92,7 +94,9 @@ class Maths(Detector):
             try:
                 response.check(k, step)
             except WrongError as wrong:
-                return response.found(k, wrong.reason, wrong.kind)
+                if not takes_back(step):
+                    return response.found(k, wrong.reason, wrong.kind)
+                response.unread.setdefault(k, "a claim that is taken back")
         if answer is None and self.solve and response.task.value is not None:
             answer = str(response.task.value)
         return response.judge(answer)
@@ -112,6 +116,8 @@ class _Response:
         self.strict_numbers = strict_numbers
         self.declared = declared("\n".join((problem, *steps)))
         self.task = Task.of(problem, self.declared)
+        self.sought = Sought.of(problem, self.declared)
+        self.points = given(problem)
         self.bare = self.task.expression is not None and not any(map(str.isalpha, problem))
         self.names = Names(self.task.equations)
         self.known = {*self.task.numbers, *_COMMON}  # numbers that have an origin
@@ -150,10 +156,12 @@ class _Response:
         before = frozenset(self.names.values)
         for chain in reading.chains:
             self._origin(chain)
+            self._length(chain)
             self._chain(chain)
         if not reading.ends:
             self.last = None
-        if reason := wrong_property(text) or wrong_time(text):
+        solves = wrong_common_solution(text, self.declared) or (self.sought and self.sought.wrong(text))
+        if reason := wrong_statement(text) or solves:
             raise WrongError(reason, "false")
         if self.task.expression:
             self._copies(reading, before)
@@ -181,8 +189,8 @@ class _Response:
             or chain.tail in _MENTIONED_BEFORE
             or bool(_MENTIONED_BEHIND.intersection(chain.lead[-1:]))
         )
-        if (name := runs[0].name) and RESTARTS.intersection(chain.lead):
-            self.names.forget(name)
+        if len(runs[0].names) == 1 and RESTARTS.intersection(chain.lead):
+            self.names.forget(*runs[0].names)
         self.asserts = claims(chain.lead)
         for n in range(len(chain.relations)):
             try:
@@ -222,6 +230,16 @@ class _Response:
             self._right(right)
         else:
             raise WrongError(self._false(left, right, relation), "false")
+
+    def _length(self, chain: Chain) -> None:
+        """A length between two points of the problem: what it is said to be is compared with their distance."""
+        distance = length(chain.runs[0].name or "", self.points)
+        for run, relation in zip(chain.runs[1:], chain.relations, strict=True):
+            if distance is None or chain.supposed or relation not in EQUALITIES or run.names or run.partial:
+                return
+            said = chain.runs[0]._replace(expression=distance, names=frozenset())
+            if not holds(said, run, relation, {}):
+                raise WrongError(self._false(said, run, relation), "false")
 
     def _whole_numbers(self, chain: Chain, n: int) -> None:
         """A quotient with a remainder, or a congruence."""

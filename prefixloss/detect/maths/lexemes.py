@@ -39,6 +39,7 @@ _DECLARED = re.compile(
     r"(?<![A-Za-z\\\d])(?<!\d )([A-Za-z](?:_\w)?|[A-Z]{2,3})(?=\s?=)|\b(?:[Ll]et|where|call)\s{1,9}\$?([A-Za-z])\b"
     r"|(?:\$|\\\()\s?([A-Za-z])\s?(?:\$|\\\))|(?<![A-Za-z\\])([xyz])\s?\^"
 )
+_PERIOD = re.compile(r"\..*(\d)\1\Z")  # 0.0013888... goes on as it ends
 _CALLED = re.compile(r"(?<![A-Za-z\\\d)])([A-Za-z])\((?:-?\d{1,9}|[a-z])\)\s?=")  # f(x) =, S(3) =
 
 
@@ -169,7 +170,11 @@ class _Lexer:
         if digits.isdigit() and not exponent:
             return Lexeme("value", int(digits), 0, unit)
         places = len(digits.partition(".")[2]) - text.endswith("...")  # 0.666... is cut off, not rounded
-        return Lexeme("value", Fraction(f"{digits}e{exponent or 0}"), max(places, 0), unit)
+        number = Fraction(f"{digits}e{exponent or 0}")
+        if text.endswith("...") and (period := _PERIOD.search(digits)):
+            number += Fraction(int(period[1]), 9 * 10 ** len(digits.partition(".")[2]))
+            places = 0
+        return Lexeme("value", number, max(places, 0), unit)
 
     def _operator(self, place: int, after_value: bool) -> Lexeme:
         _, text, gap = self.tokens[place]
@@ -239,7 +244,7 @@ class _Lexer:
         if word.lower() in _CLOCK or (len(word) < 4 and word[1:2] == "'"):  # 9 am, 3n'
             self.found.append(_OPAQUE)
             return place + 1
-        if word in _COPULAS and self._operand(place + 1):
+        if word in _COPULAS and self._operand(place + 1) and not (word == "are" and self._listed(place + 1)):
             self.found.append(Lexeme("relation", "is"))
             return place + 1
         if word == "of" and self._share():
@@ -258,6 +263,10 @@ class _Lexer:
             self._product(names)
             return place + 1
         return self._unit(place)
+
+    def _listed(self, place: int) -> bool:
+        """Whether a number stands here that is the first of several: "the digits of these are 1, 4, 9"."""
+        return self._at(place).kind == "number" and self._at(place + 1).text == "," and self._at(place + 2).gap
 
     def _share(self) -> bool:
         """Whether a percentage or a fraction stands before: "20% of", "1/2 of"."""

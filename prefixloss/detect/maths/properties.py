@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
-MAX_CLAIMS = 40  # of a text
 MARKS = re.compile(r"\\?\$|\\[()\[\]]")
+DOUBT = re.compile(r"\b(?:if|whether|suppose|assume|neither|nor|unless|either|or|when|false|all)\b|\?", re.IGNORECASE)
 _CLAIM = re.compile(
     r"(?:(?<=\A)|(?<=[,.:;=]\s)|(?<=\bsince\s)|(?<=\bbut\s)|(?<=\bso\s)|(?<=\bthat\s)|(?<=\band\s)|(?<=\bbecause\s)"
     r"|(?<=\bthus\s)|(?<=\bnumber\s))(?P<number>\d{1,9}) is (?P<no>not )?(?:also |evenly |itself )?"
@@ -14,17 +16,17 @@ _CLAIM = re.compile(
     r"|(?:a )?(?:(?P<prime>prime)(?: number)?|(?P<square>perfect square))(?! (?:factor|divisor|power|to|if|only)))",
     re.IGNORECASE,
 )
-DOUBT = re.compile(r"\b(?:if|whether|suppose|assume|neither|nor|unless|either|or|when|false|all)\b|\?", re.IGNORECASE)
 
 
-def wrong_property(text: str) -> str | None:
-    """The first such claim that is false, as a reason; None if there is none."""
-    text = " ".join(MARKS.sub("", text).split())
-    for claim, _ in zip(_CLAIM.finditer(text), range(MAX_CLAIMS), strict=False):
-        begin = text.rfind(". ", 0, claim.start()) + 1
-        if not DOUBT.search(text[begin : claim.start()]) and not _is_true(claim):
-            return f"{claim[0]} is false"
-    return None
+class Rule(NamedTuple):
+    """A claim's pattern, and whether a match of it is true; in doubt it is."""
+
+    pattern: re.Pattern[str]
+    is_true: Callable[[re.Match[str]], bool]
+
+
+def is_prime(number: int) -> bool:
+    return number > 1 and all(number % factor for factor in range(2, math.isqrt(number) + 1))
 
 
 def _is_true(claim: re.Match[str]) -> bool:
@@ -32,7 +34,10 @@ def _is_true(claim: re.Match[str]) -> bool:
     if claim["by"]:
         has = int(claim["by"]) > 0 and number % int(claim["by"]) == 0
     elif claim["prime"]:
-        has = number > 1 and all(number % factor for factor in range(2, math.isqrt(number) + 1))
+        has = is_prime(number)
     else:
         has = math.isqrt(number) ** 2 == number
     return has != bool(claim["no"])
+
+
+RULES = (Rule(_CLAIM, _is_true),)

@@ -162,6 +162,7 @@ class _Parser:
         return tuple(self.output)
 
 
+_WHOLE = words("integer whole")
 _SENTENCE_ENDS = frozenset(".?!\n")
 _STARTS = frozenset(("value", "name", "open", "prefix", "operator"))
 _BESIDE = frozenset(("value", "name", "prefix", "postfix", "operator", "opaque"))
@@ -198,10 +199,17 @@ class _Runs:
         ), end
 
     def _qualified(self, place: int) -> bool:
-        """Whether the words behind a run belong to what it says: "505 remainder 3", "600 greater than 19^2"."""
+        """Whether the words behind a run belong to what it says: "505 remainder 3", "600 greater than 19^2", or tell
+        what alone matters of it: "64.16, which is not an integer". A "than" behind a comma is of the next clause."""
+        clause = denied = False
         for behind in range(place, min(place + MAX_BEHIND, len(self.lexemes))):
             kind, item, *_ = self.lexemes[behind]
-            if item in QUALIFIERS or (item == "r" and self.kind(behind + 1) == "value"):
+            clause, denied = clause or item == ",", denied or item == "not"
+            if denied and item in _WHOLE:
+                return True
+            if (item in QUALIFIERS and not (clause and item == "than")) or (
+                item == "r" and self.kind(behind + 1) == "value"
+            ):
                 return True
             if kind not in ("word", "break", "open") or item in _SENTENCE_ENDS:
                 return False

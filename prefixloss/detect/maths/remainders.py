@@ -17,12 +17,14 @@ _SAID = re.compile(r"[Rr]em|\bR\b|\br\b|[Rr]est|\u4f59")
 _MODULUS = re.compile(
     r"\\pmod\s?\{\s?(\d{1,15})\s?\}|\\pmod\s?(\d{1,15})(?![\d^])|\(\s{0,3}\\?mod(?:ulo)?\s{0,3}(\d{1,15})\s{0,3}\)"
 )
+_MODULO = re.compile(r"(?<=[\d\u00b0)}$])\s{0,3}\$?\s{0,3}modulo\s{0,3}\$?\s{0,3}(\d{1,15})(?![\d.^])")
 _DIVIDED = re.compile(r"(?<=\d) divided by (?=\d)")
 
 
 def spelled(text: str) -> str:
     if "mod" in text:
         text = _MODULUS.sub(lambda m: f" mod {m[1] or m[2] or m[3]} ", text)
+        text = _MODULO.sub(r" mod \1", text)
     if "divided by" in text:
         text = _DIVIDED.sub(" / ", text)
     if _SAID.search(text):

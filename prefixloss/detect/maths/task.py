@@ -29,6 +29,8 @@ Pair = tuple[str, Rational, Rational]  # "+" or "*", and its operands
 
 MAX_WORDS = 12  # of a problem that is no more than an expression
 MAX_PARTS = 4000
+_FORMULA = re.compile(r"\$[^$]{1,400}\$|\\\([^()]{1,200}\\\)")
+_SPACED = re.compile(r"(?<=(?<![A-Za-z\\])[A-Za-z\d])\s(?=[A-Za-z](?![A-Za-z]))")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Task:
     @classmethod
     def of(cls, problem: str, declared: Collection[str]) -> Task:
         try:
-            chains = read(problem, declared).chains
+            chains = read(_closed(problem), declared).chains
         except UnreadableError:
             return cls()
         runs = [run for chain in chains for run in chain.runs if not run.partial]
@@ -72,6 +74,11 @@ class Task:
         copied, given = numbers(expression), numbers(self.expression or ())
         changed = sum(a != b for a, b in zip(copied, given, strict=False))
         return len(copied) == len(given) > 2 and changed <= max(1, len(given) // 4)
+
+
+def _closed(problem: str) -> str:
+    """The problem with "2 a b" and "A B" in its formulas as 2ab and AB, as responses write them."""
+    return _FORMULA.sub(lambda formula: _SPACED.sub("", formula[0]), problem)
 
 
 class Parts(NamedTuple):
