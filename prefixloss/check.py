@@ -180,6 +180,12 @@ def layout(shape_of_tokens: torch.Size, mask: Tensor | None, cu_seqlens: Tensor 
         fail("cu_seqlens", f"a last value of {int(cu_seqlens[-1])}", f"N = {count}, the number of tokens")
 
 
+def rounding_of(logps: Tensor) -> float:
+    """How far from 1 probabilities may add up that somebody else has rounded to these log-probs."""
+    # of a half-precision log-prob of 8 or so, its last digit
+    return max(ROUNDED_PROBABILITIES, 16 * torch.finfo(logps.dtype).eps)
+
+
 def responses(judged: Tensor | None = None, **arguments: Tensor) -> None:
     """Per-response arguments of an advantage function: dtypes, one shared shape [B], and, where `judged`, ranges."""
     kinds = {"correct": "bool", "lengths": "integer", "first_error": "integer", "group_ids": "integer"}
@@ -291,7 +297,8 @@ def config(value: Any, expected: type) -> None:
 
 
 def own_storage(argument: str, value: Tensor, overwritten: Tensor) -> None:
-    if value.untyped_storage().data_ptr() == overwritten.untyped_storage().data_ptr():
+    # empty ones all lie at address 0
+    if overwritten.numel() and value.untyped_storage().data_ptr() == overwritten.untyped_storage().data_ptr():
         fail(argument, "the storage of logits, which inplace=True overwrites", "a copy")
 
 

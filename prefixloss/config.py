@@ -302,6 +302,11 @@ class LossConfig:
         return self.kl is not None and self.kl_coef != 0
 
     @property
+    def follows_exact_kl(self) -> bool:
+        """Whether a gradient may go through the exact KL: through the penalty, or a function's given.kl."""
+        return self.exact_kl and (self.penalises_kl or callable(self.objective))
+
+    @property
     def penalised(self) -> bool:
         """Whether every scored token has a gradient, whatever its advantage."""
         return self.penalises_kl or self.entropy_coef != 0

@@ -85,7 +85,8 @@ def linear_distill_loss(
         teacher_hidden, teacher_lm_head_weight, teacher_lm_head_bias: [.., D_t], [V, D_t], [V]: the teacher's whole
             distribution, of any width. Or instead
         teacher_ids, teacher_logps: what a served teacher returns: int64 [.., K] with -1 where unused, and log-probs.
-            The rest of the vocabulary is one class, with what the listed ids leave of 1. A row that lists nothing says
+            The rest of the vocabulary is one class, with what the listed ids leave of 1: 2^-53 at least, since rounded
+            log-probs may leave less than nothing, and nothing where all ids are listed. A row that lists nothing says
             nothing: its divergence is 0.
         teacher_offsets: int64 [N + 1]: then ids and log-probs are packed, [M], and rows may differ in length.
         teacher_vocabulary: int64 [V], the teacher's id for each of the student's, -1 where it has none; None: they are

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefixloss import check
 from prefixloss.backends.problem import Distil
 from prefixloss.backends.reference import distribution_scores, linear_logits
+from prefixloss.maths.divergence import LEAST_LEFT
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -47,16 +49,19 @@ def divergences(name: str, beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
     raise ValueError(f"divergence: got {name!r}, expected one that is written here")
 
 
-def listed_classes(log_p: Tensor, ids: Tensor, logps: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs [n, K + 1] of student [n, V] and teacher: of the listed ids, and of all others together."""
+def listed_classes(log_p: Tensor, ids: Tensor, logps: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """Log-probs [n, K + 1] of student [n, V] and teacher: of the listed ids, and of all others together. rounding: how
+    far from 1 the teacher's may add up."""
     used = ids >= 0
     index = torch.where(used, ids, log_p.shape[1])  # a column behind the vocabulary
     is_listed = torch.zeros(len(log_p), log_p.shape[1] + 1, dtype=torch.bool, device=log_p.device)
-    tail = rest(log_p, ~is_listed.scatter(1, index, True)[:, :-1])
+    is_other = ~is_listed.scatter(1, index, True)[:, :-1]
     own = torch.where(used, log_p.gather(1, torch.where(used, ids, 0)), -math.inf)
     logps = torch.where(used, logps, -math.inf)
-    teacher_tail = (1 - logps.exp().sum(1)).clamp(min=0).log()
-    return torch.cat([own, tail[:, None]], 1), torch.cat([logps, teacher_tail[:, None]], 1)
+    left = 1 - logps.double().exp().sum(1)
+    # log-probs are rounded: others have something, but nobody has next to nothing
+    left = torch.where(is_other.any(1), left.clamp(min=LEAST_LEFT), torch.where(left <= rounding, 0.0, left))
+    return torch.cat([own, rest(log_p, is_other)[:, None]], 1), torch.cat([logps, left.log().to(logps)[:, None]], 1)
 
 
 def rest(log_p: Tensor, is_other: Tensor) -> Tensor:
@@ -81,8 +86,9 @@ def distillation(asked: Distil) -> tuple[Tensor, Tensor]:
     dtype = batch.weights.dtype
     log_p = distribution_scores(settings.student, _logits(asked.student, rows, dtype)).log_softmax(1)
     if teacher.first is None:
-        listed = teacher.listed(rows, dtype)
-        log_p, log_q = listed_classes(log_p, listed.ids, listed.logps)
+        listed = teacher.listed(rows, dtype, log_p.shape[1])
+        assert teacher.logps is not None
+        log_p, log_q = listed_classes(log_p, listed.ids, listed.logps, check.rounding_of(teacher.logps))
     else:
         log_q = distribution_scores(settings.teacher, _logits(teacher[:3], rows, dtype)).log_softmax(1)
     if asked.vocabulary is not None:

@@ -46,6 +46,10 @@ class Detector(ABC):
 
     seconds: float = 5.0
 
+    def load(self) -> None:
+        """What it needs beside itself, such as a model, before the first response; raises where that cannot be had."""
+        return
+
     @abstractmethod
     def find(self, problem: str, steps: Sequence[str], answer: str | None) -> FirstError:
         """The first wrong step; may raise. answer: the right final answer, where it is known."""

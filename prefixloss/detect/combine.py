@@ -26,6 +26,10 @@ class _Combined(BatchDetector):
             raise ValueError(f"detectors: got {check.describe(given)}, expected at least one Detector")
         object.__setattr__(self, "detectors", tuple(given))  # hashable, and nobody else's list
 
+    def load(self) -> None:
+        for detector in self.detectors:
+            detector.load()
+
     def detect_batch(
         self,
         problems: Sequence[str],

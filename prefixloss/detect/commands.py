@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
+from prefixloss import check
 from prefixloss.detect import tables
 from prefixloss.detect.base import Detector, FirstError
 from prefixloss.detect.choose import EXPECTED, by_name
@@ -176,6 +177,8 @@ def eval_(
     check_can_write(picture)
     if picture and find_spec("matplotlib") is None:
         raise fail("--picture: needs matplotlib, which comes with prefixloss[rl]")
+    for chosen, name in opened:
+        load(chosen, name)
     rows = []
     with progress(len(opened) * sum(map(len, sources.values()))) as advance:
         for chosen, name in opened:
@@ -228,7 +231,9 @@ def opened(detector: str, file: Path, form: str, steps: str) -> tuple[Detector, 
         raise fail(f"--format: got {form!r}, expected one of {', '.join(FORMS)}")
     if steps not in SEGMENTERS:
         raise fail(f"--steps: got {steps!r}, expected one of {', '.join(SEGMENTERS)}")
-    return detector_of(detector), records_of(file, form, steps)
+    chosen, records = detector_of(detector), records_of(file, form, steps)
+    load(chosen, detector)
+    return chosen, records
 
 
 def detector_of(name: str) -> Detector:
@@ -236,6 +241,14 @@ def detector_of(name: str) -> Detector:
         return by_name(name)
     except ValueError as error:
         raise fail(f"--{error}") from None
+
+
+def load(chosen: Detector, name: str) -> None:
+    """What fails here would fail for every response."""
+    try:
+        chosen.load()
+    except Exception as error:  # whatever a checkpoint, its code or a device brings
+        raise fail(f"--detector: got {name!r}, which cannot be loaded: {check.first_line(error)}") from None
 
 
 def records_of(file: Path, form: str, steps: str) -> list[Record]:

@@ -123,17 +123,18 @@ class Teacher(NamedTuple):
     logps: Tensor | None = None
     offsets: Tensor | None = None
 
-    def listed(self, rows: Tensor, dtype: torch.dtype) -> Listed:
-        """What is listed for the tokens `rows` [n]."""
+    def listed(self, rows: Tensor, dtype: torch.dtype, vocabulary: int) -> Listed:
+        """What is listed for the tokens `rows` [n]. vocabulary: of the student, without padding."""
         assert self.ids is not None
         assert self.logps is not None
+        known = dtype, vocabulary, check.rounding_of(self.logps)
         if self.offsets is None:
-            return Listed.of(self.ids[rows], self.logps[rows], dtype)
+            return Listed.of(self.ids[rows], self.logps[rows], *known)
         starts, counts = self.offsets[rows], self.offsets.diff()[rows]
         place = torch.arange(int(counts.max()) if len(rows) else 0, device=rows.device)
         index, used = starts[:, None] + place, place < counts[:, None]
         index = torch.where(used, index, 0)
-        return Listed.of(torch.where(used, self.ids[index], -1), self.logps[index], dtype)
+        return Listed.of(torch.where(used, self.ids[index], -1), self.logps[index], *known)
 
 
 def of_head(given: GivenTeacher, shape: torch.Size, columns: int, least: int | None) -> Teacher:
@@ -248,8 +249,7 @@ def _check_values(ids: Tensor, logps: Tensor, offsets: Tensor | None, layout: La
         of_row = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
     else:
         of_row = torch.arange(layout.tokens, device=ids.device).repeat_interleave(offsets.diff())
-    # of a half-precision log-prob of 8 or so, its last digit
-    rounding = max(check.ROUNDED_PROBABILITIES, 16 * torch.finfo(logps.dtype).eps)
+    rounding = check.rounding_of(logps)
     ids, logps = ids.reshape(-1), logps.reshape(-1).double()
     seen = layout.scored[of_row]
 

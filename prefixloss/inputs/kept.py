@@ -29,7 +29,7 @@ def kept_sets(kept_ids: Tensor, kept_offsets: Tensor | None, tokens: Tensor, lay
         if kept_ids.shape[:-1] != tokens.shape or kept_ids.dim() != tokens.dim() + 1 or kept_ids.shape[-1] == 0:
             wants = f"[*tokens.shape, K] with tokens of shape {list(tokens.shape)}, or [M] with kept_offsets"
             check.fail("kept_ids", f"shape {list(kept_ids.shape)}", wants)
-        ids = kept_ids.reshape(len(flat), -1).long()
+        ids = kept_ids.flatten(0, -2).long()
     else:
         ids = _padded(kept_ids, kept_offsets, len(flat))
     scored = layout.scored[:, None]

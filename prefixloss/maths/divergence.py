@@ -219,6 +219,10 @@ class Shared(NamedTuple):
         return cls(own, vocabulary[own])
 
 
+# what others have of 1 at least: the rounding of a float64 sum next to it
+LEAST_LEFT = 2.0**-53
+
+
 class Listed(NamedTuple):
     """What a teacher says of n rows: ids int64 [n, K], -1 where unused; logps [n, K], -inf there; tail [n], the log of
     all that is left."""
@@ -228,14 +232,19 @@ class Listed(NamedTuple):
     tail: Tensor
 
     @classmethod
-    def of(cls, ids: Tensor, logps: Tensor, dtype: torch.dtype) -> Listed:
-        """logps: anything where unused. 1 - sum p keeps its digits near 0: 1 - p of the largest is -expm1(log p)."""
+    def of(cls, ids: Tensor, logps: Tensor, dtype: torch.dtype, vocabulary: int, rounding: float) -> Listed:
+        """logps: anything where unused. rounding: how far from 1 the probabilities of all ids may add up.
+
+        1 - sum p keeps its digits near 0: 1 - p of the largest is -expm1(log p). Rounded log-probs may leave less than
+        nothing to others, which are not impossible for that, or a little to nobody, where all ids are listed.
+        """
         logps = logps.double().masked_fill(ids < 0, -math.inf)
         if ids.shape[1] == 0:
             return cls(ids, logps.to(dtype), logps.new_zeros(len(ids), dtype=dtype))
         top, at = logps.max(1, keepdim=True)
-        rest = logps.exp().scatter_(1, at, 0).sum(1)
-        tail = (-torch.expm1(top.squeeze(1)) - rest).clamp(min=0).log()
+        left = -torch.expm1(top.squeeze(1)) - logps.exp().scatter_(1, at, 0).sum(1)
+        nobody = ((ids >= 0).sum(1) >= vocabulary) & (left <= rounding)
+        tail = torch.where(left > 0, left, LEAST_LEFT).log().masked_fill(nobody, -math.inf)
         return cls(ids, logps.to(dtype), tail.to(dtype))
 
 

@@ -116,7 +116,7 @@ def token_terms(
     if not derivatives:
         loss, ratio, kl = token_losses(config, given, logp, entropy, exact_kl)
         return Terms(loss, torch.zeros_like(logp), None, None, ratio, kl)
-    wanted = (True, config.entropy_coef != 0, exact_kl is not None and config.penalises_kl)
+    wanted = (True, config.entropy_coef != 0, exact_kl is not None and config.follows_exact_kl)
     with recording():
         values = (logp, entropy, exact_kl)
         x = [v.detach().requires_grad_() if v is not None and w else v for v, w in zip(values, wanted, strict=True)]

@@ -25,7 +25,16 @@ from prefixloss.rl.policy import Policy
 from prefixloss.rl.report import Report
 from prefixloss.rl.rollouts import Checked, Sampled
 from prefixloss.rl.samples import write_page, write_samples
-from prefixloss.rl.start import Problems, frozen, open_engine, open_policy, open_problems, open_teacher, warm_start
+from prefixloss.rl.start import (
+    Problems,
+    frozen,
+    load_detector,
+    open_engine,
+    open_policy,
+    open_problems,
+    open_teacher,
+    warm_start,
+)
 from prefixloss.rl.teachers import Teacher
 from prefixloss.rl.team import Team
 
@@ -44,6 +53,7 @@ def opened(config: Config, directory: Path, report: Report, overwrite: bool) -> 
         problems, held_out = open_problems(config)
         policy = open_policy(config, team.device)
         teacher = open_teacher(config, policy, team.device)
+        load_detector(config)
         engine = open_engine(config, policy, directory, held_out, team)
         saved = open_run(config, directory, overwrite, team, lock)
         if saved is None and config.model is None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from prefixloss import linear_logps
+from prefixloss.check import first_line
+from prefixloss.detect.choose import by_name
 from prefixloss.io import checkpoint
 from prefixloss.io.address import Address
 from prefixloss.io.endpoint import UnansweredError
@@ -56,6 +58,17 @@ def open_policy(config: Config, device: str) -> Policy:
         add_checkpoints(policy)
     policy.model.to(device)
     return policy
+
+
+def load_detector(config: Config) -> None:
+    """The models that it asks: what fails here would fail for every response. The policy is there already."""
+    if config.detector is None:
+        return
+    try:
+        by_name(config.detector, rollouts=by_name("auto")).load()
+    except Exception as error:  # whatever a checkpoint, its code or a device brings
+        got = f"got {config.detector!r}, which cannot be loaded"
+        raise UsageError(f"--detector: {got}: {first_line(error)}") from None
 
 
 def open_teacher(config: Config, policy: Policy, device: str) -> Teacher | None:

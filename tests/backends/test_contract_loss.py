@@ -552,6 +552,27 @@ def test_no_token_at_all(backend: str, layout: str) -> None:
     assert grads["logits"].shape == (*shape, 7)
 
 
+@backends
+def test_no_token_at_all_in_place_beside_a_reference(backend: str) -> None:
+    logits = torch.zeros(2, 0, 7, requires_grad=True)
+    given = {"ref_logits": torch.zeros(2, 0, 7), "config": LossConfig(kl="full", kl_coef=0.1)}
+    tokens = torch.zeros(2, 0, dtype=torch.int64)
+    out = prefix_loss(logits * 1, tokens, torch.zeros(2), inplace=True, backend=backend, **given)
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert logits.grad.shape == (2, 0, 7)
+
+
+@backends
+def test_no_token_at_all_has_kept_sets(backend: str) -> None:
+    hidden = torch.zeros(2, 0, 5, requires_grad=True)
+    tokens, kept = torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0, 3, dtype=torch.int64)
+    out = linear_prefix_loss(hidden, torch.randn(7, 5), tokens, torch.zeros(2), kept_ids=kept, backend=backend)
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert hidden.grad.shape == (2, 0, 5)
+
+
 @levels
 def test_tokens_that_do_not_learn_never_enter_a_product(level: str) -> None:
     # NaN at scored tokens without an advantage: one product with them, even times 0, would spread it

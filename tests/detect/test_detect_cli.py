@@ -104,6 +104,21 @@ def test_a_detector_that_cannot_be_read_ends_the_command_with_a_line(tmp_path: P
     assert "--detector: got 'vote(maths,maths', expected brackets" in result.output
 
 
+@pytest.mark.parametrize("kind", ["prm", "logits", "rollouts"])
+@pytest.mark.parametrize("command", ["annotate", "eval"])
+def test_a_model_that_cannot_be_loaded_ends_the_command_before_any_response(
+    tmp_path: Path, kind: str, command: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    path = written(tmp_path / "in.jsonl", {"problem": "1 + 1 =", "steps": ["1 + 1 = 3"], "first_error": 0})
+    name = f"maths,{kind}:{tmp_path / 'empty'}"
+    form = ["--format", "labelled"] if command == "eval" else []
+    result = invoke(command, path, "--detector", name, *form)
+    assert result.exit_code == 2
+    assert f"--detector: got '{name}', which cannot be loaded: " in " ".join(result.output.split("\n"))
+    assert "first_error" not in result.output
+
+
 @pytest.mark.parametrize("name", [None, 1, b"maths", ["maths"]])
 def test_a_detectors_name_is_a_string(name: object) -> None:
     with pytest.raises(TypeError, match=r"detector: got .*, expected a name"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixloss.maths.divergence import BY_NAME, Divergence, Listed, Parts
+from prefixloss.maths.divergence import BY_NAME, LEAST_LEFT, Divergence, Listed, Parts
 
 INF = math.inf
 ALL = [("reverse", 0.5), ("forward", 0.5)] + [
@@ -68,7 +68,8 @@ def test_listed_ids_with_the_rest_as_one_class(name: str, beta: float, count: in
 
     expected = torch.stack([plain(name, beta, classes(p, i), classes(q, i)) for i in range(5)])
     (slope,) = torch.autograd.grad(expected.sum(), student)
-    value, gradient = Divergence(name, beta).listed(student.detach(), Listed.of(listed, logps, torch.float64), Parts())
+    said = Listed.of(listed, logps, torch.float64, 9, 1e-3)
+    value, gradient = Divergence(name, beta).listed(student.detach(), said, Parts())
     # the tail by a difference of float64 sums near 1, in the plain formula
     torch.testing.assert_close(value, expected.detach(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(gradient, slope, rtol=1e-8, atol=1e-12)
@@ -80,7 +81,8 @@ def test_a_list_of_all_ids_is_the_whole_vocabulary(name: str, beta: float) -> No
     ids = torch.stack([torch.randperm(9) for _ in range(5)])
     logps = teacher.log_softmax(1).gather(1, ids)
     value, gradient = Divergence(name, beta).whole(student.detach(), teacher, Parts())
-    listed = Listed.of(ids, logps, torch.float64)._replace(tail=torch.full((5,), -INF, dtype=torch.float64))
+    listed = Listed.of(ids, logps, torch.float64, 9, 1e-3)
+    assert (listed.tail == -INF).all()
     got, slope = Divergence(name, beta).listed(student.detach(), listed, Parts())
     torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(slope, gradient, rtol=1e-11, atol=1e-13)
@@ -131,11 +133,24 @@ def test_known_values() -> None:
 
 
 def test_the_tail_keeps_its_digits_where_the_listed_ids_are_nearly_all() -> None:
-    listed = Listed.of(torch.tensor([[3, 5, -1]]), torch.tensor([[-3e-9, math.log(1e-9), 0.0]]).double(), torch.float64)
+    logps = torch.tensor([[-3e-9, math.log(1e-9), 0.0]]).double()
+    listed = Listed.of(torch.tensor([[3, 5, -1]]), logps, torch.float64, 9, 1e-3)
     # 1 - exp(-3e-9) - 1e-9, to first order 2e-9
     assert float(listed.tail.exp()) == pytest.approx(2e-9, rel=1e-7)
-    assert float(Listed.of(torch.tensor([[0]]), torch.zeros(1, 1), torch.float32).tail) == -INF
-    assert Listed.of(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0), torch.float32).tail.tolist() == [0, 0]
+    none = torch.zeros(2, 0)
+    assert Listed.of(none.long(), none, torch.float32, 9, 1e-3).tail.tolist() == [0, 0]
+
+
+def test_rounded_log_probs_leave_something_to_others_and_nothing_to_nobody() -> None:
+    def tail(logps: list[float], vocabulary: int) -> float:
+        return float(Listed.of(torch.tensor([[0, 1]]), torch.tensor([logps]), torch.float64, vocabulary, 1e-3).tail)
+
+    more, less = [0.0, -12.0], [-0.6935, -0.6935]
+    assert tail(more, 9) == math.log(LEAST_LEFT)
+    assert tail(more, 2) == tail(less, 2) == -INF
+    assert tail(less, 9) == pytest.approx(math.log(1 - 2 * math.exp(-0.6935)), rel=1e-3)
+    # what is more than rounding is the teacher's, of ids that the student has not
+    assert tail([-1.0, -1.0], 2) == pytest.approx(math.log(1 - 2 * math.exp(-1)))
 
 
 @pytest.mark.parametrize(("name", "beta"), ALL)

@@ -66,6 +66,7 @@ def here(tmp_path, monkeypatch):
         (["--divergence", "kl"], "--divergence: got 'kl', expected one of reverse, forward, jsd"),
         (["--advantage", "none"], "--advantage: got 'none', expected --teacher with it"),
         (["--teacher", "empty"], "--teacher: cannot load 'empty' as a causal language model"),
+        (["--detector", "rollouts,prm:empty"], "--detector: got 'rollouts,prm:empty', which cannot be loaded: "),
         (["--device", "tpu"], "--device: got 'tpu', expected cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "--device: got 'cuda:99', expected"),
         (["--data", "d.jsonl"], "--data: got 'd.jsonl', expected --model with it"),

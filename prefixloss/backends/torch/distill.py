@@ -127,7 +127,8 @@ def _block(
     """The divergences of some rows; their gradients, times the coefficients, go to `out`, which may be the scores."""
     divergence, transform, dtype = asked.settings.divergence, student.transform, scores.dtype
     if teacher_scores is None:
-        value, gradient = divergence.listed(scores, asked.teacher.listed(rows, dtype), parts)
+        said = asked.teacher.listed(rows, dtype, asked.columns.vocabulary)
+        value, gradient = divergence.listed(scores, said, parts)
     elif shared is not None:
         value, gradient = divergence.shared(scores, teacher_scores.to(dtype), shared)
     else:

@@ -123,7 +123,7 @@ def _problem(
 
 def _listed(teacher: Teacher, rows: Tensor, vocabulary: int) -> tuple[Listed, int]:
     """What is listed for the tokens `rows`, in the order the kernel reads it; and K."""
-    said = teacher.listed(rows, torch.float32)
+    said = teacher.listed(rows, torch.float32, vocabulary)
     ids, order = torch.where(said.ids < 0, vocabulary, said.ids).to(torch.int32).sort(1)
     return Listed(ids, said.logps.gather(1, order), said.tail), ids.shape[1]
 

@@ -88,7 +88,7 @@ def problem_of(
     }
     # which lane sums a column then depends on where in the batch its row lies
     peeled = not aligned and not indexed and len(starts) == 1 and config.chunk_tokens is None
-    penalty = config.entropy_coef != 0 or (config.exact_kl and config.penalises_kl)
+    penalty = config.entropy_coef != 0 or config.follows_exact_kl
     given: dict[str, Any] = {
         "aligned": aligned,
         "peeled": peeled,
