@@ -55,7 +55,15 @@ REWRITINGS = [
         "+",
         r"- 4\cos y\sqrt{{1 - \cos^2 y}} +",
     ),
+    ("$3^{{m}}(3^2 - 9) = 2^n(2^5 - 5)$. Simplifying, $3^{{m}}({}) = 2^n(27)$.", "-6", "9 - 9"),
+    (
+        r"\[ \frac{{c^2(c + b) - c^2(c + a)}}{{c + b}} = k. \] Simplify the numerator: "
+        r"\[ \frac{{c^3 + c^2 b - c^3 {} c^2 a}}{{c + b}} = k. \]",
+        "+",
+        "-",
+    ),
     # an equation, but for one term
+    (r"\[ 2a - b - (3a + b) = 4 - 9 \] \[ -a{} = -5 \]", "", " - 2b"),
     (r"\[ 1 - \sin^4 x - \cos^2 x = 2y \] \[ \sin^2 x - \sin^4 x = 2y {} \]", "+ 1", ""),
     (r"\[ 4a = k^2a - 3k^2 \] \[ 0 = (k^2 - 4)a {} 3k^2 \]", "+", "-"),
     ("$b^2 - 4c = b^2 - 4bc + 4c^2$. Rearranging terms gives $4c^2 - 4bc {} = 0$.", "", "+ 4c"),
@@ -95,6 +103,9 @@ def test_a_wrong_rewriting_is_accused_and_the_right_one_is_not(text: str, wrong:
         r"As $k = \ln((e - 1)y) - \ln e = \ln(e - 1) + \ln y - 1$, all is well.",
         "As $k = (1 + i)(1 - i) = 1 + 1 = 2i/i$, all is well.",
         r"Squaring both sides of $\sqrt{x + y} = x - 1$, $x + y = x^2 - 2x + 1$.",
+        "$2x + 4y = 0$. Simplifying, $x + 2y = 0$.",
+        r"So $\sqrt{x - 2} = x - 4$. We get $(\sqrt{x - 2})^2 = (x - 4)^2$.",
+        "Substitute $x = 2$ into the simplified expressions. Then $(x + 2 - x) = 2$.",
         "$a - b - c = 4$ and $a - b + c = 4$",
         "$a - b = 4$\n$a - b = -4$",
         "$2a = 4b$\n$3a = 5b$",

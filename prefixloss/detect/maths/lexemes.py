@@ -210,6 +210,7 @@ class _Lexer:
         following = self._at(place + 1)
         beside = self._at(place - 1).kind, following.kind
         between = "operator" in beside or "relation" in beside
+        between = between or (beside[0] in ("number", "close") and beside[1] == "close")  # the a of (b - c^2 a)
         if word in ("a", "A", "I") and not (between or coefficient or (following.kind == "open" and not following.gap)):
             return ()
         if word in self.names or "_" in word:

@@ -3,6 +3,7 @@ functions, without solving either."""
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import NamedTuple
 
 from prefixloss.detect.maths.derive import ARROW, CONCLUDING, LINKING, REWRITING
@@ -48,10 +49,11 @@ def wrong_after(before: Claim, claim: Claim) -> str | None:
     only = _ALL.issuperset(between)
     if alike and _SQUARING.intersection(between) and _squares_wrongly(before, claim):
         return "only one side is the square of what it was"
-    same = before.left.expression == claim.left.expression and not _ON_BOTH_SIDES.intersection(between)
-    if same and not near and (only or before.step == claim.step) and _changes(before.right, claim.right):
-        return "the same side is rewritten into something else"
-    if alike and (only or _RESPELLING.intersection(between)) and _slips(before, claim):
+    respelled = not near and not _ON_BOTH_SIDES.intersection(between) and (only or before.step == claim.step)
+    if respelled and _one_side_changes(before, claim):
+        return "one side is rewritten into something else"
+    shrinks = near and claim.names < before.names  # a name that falls out of it did so by the slip
+    if (alike or shrinks) and (only or _RESPELLING.intersection(between)) and _slips(before, claim):
         return "this is the equation right before, but for one term"
     return None
 
@@ -71,9 +73,24 @@ def _squares_wrongly(before: Claim, claim: Claim) -> bool:
     return {differ((*old.expression, 2, "^"), new.expression) for old, new in sides} == {True, False}
 
 
+def _one_side_changes(before: Claim, claim: Claim) -> bool:
+    left, right = (before.left, claim.left), (before.right, claim.right)
+    return (_stays(*left) and _changes(*right)) or (_stays(*right) and _changes(*left))
+
+
+def _stays(old: Run, new: Run) -> bool:
+    """0 says nothing: what equals it may be multiplied."""
+    if old.expression == new.expression:
+        return old.expression != (0,)
+    sampled = old.names and old.names == new.names and "sqrt" not in old.expression  # roots have few values
+    return bool(sampled) and differ(old.expression, new.expression) is False
+
+
 def _changes(old: Run, new: Run) -> bool:
-    plain = not new.names or new.name is not None
-    return old.names == new.names and not plain and differ(old.expression, new.expression) is True
+    alone = not new.names or old.name is not None or new.name is not None
+    rounded = any(isinstance(item, Fraction) for item in new.expression)  # decimals may be
+    same_names = old.names == new.names and not alone and not rounded
+    return same_names and differ(old.expression, new.expression) is True
 
 
 def _slips(before: Claim, claim: Claim) -> bool:
