@@ -17,7 +17,7 @@ Kind = Literal["false", "rewriting", "equation", "answer", "nowhere"]
 # (where everything in the steps before could be read, where something could not)
 _SHARES: dict[Kind, tuple[float, float]] = {
     "false": (0.68, 0.40),  # a false claim about numbers, or names with values: 59 of 87, 48 of 120
-    "rewriting": (0.86, 0.68),  # what is rewritten into something else: 18 of 21, 51 of 75
+    "rewriting": (0.86, 0.66),  # what is rewritten into something else: 18 of 21, 55 of 83
     "equation": (0.50, 0.23),  # equations that cannot hold together: 2 of 4, 3 of 13
     "answer": (0.20, 0.20),  # a final answer that the steps do not give: 0 of 3, by Laplace's rule
     "nowhere": (0.14, 0.14),  # a number without an origin, where the answer is known to be wrong: 18 of 132
