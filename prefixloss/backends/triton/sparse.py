@@ -20,6 +20,7 @@ from prefixloss._kernels import entries, rows
 from prefixloss._kernels.problem import Problem
 from prefixloss.backends import memory
 from prefixloss.backends.columns import Shard
+from prefixloss.backends.sparse import Entries
 from prefixloss.backends.tolerance import MARGIN, of_products, smallest_usable
 from prefixloss.backends.triton.chunks import Chunk, HeadChunks
 from prefixloss.config import LossConfig
@@ -58,7 +59,7 @@ class SparseProducts:
         self.chunks, self.tolerances = chunks, tolerances
         self.left: list[Tensor] = []  # a chunk and product each, [2]: the squares left out, and of all there is
         self.mean_row: Tensor | None = None
-        self.few: list[tuple[Tensor, Tensor, Tensor]] = []  # for the head, by chunk: column, token, value [m]
+        self.few: list[Entries] = []  # for the head, by chunk; a row is a token
         self.kept = 0
 
     @classmethod
@@ -142,7 +143,7 @@ class SparseProducts:
         at = torch.arange(count, device=lengths.device)
         row = torch.repeat_interleave(lengths, output_size=count)
         slot = at - (lengths.cumsum(0) - lengths)[row]
-        self.few.append((lists.columns[row, slot], tokens[row], lists.values[row, slot]))
+        self.few.append(Entries(tokens[row], lists.columns[row, slot], lists.values[row, slot]))
         self.kept += count
         if self.kept > _KEPT:
             self._add_few(last=False)
@@ -151,15 +152,14 @@ class SparseProducts:
         """last: nothing comes behind it, so that a sum that has nothing in it needs no float32."""
         if not self.few:
             return
-        columns, token, values = (torch.cat(x) for x in zip(*self.few, strict=True))
+        columns, tokens, values = Entries.joined(self.few).by_column()
         self.few, self.kept = [], 0
-        columns, order = torch.sort(columns, stable=True)
         ends = torch.searchsorted(columns, columns, right=True)
         hidden, weight, _ = self.chunks.head
         for total, matrix in self.chunks.head_sums(hidden if hidden.stride(1) == 1 else hidden.contiguous()):
             if last and total is self.chunks.d_weight and not total.begun:
                 total.put(torch.zeros(weight.shape, dtype=storage_dtype(weight.dtype), device=weight.device))
-            entries.launch_scatter(columns, ends, token[order], values[order], matrix, total.value)
+            entries.launch_scatter(columns, ends, tokens, values, matrix, total.value)
 
     def _overflow(
         self, chosen: Chosen, problem: Problem, stats: Tensor, coefficients: Tensor
