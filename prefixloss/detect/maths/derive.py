@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from prefixloss.detect.maths.expressions import NoValueError, Rational, close, divide, magnitude, names, value
 from prefixloss.detect.maths.names import gaps
-from prefixloss.detect.maths.symbols import Equation, consistent
+from prefixloss.detect.maths.symbols import Equation, consistent, named
 from prefixloss.detect.maths.text import words
 
 ARROW = "->"
@@ -21,15 +21,15 @@ REWRITING = words(
     "multiply multiplying rearrange rearranged rearranges rearranging reduces rewrite rewritten simplified simplifies "
     "simplify simplifying squaring subtract subtracting"
 )
-CONCLUDING = words(
+_CONCLUDING = words(
     "becomes get give gives hence implies means moving obtain so solve solving then therefore thus yields"
 )
-LINKING = words(
+_LINKING = words(
     "a above again all also and as be both by can common equation expression finally first following for from further "
     "hand have in is it left left-hand like move need next now of on one out result resulting results right right-hand "
     "side sides terms that the these this through to us we we'll which will"
 )
-_ALL = REWRITING | CONCLUDING | LINKING | {ARROW}
+ALL = REWRITING | _CONCLUDING | _LINKING | {ARROW}
 _SAMPLES = (17, 23, 31, 41, 53, 61, 71, 83)  # values of the other names: no small number that an equation has by chance
 _POINTS = (0, 1, 2, 5)
 MAX_PLACES = 12
@@ -47,16 +47,21 @@ class Said(NamedTuple):
 
 def derives(before: Said, after: Said, between: Collection[str]) -> bool:
     """Whether `after` claims to be `before`, rewritten. between: the words between them."""
-    used = _names(before.equation)
-    dropped = used - _names(after.equation)
-    if defines(before.equation) or before.listed or not _ALL.issuperset(between) or not _names(after.equation) <= used:
+    used = named(before.equation)
+    dropped = used - named(after.equation)
+    if defines(before.equation) or before.listed or not ALL.issuperset(between) or not named(after.equation) <= used:
         return False
     if any(_matters(name, before.equation) for name in dropped):
         return False
     near = len(used) == 1 and before.step == after.step
     if near and not between:  # right below it; "x - 1 = 0, x - 2 = 0" are two cases
         return (0,) not in before.equation
-    return bool((REWRITING | {ARROW} | (CONCLUDING if near else set())).intersection(between))
+    return announced(between, concluding=near)
+
+
+def announced(between: Collection[str], *, concluding: bool) -> bool:
+    """Whether words say that what follows is what stands before them, rewritten; concluding: "so" and "hence", too."""
+    return bool((REWRITING | {ARROW} | (_CONCLUDING if concluding else set())).intersection(between))
 
 
 def restates(before: Said, after: Said, between: Collection[str]) -> bool:
@@ -64,13 +69,13 @@ def restates(before: Said, after: Said, between: Collection[str]) -> bool:
     (name, calculation), (again, result) = before.equation, after.equation
     if not defines(before.equation) or name != again or names(calculation) or len(calculation) < MIN_CALCULATION:
         return False
-    said = (CONCLUDING | LINKING | {ARROW, "simplified", "simplifies", "simplifying"}).issuperset(between)
+    said = (_CONCLUDING | _LINKING | {ARROW, "simplified", "simplifies", "simplifying"}).issuperset(between)
     return before.step == after.step and said and len(result) == 1 and not names(result)
 
 
 def _matters(name: str, equation: Equation) -> bool:
     """Whether an equation says anything of a name in it: x + y = 3 + y says nothing of y."""
-    others = dict(zip(sorted(_names(equation)), _SAMPLES, strict=False))
+    others = dict(zip(sorted(named(equation)), _SAMPLES, strict=False))
     try:
         left, right = (
             [value(side, {**others, name: _SAMPLES[0] + shift}) for shift in (0, _SHIFT)] for side in equation
@@ -83,9 +88,9 @@ def _matters(name: str, equation: Equation) -> bool:
 def beside(before: Said, after: Equation, step: int, between: Collection[str]) -> bool:
     """Whether an equation stands beside the one before it, as in a system of equations. Without a word between them,
     those in one name are rewritten, line by line."""
-    if not between and len(_names(after)) == 1:
+    if not between and len(named(after)) == 1:
         return False
-    alike = before.step == step and _names(before.equation) == _names(after) and not defines(before.equation)
+    alike = before.step == step and named(before.equation) == named(after) and not defines(before.equation)
     return alike and {"and", "or"}.issuperset(between)
 
 
@@ -103,13 +108,13 @@ def contradicts(before: Equation, after: Equation) -> bool:
     if gaps(*after) == {0}:
         return False
     rounded = _decimals(after) - _decimals(before)
-    root = _root(before) if len(_names(before)) == 1 else None
+    root = _root(before) if len(named(before)) == 1 else None
     if root is not None and _root(after) is not None:
         return not _solves(root, after, rounded)
     if rounded or _proportional(before, after):
         return False
     try:
-        choices = list(_choices(sorted(_names(before)), _names(after)))
+        choices = list(_choices(sorted(named(before)), named(after)))
         if any(consistent((before, after), values) for values in choices):
             return False
         return all(consistent((before,), values) for values in choices)
@@ -121,7 +126,7 @@ def _proportional(before: Equation, after: Equation) -> bool:
     """Whether the one seems to be the other times a number: the difference of its sides is so at a few points."""
     ratios = set()
     for shift in (0, _SHIFT, _SHIFT**2):
-        values = {name: sample + shift for name, sample in zip(sorted(_names(before)), _SAMPLES, strict=False)}
+        values = {name: sample + shift for name, sample in zip(sorted(named(before)), _SAMPLES, strict=False)}
         try:
             gaps_here = [value(left, values) - value(right, values) for left, right in (before, after)]
             ratios.add(divide(gaps_here[1], gaps_here[0]))
@@ -137,7 +142,7 @@ def _decimals(equation: Equation) -> set[Fraction]:
 
 def _solves(root: Rational, equation: Equation, rounded: Collection[Fraction]) -> bool:
     """Whether a number solves an equation in which some numbers are rounded, by a unit of the last place at most."""
-    [name] = _names(equation)
+    [name] = named(equation)
 
     def gap(change: Mapping[Rational | str, Rational]) -> Rational:
         left, right = (value(tuple(change.get(item, item) for item in side), {name: root}) for side in equation)
@@ -155,7 +160,7 @@ def _unit(number: Fraction) -> Fraction:
 
 def _root(equation: Equation) -> Rational | None:
     """The solution of a linear equation in one name; None for any other."""
-    [name] = _names(equation)
+    [name] = named(equation)
     try:
         found = [value(equation[0], {name: at}) - value(equation[1], {name: at}) for at in _POINTS]
     except NoValueError:
@@ -171,7 +176,3 @@ def _choices(used: list[str], free: Collection[str]) -> Iterator[dict[str, Ratio
         for shift in (0, _SHIFT)[: len(used)]:
             values = {name: sample + shift for name, sample in zip(used, _SAMPLES, strict=False)}
             yield {name: number for name, number in values.items() if name != left_out}
-
-
-def _names(equation: Equation) -> set[str]:
-    return names(equation[0]) | names(equation[1])

@@ -165,7 +165,7 @@ class _Response:
         solves = wrong_common_solution(text, self.declared) or (self.sought and self.sought.wrong(text))
         if reason := wrong_statement(text) or solves:
             raise WrongError(reason, "false")
-        if reason := self.rewriting.wrong(k, text):
+        if reason := self.rewriting.wrong(k, text, reading):
             raise WrongError(reason, "rewriting")
         if self.task.expression:
             self._copies(reading, before)

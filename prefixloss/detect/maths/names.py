@@ -15,7 +15,7 @@ from prefixloss.detect.maths.expressions import (
     names,
     value,
 )
-from prefixloss.detect.maths.symbols import Equation, consistent
+from prefixloss.detect.maths.symbols import Equation, consistent, named
 
 MAX_EQUATIONS = 24
 MAX_CHECKS = 24  # of whether equations hold together
@@ -46,7 +46,7 @@ class Names:
 
     def about(self, name: str) -> list[Equation]:
         """The equations with the name."""
-        return [equation for equation in self.equations if name in _names(equation)]
+        return [equation for equation in self.equations if name in named(equation)]
 
     def forget(self, name: str) -> None:
         """The name begins a new life."""
@@ -68,7 +68,7 @@ class Names:
         linked = self._linked((left, right))
         if len(linked) == 1:
             return False
-        known = {name: self.values[name] for name in _names(*linked) & self.values.keys()}
+        known = {name: self.values[name] for name in named(*linked) & self.values.keys()}
         if any(is_rough(number) for number in known.values()):
             raise NoValueError("equations with irrational values")
         self.checks += 1
@@ -79,7 +79,7 @@ class Names:
     def refute_value(self, name: str, number: Rational, rounding: Fraction) -> bool:
         """Whether "name = number" does not solve what was said. rounding: how far it may be from the true value."""
         about = self.about(name)
-        complete = [equation for equation in about if _names(equation) <= {*self.values, name}]
+        complete = [equation for equation in about if named(equation) <= {*self.values, name}]
         if not all(self._solves(equation, name, number, rounding) for equation in complete):
             return True
         return len(complete) < len(about) and not rounding and self.refute((name,), (number,))
@@ -100,14 +100,10 @@ class Names:
 
     def _linked(self, equation: Equation) -> list[Equation]:
         """The equation, and all that share names with it, directly or not."""
-        linked, reached = [equation], _names(equation)
+        linked, reached = [equation], named(equation)
         rest = list(self.equations)
-        while near := [e for e in rest if _names(e) & reached]:
+        while near := [e for e in rest if named(e) & reached]:
             linked += near
-            reached |= _names(*near)
+            reached |= named(*near)
             rest = [e for e in rest if e not in near]
         return linked
-
-
-def _names(*equations: Equation) -> set[str]:
-    return set().union(*(names(side) for equation in equations for side in equation))

@@ -6,7 +6,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import NamedTuple
 
-from prefixloss.detect.maths.derive import ARROW, CONCLUDING, LINKING, REWRITING
+from prefixloss.detect.maths.derive import ALL, REWRITING, announced
 from prefixloss.detect.maths.expressions import NoValueError
 from prefixloss.detect.maths.polynomials import Terms, difference, order
 from prefixloss.detect.maths.reader import Chain, Run
@@ -14,7 +14,6 @@ from prefixloss.detect.maths.same import differ
 from prefixloss.detect.maths.text import words
 
 MIN_TERMS = 3
-_ALL = REWRITING | CONCLUDING | LINKING | {ARROW}
 _JOINING = words("and or")
 _SQUARING = words("squaring square squared")
 _ON_BOTH_SIDES = words(
@@ -46,7 +45,7 @@ def wrong_after(before: Claim, claim: Claim) -> str | None:
     near = before.step == claim.step and not between
     if not near and not _follows(before, claim):
         return None
-    only = _ALL.issuperset(between)
+    only = ALL.issuperset(between)
     if alike and _SQUARING.intersection(between) and _squares_wrongly(before, claim):
         return "only one side is the square of what it was"
     respelled = not near and not _ON_BOTH_SIDES.intersection(between) and (only or before.step == claim.step)
@@ -64,8 +63,8 @@ def _follows(before: Claim, claim: Claim) -> bool:
     listed = before.chain.between and _JOINING.issuperset(before.chain.between)  # it stands beside one before
     if listed or "or" in between or OTHERS.intersection(between):
         return False
-    concludes = before.step == claim.step and _ALL.issuperset(between) and not claim.left.name
-    return bool((REWRITING | {ARROW} | (CONCLUDING if concludes else set())).intersection(between))
+    concludes = before.step == claim.step and ALL.issuperset(between) and not claim.left.name
+    return announced(between, concluding=concludes)
 
 
 def _squares_wrongly(before: Claim, claim: Claim) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 
-from prefixloss.detect.maths.expressions import Expression, Rational
+from prefixloss.detect.maths.expressions import Expression, Rational, bounded
 from prefixloss.detect.maths.properties import MARKS
 
 MAX_POINTS = 26
@@ -24,7 +24,7 @@ def given(problem: str) -> Points:
     text = before + "".join(drawing.partition("[/asy]")[2] for drawing in drawings)
     text = MARKS.sub("", text).replace("\\left", "").replace("\\right", "")
     for name, x, y in _POINT.findall(text)[:MAX_POINTS]:
-        point = _number(x), _number(y)
+        point = bounded(Fraction(x)), bounded(Fraction(y))
         if found.setdefault(name, point) != point:
             several.add(name)
     return {name: point for name, point in found.items() if name not in several}
@@ -36,8 +36,3 @@ def length(name: str, points: Points) -> Expression | None:
         return None
     (a, b), (c, d) = (points[letter] for letter in name)
     return (a - c, 2, "^", b - d, 2, "^", "+", "sqrt")
-
-
-def _number(text: str) -> Rational:
-    number = Fraction(text)
-    return int(number) if number.denominator == 1 else number

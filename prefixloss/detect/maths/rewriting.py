@@ -12,7 +12,7 @@ from prefixloss.detect.maths.calls import Functions
 from prefixloss.detect.maths.expressions import BINARY, UNARY, Expression, names
 from prefixloss.detect.maths.identities import factors, misses, repeats
 from prefixloss.detect.maths.neighbours import OTHERS, Claim, wrong_after
-from prefixloss.detect.maths.reader import SUPPOSING, Chain, Run, read
+from prefixloss.detect.maths.reader import SUPPOSING, Chain, Reading, Run, read
 from prefixloss.detect.maths.same import differ
 from prefixloss.detect.maths.text import UnreadableError, words
 
@@ -41,9 +41,10 @@ class Rewriting:
             for claim in self._claims(chain, -1):
                 self._note(claim)
 
-    def wrong(self, step: int, text: str) -> str | None:
-        """The first thing in the next step that is not the same as what it is rewritten from, as a reason."""
-        for chain in self._chains(text):
+    def wrong(self, step: int, text: str, reading: Reading) -> str | None:
+        """The first thing in the next step that is not the same as what it is rewritten from, as a reason. reading: of
+        the text as it stands."""
+        for chain in self._chains(text, reading):
             told = not SUPPOSING.intersection(chain.lead) and chain.tail != "?"
             for claim in self._claims(chain, step):
                 if told and (reason := self._wrong(claim)):
@@ -51,8 +52,10 @@ class Rewriting:
                 self._note(claim)
         return None
 
-    def _chains(self, text: str) -> list[Chain]:
+    def _chains(self, text: str, reading: Reading | None = None) -> list[Chain]:
         spelled = self.atoms.spelled(text)
+        if reading and spelled == text and self.atoms.letters.issubset(self.declared):
+            return reading.chains  # nothing is read in another way
         try:
             return read(spelled, {*self.declared, *self.atoms.letters, *self.atoms.names.values()}).chains
         except UnreadableError:

@@ -12,9 +12,9 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from prefixloss.detect.maths.derive import defines
-from prefixloss.detect.maths.expressions import DivisionByZeroError, NoValueError, Rational, close, names, value
+from prefixloss.detect.maths.expressions import DivisionByZeroError, NoValueError, Rational, bounded, close, value
 from prefixloss.detect.maths.properties import MARKS
-from prefixloss.detect.maths.symbols import Equation
+from prefixloss.detect.maths.symbols import Equation, named
 from prefixloss.detect.maths.task import Task
 
 MAX_SOLUTIONS = 60  # of a step
@@ -58,7 +58,7 @@ class Sought(NamedTuple):
         found = _SOUGHT.search(MARKS.sub("", problem).replace("\\left", "").replace("\\right", ""))
         order = tuple(re.split(r"\s?,\s?", found[1])) if found else ()
         equations = tuple(e for e in Task.of(problem, {*declared, *order}).equations if not defines(e))
-        used = set().union(*(names(side) for equation in equations for side in equation))
+        used = named(*equations)
         if not order and len(used) == 1:
             order = tuple(used)
         return cls(order, equations) if used and order else None
@@ -82,8 +82,8 @@ class Sought(NamedTuple):
         else:
             pattern = rf"(?<![\w)])\(\s?({_NUMBER}(?:\s?,\s?{_NUMBER}){{{len(self.order) - 1}}})\s?\)"
         for found, _ in zip(re.finditer(pattern, sentence), range(MAX_SOLUTIONS), strict=False):
-            parts = [Fraction(part.strip()) for part in found[1].split(",")]
-            yield dict(zip(self.order, (int(n) if n.denominator == 1 else n for n in parts), strict=True))
+            parts = (bounded(Fraction(part.strip())) for part in found[1].split(","))
+            yield dict(zip(self.order, parts, strict=True))
 
 
 def _holds(equation: Equation, solution: dict[str, Rational]) -> bool:

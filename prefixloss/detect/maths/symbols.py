@@ -22,6 +22,11 @@ MAX_NAMES = 6
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
+def named(*equations: Equation) -> set[str]:
+    """The names in them."""
+    return set().union(*(names(side) for equation in equations for side in equation))
+
+
 def consistent(equations: Sequence[Equation], values: Mapping[str, Rational]) -> bool:
     """Whether the equations have a common solution in the complex numbers, given the values of some names.
 
@@ -59,7 +64,7 @@ def _sympy() -> Any:
 def _numerator(equation: Equation) -> Any:
     """The numerator of left - right, expanded: 0 where the equation holds."""
     sympy = _sympy()
-    used = len(names(equation[0]) | names(equation[1]))
+    used = len(named(equation))
     (left, over_left), (right, over_right) = (_degrees(side) for side in equation)
     degree = max(left + over_right, right + over_left)
     if degree > MAX_DEGREE or math.comb(used + degree, degree) > MAX_TERMS:

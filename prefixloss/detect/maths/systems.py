@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-from prefixloss.detect.maths.expressions import NoValueError, Rational, close, names, show, value
+from prefixloss.detect.maths.expressions import NoValueError, Rational, close, show, value
 from prefixloss.detect.maths.reader import read
-from prefixloss.detect.maths.symbols import Equation
+from prefixloss.detect.maths.symbols import Equation, named
 
 MAX_SENTENCES = 20  # of a text
 MAX_SENTENCE = 300  # characters
@@ -29,7 +29,7 @@ def wrong_common_solution(text: str, declared: Collection[str]) -> str | None:
         if _DENIES.search(sentence):
             continue
         equations, values = _said(sentence, declared)
-        solved = [equation for equation in equations if _names(equation) <= values.keys()]
+        solved = [equation for equation in equations if named(equation) <= values.keys()]
         if len(solved) >= MIN_EQUATIONS and not all(_holds(equation, values) for equation in solved):
             return f"{', '.join(f'{name} = {show(number)}' for name, number in values.items())} does not solve both"
     return None
@@ -51,10 +51,6 @@ def _said(sentence: str, declared: Collection[str]) -> tuple[list[Equation], dic
         elif len(left.names | right.names) > 1:
             equations.append((left.expression, right.expression))
     return equations, values
-
-
-def _names(equation: Equation) -> set[str]:
-    return names(equation[0]) | names(equation[1])
 
 
 def _holds(equation: Equation, values: Mapping[str, Rational]) -> bool:
