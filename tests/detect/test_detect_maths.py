@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from maths_steps import MATHS
 from work import at_most
 
 from prefixloss.detect.base import FirstError
@@ -17,8 +18,6 @@ from prefixloss.detect.maths.detector import Maths
 from prefixloss.detect.maths.expressions import DivisionByZeroError, NoValueError, evaluate
 from prefixloss.detect.maths.reader import read
 from prefixloss.detect.maths.task import Task, parts
-
-MATHS = Maths(seconds=60)  # the limit itself is tested where it is short; here a busy machine must not meet it
 
 
 def detect(steps: list[str], problem: str = "", answer: str | None = None) -> FirstError:

@@ -1,18 +1,11 @@
 """The maths detector on formulas with functions and several names: each wrong rewriting beside the right one."""
 
 import pytest
+from maths_steps import step
 
 from prefixloss.detect.maths.atoms import Atoms
-from prefixloss.detect.maths.detector import Maths
 
-MATHS = Maths(seconds=60)
 pytest.importorskip("sympy")
-
-
-def step(*steps: str, problem: str = "") -> int | None:
-    result = MATHS.detect(problem, steps)
-    assert not result.reason.startswith("failed"), result
-    return result.step
 
 
 NAMES = "Here $x$, $y$, $a$, $b$, $c$, $m$ and $n$ are numbers, and so is $k$."

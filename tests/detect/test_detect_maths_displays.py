@@ -1,17 +1,7 @@
 """The maths detector on what is read across formulas and in other notations: each wrong claim beside the right one."""
 
 import pytest
-
-from prefixloss.detect.maths.detector import Maths
-
-MATHS = Maths(seconds=60)
-
-
-def step(*steps: str) -> int | None:
-    result = MATHS.detect("", steps)
-    assert not result.reason.startswith("failed"), result
-    return result.step
-
+from maths_steps import step
 
 CLAIMS = [
     (r"\[ (7 + 5)(3) \] \[ = 12 \cdot 3 \] \[ = {} \]", "38", "36"),

@@ -1,17 +1,7 @@
 """The maths detector where it once accused right steps: each text beside a neighbour with a real error."""
 
 import pytest
-
-from prefixloss.detect.maths.detector import Maths
-
-MATHS = Maths(seconds=60)
-
-
-def step(*steps: str, problem: str = "", answer: str | None = None) -> int | None:
-    result = MATHS.detect(problem, steps, answer)
-    assert not result.reason.startswith("failed"), result
-    return result.step
-
+from maths_steps import MATHS, step
 
 PAIRS = [
     # neighbouring formulas do not multiply, subtract or run together

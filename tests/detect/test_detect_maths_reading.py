@@ -1,17 +1,7 @@
 """The maths detector on what it reads besides plain arithmetic: each right claim beside a wrong one."""
 
 import pytest
-
-from prefixloss.detect.maths.detector import Maths
-
-MATHS = Maths(seconds=60)
-
-
-def step(*steps: str, problem: str = "") -> int | None:
-    result = MATHS.detect(problem, steps)
-    assert not result.reason.startswith("failed"), result
-    return result.step
-
+from maths_steps import MATHS, step
 
 READ = [
     (r"\sin 30^\circ = \frac12", r"\sin 30^\circ = \frac13"),

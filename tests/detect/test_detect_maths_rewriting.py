@@ -1,17 +1,9 @@
 """The maths detector on equations that are rewritten: each wrong rewriting beside the right one."""
 
 import pytest
+from maths_steps import MATHS, step
 
-from prefixloss.detect.maths.detector import Maths
-
-MATHS = Maths(seconds=60)
 pytest.importorskip("sympy")
-
-
-def step(*steps: str) -> int | None:
-    result = MATHS.detect("", steps)
-    assert not result.reason.startswith("failed"), result
-    return result.step
 
 
 CASES = "First, take $x = 1$. First, take $y = 2$. First, take $k = 3$."  # so that nothing is known of the names

@@ -1,18 +1,9 @@
 """What the maths detector checks of statements in words, solutions and lengths: each right claim beside a wrong one."""
 
 import pytest
+from maths_steps import step
 
-from prefixloss.detect.maths.detector import Maths
 from prefixloss.detect.maths.systems import wrong_common_solution
-
-MATHS = Maths(seconds=60)
-
-
-def step(*steps: str, problem: str = "") -> int | None:
-    result = MATHS.detect(problem, steps)
-    assert not result.reason.startswith("failed"), result
-    return result.step
-
 
 SAID = [
     # last digits
